@@ -1,0 +1,546 @@
+// The Python module fmrec_fast._C: checks its arguments, lets go of the GIL and splits the work.
+//
+// Arrays arrive as numpy arrays (tensor.detach().numpy() shares the tensor's memory), so the
+// module needs no torch headers and one build serves every torch version. Nothing is converted:
+// an array of another type or layout is refused, because a silent copy would swallow the result.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "dropout.h"
+#include "history_loss.h"
+#include "isa.h"
+#include "noise_fusion.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace fmrec {
+namespace {
+
+// Elements of work below which a second thread costs more than it brings.
+constexpr std::int64_t GRAIN_NOISE = 1 << 14;
+constexpr std::int64_t GRAIN_DROPOUT = 1 << 15;
+constexpr std::int64_t GRAIN_HISTORY = 1 << 17;
+
+std::string text(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
+
+std::string type_text(const py::handle& object) {
+    return py::cast<std::string>(py::type::of(object).attr("__name__"));
+}
+
+template <typename T>
+const char* dtype_text();
+template <>
+const char* dtype_text<float>() { return "float32"; }
+template <>
+const char* dtype_text<std::int64_t>() { return "int64"; }
+
+// A checked array: C-contiguous, aligned, of the wanted type and number of dimensions.
+py::array checked_array(const py::object& object, const char* name, const char* dtypes,
+                        bool dtype_fits(const py::dtype&), py::ssize_t ndim, bool writeable) {
+    if (!py::isinstance<py::array>(object)) {
+        throw py::type_error(std::string(name) + " must be a numpy array of " + dtypes + ", got " +
+                             type_text(object));
+    }
+    py::array array = py::reinterpret_borrow<py::array>(object);
+    if (!dtype_fits(array.dtype())) {
+        throw py::type_error(std::string(name) + " must be of dtype " + dtypes + ", got " +
+                             text(array.dtype()));
+    }
+    if (array.ndim() != ndim) {
+        throw py::value_error(std::string(name) + " must have " + std::to_string(ndim) +
+                              " dimensions, got shape " + text(array.attr("shape")));
+    }
+    if (!(array.flags() & py::array::c_style)) {
+        throw py::value_error(std::string(name) + " must be C-contiguous, got shape " +
+                              text(array.attr("shape")) + " with strides " +
+                              text(array.attr("strides")) + " bytes");
+    }
+    if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
+        throw py::value_error(std::string(name) + " must be aligned to its elements");
+    }
+    if (writeable && !array.writeable()) {
+        throw py::value_error(std::string(name) + " must be writeable, got a read-only array");
+    }
+    return array;
+}
+
+template <typename T>
+bool is_dtype(const py::dtype& dtype) { return dtype.equal(py::dtype::of<T>()); }
+
+bool is_flag(const py::dtype& dtype) {
+    return dtype.equal(py::dtype::of<bool>()) || dtype.equal(py::dtype::of<std::uint8_t>());
+}
+
+template <typename T>
+py::array input(const py::object& object, const char* name, py::ssize_t ndim) {
+    return checked_array(object, name, dtype_text<T>(), is_dtype<T>, ndim, false);
+}
+
+template <typename T>
+py::array output(const py::object& object, const char* name, py::ssize_t ndim) {
+    return checked_array(object, name, dtype_text<T>(), is_dtype<T>, ndim, true);
+}
+
+template <typename T>
+const T* data(const py::array& array) { return static_cast<const T*>(array.data()); }
+
+float* target(py::array& array) { return static_cast<float*>(array.mutable_data()); }
+
+// `expected` names the agreement in words: "[B, D]".
+void check_shape(const py::array& array, const char* name, const char* expected,
+                 std::initializer_list<py::ssize_t> shape) {
+    py::ssize_t axis = 0;
+    bool equal = true;
+    for (const py::ssize_t size : shape) {
+        equal = equal && array.shape(axis++) == size;
+    }
+    if (!equal) {
+        py::tuple wanted(shape.size());
+        axis = 0;
+        for (const py::ssize_t size : shape) {
+            wanted[static_cast<std::size_t>(axis++)] = py::int_(size);
+        }
+        throw py::value_error(std::string(name) + " must have shape " + expected + " = " +
+                              text(wanted) + ", got " + text(array.attr("shape")));
+    }
+}
+
+// An output may be an input (in place, where `same` allows it) but not half of one.
+void check_overlap(const py::array& out, const char* out_name, const py::array& in,
+                   const char* in_name, bool same_allowed) {
+    const auto out_begin = reinterpret_cast<std::uintptr_t>(out.data());
+    const auto in_begin = reinterpret_cast<std::uintptr_t>(in.data());
+    const std::uintptr_t out_size = static_cast<std::uintptr_t>(out.nbytes());
+    const std::uintptr_t in_size = static_cast<std::uintptr_t>(in.nbytes());
+    if (out_size == 0 || in_size == 0 || out_begin + out_size <= in_begin ||
+        in_begin + in_size <= out_begin) {
+        return;
+    }
+    if (same_allowed && out_begin == in_begin && out_size == in_size) {
+        return;
+    }
+    throw py::value_error(std::string(out_name) + " must not overlap " + in_name);
+}
+
+// A Python int or a 0-dimensional int64 array, read now.
+std::int64_t read_int64(const py::object& object, const char* name) {
+    if (py::isinstance<py::array>(object)) {
+        const py::array array = py::reinterpret_borrow<py::array>(object);
+        if (!is_dtype<std::int64_t>(array.dtype()) || array.ndim() != 0) {
+            throw py::type_error(std::string(name) + " must be an int or a 0-dimensional int64 " +
+                                 "array, got " + text(array.dtype()) + " of shape " +
+                                 text(array.attr("shape")));
+        }
+        std::int64_t value;
+        std::memcpy(&value, array.data(), sizeof value);
+        return value;
+    }
+    if (!PyLong_Check(object.ptr()) || PyBool_Check(object.ptr())) {
+        throw py::type_error(std::string(name) + " must be an int or a 0-dimensional int64 array, "
+                             "got " + text(py::repr(object)));
+    }
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+    if (overflow != 0) {
+        throw py::value_error(std::string(name) + " must satisfy -2**63 <= " + name +
+                              " < 2**63, got " + text(object));
+    }
+    return value;
+}
+
+int check_threads(int num_threads) {
+    if (num_threads < 1) {
+        throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+    }
+    return num_threads;
+}
+
+void noise_common(NoiseFusion& a, const py::array& full, const py::array& rows,
+                  const py::object& seed, const py::object& step, double delta) {
+    check_shape(rows, "rows", "[B]", {full.shape(0)});
+    a.rows = data<std::int64_t>(rows);
+    a.batch = full.shape(0);
+    a.length = full.shape(1);
+    a.channels = full.shape(2);
+    a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    a.step = static_cast<std::uint32_t>(read_int64(step, "step"));
+    a.delta = static_cast<float>(delta);
+}
+
+// Whether there is anything to do: the kernels divide by the number of groups.
+bool is_empty(const py::array& array) { return array.size() == 0; }
+
+void noise_fusion_forward(const py::object& e_, const py::object& shift_, const py::object& rows_,
+                          const py::object& seed, const py::object& step, double delta,
+                          const py::object& out_, int num_threads) {
+    const py::array e = input<float>(e_, "e", 3), shift = input<float>(shift_, "shift", 2),
+                    rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array out = output<float>(out_, "out", 3);
+    check_threads(num_threads);
+    NoiseFusion a{};
+    noise_common(a, e, rows, seed, step, delta);
+    check_shape(shift, "shift", "[B, D]", {a.batch, a.channels});
+    check_shape(out, "out", "[B, L, D]", {a.batch, a.length, a.channels});
+    check_overlap(out, "out", e, "e", true);
+    check_overlap(out, "out", shift, "shift", false);
+    const NoiseFusionKernels& kernels = FMREC_TABLE(noise_fusion);
+    if (is_empty(out)) return;
+    a.input = data<float>(e);
+    a.shift = data<float>(shift);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= GRAIN_NOISE,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.forward(&a, begin, end); });
+}
+
+void noise_lambda(const py::object& rows_, const py::object& seed, const py::object& step,
+                  double delta, const py::object& out_, int num_threads) {
+    const py::array rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array out = output<float>(out_, "out", 3);
+    check_threads(num_threads);
+    NoiseFusion a{};
+    noise_common(a, out, rows, seed, step, delta);
+    const NoiseFusionKernels& kernels = FMREC_TABLE(noise_fusion);
+    if (is_empty(out)) return;
+    a.out = target(out);
+    py::gil_scoped_release release;
+    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= GRAIN_NOISE,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.lam(&a, begin, end); });
+}
+
+void noise_fusion_backward(const py::object& grad_, const py::object& rows_, const py::object& seed,
+                           const py::object& step, double delta, const py::object& d_shift_,
+                           int num_threads) {
+    const py::array grad = input<float>(grad_, "grad", 3),
+                    rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array d_shift = output<float>(d_shift_, "d_shift", 2);
+    check_threads(num_threads);
+    NoiseFusion a{};
+    noise_common(a, grad, rows, seed, step, delta);
+    check_shape(d_shift, "d_shift", "[B, D]", {a.batch, a.channels});
+    check_overlap(d_shift, "d_shift", grad, "grad", false);
+    const NoiseFusionKernels& kernels = FMREC_TABLE(noise_fusion);
+    if (is_empty(d_shift)) return;
+    a.input = data<float>(grad);
+    a.out = target(d_shift);
+    py::gil_scoped_release release;
+    parallel_items(num_threads, a.batch, a.batch * a.length * a.channels >= GRAIN_NOISE,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.backward(&a, begin, end); });
+}
+
+void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
+             const py::object& seed, const py::object& site, const py::object& position_offset,
+             const py::object& position_stride, double p, const py::object& out_,
+             int num_threads) {
+    const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array out = output<float>(out_, "out", 3);
+    check_threads(num_threads);
+    if (!(p >= 0.0 && p < 1.0)) {
+        throw py::value_error("p must satisfy 0 <= p < 1, got " + text(py::float_(p)));
+    }
+    Dropout a{};
+    a.batch = x.shape(0);
+    a.positions = x.shape(1);
+    a.channels = x.shape(2);
+    check_shape(rows, "rows", "[B]", {a.batch});
+    check_shape(out, "out", "[B, P, C]", {a.batch, a.positions, a.channels});
+    check_overlap(out, "out", x, "x", true);
+    py::array residual;
+    if (!residual_.is_none()) {
+        residual = input<float>(residual_, "residual", 3);
+        check_shape(residual, "residual", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(out, "out", residual, "residual", true);
+        a.residual = data<float>(residual);
+    }
+    a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
+    a.position_offset = static_cast<std::uint64_t>(read_int64(position_offset, "position_offset"));
+    a.position_stride = static_cast<std::uint64_t>(read_int64(position_stride, "position_stride"));
+    // Python's round(): halves to even, the rounding mode's default.
+    const double threshold = std::nearbyint(p * 4294967296.0);
+    a.threshold = static_cast<std::uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0);
+    a.scale = static_cast<float>(1.0 / (1.0 - p));
+    const DropoutKernels& kernels = FMREC_TABLE(dropout);
+    if (is_empty(out)) return;
+    a.x = data<float>(x);
+    a.rows = data<std::int64_t>(rows);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    parallel_items(num_threads, kernels.chunks(&a),
+                   a.batch * a.positions * a.channels >= GRAIN_DROPOUT,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.apply(&a, begin, end); });
+}
+
+// Memory that is not initialised, freed with its owner.
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+typedef std::unique_ptr<std::int32_t[], Free> Indices;
+
+Indices allocate(std::int64_t count, bool zeroed) {
+    const std::size_t size = static_cast<std::size_t>(count > 0 ? count : 1);
+    void* memory = zeroed ? std::calloc(size, sizeof(std::int32_t))
+                          : std::malloc(size * sizeof(std::int32_t));
+    if (!memory) throw std::bad_alloc();
+    return Indices(static_cast<std::int32_t*>(memory));
+}
+
+// The cells in use, gathered by `key` with a counting sort: bucket k holds, in their own order,
+// the cells order[starts[k] .. starts[k + 1]).
+struct Buckets {
+    Indices order, starts;
+};
+
+Buckets make_buckets(const std::int64_t* key, const std::uint8_t* use, std::int64_t cells,
+                     std::int64_t keys) {
+    Buckets buckets{allocate(cells, false), allocate(keys + 2, true)};
+    // Counted two places up, so that the placing below turns counts[k + 1] into starts[k + 1].
+    std::int32_t* counts = buckets.starts.get();
+    for (std::int64_t m = 0; m < cells; ++m) counts[key[m] + 2] += use[m] != 0;
+    for (std::int64_t k = 0; k < keys; ++k) counts[k + 2] += counts[k + 1];
+    for (std::int64_t m = 0; m < cells; ++m) {
+        if (use[m]) buckets.order[static_cast<std::size_t>(counts[key[m] + 1]++)] =
+            static_cast<std::int32_t>(m);
+    }
+    return buckets;
+}
+
+// Checks what forward and backward share and fills it in. Returns the number of cells.
+std::int64_t history_common(HistoryLoss& a, const py::array& hidden, const py::array& weight,
+                            const py::array& rows, const py::array& cols, const py::array& use) {
+    const std::int64_t cells = rows.shape(0), batch = hidden.shape(0), items = weight.shape(0);
+    check_shape(weight, "weight", "[V, H]", {items, hidden.shape(1)});
+    check_shape(cols, "cols", "[M]", {cells});
+    check_shape(use, "use", "[M]", {cells});
+    if (cells >= INT32_MAX || items >= INT32_MAX - 2 || batch >= INT32_MAX - 2) {
+        throw py::value_error("cells, rows and columns must each number below 2**31 - 2, got " +
+                              std::to_string(cells) + ", " + std::to_string(batch) + ", " +
+                              std::to_string(items));
+    }
+    a.rows = data<std::int64_t>(rows);
+    a.cols = data<std::int64_t>(cols);
+    for (std::int64_t m = 0; m < cells; ++m) {
+        if (a.rows[m] < 0 || a.rows[m] >= batch) {
+            throw py::value_error("rows[" + std::to_string(m) + "] must satisfy 0 <= row < " +
+                                  std::to_string(batch) + ", got " + std::to_string(a.rows[m]));
+        }
+        if (a.cols[m] < 0 || a.cols[m] >= items) {
+            throw py::value_error("cols[" + std::to_string(m) + "] must satisfy 0 <= col < " +
+                                  std::to_string(items) + ", got " + std::to_string(a.cols[m]));
+        }
+    }
+    a.hidden = data<float>(hidden);
+    a.weight = data<float>(weight);
+    a.features = hidden.shape(1);
+    return cells;
+}
+
+// The first bucket of thread t: each thread's buckets hold about the same number of cells.
+std::int64_t balanced(const std::int32_t* starts, std::int64_t keys, std::int64_t t,
+                      std::int64_t threads) {
+    if (t == 0) return 0;
+    if (t == threads) return keys;
+    const std::int64_t wanted = static_cast<std::int64_t>(starts[keys]) * t / threads;
+    std::int64_t low = 0, high = keys;
+    while (low < high) {
+        const std::int64_t middle = (low + high) / 2;
+        if (starts[middle] < wanted) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+void history_loss_forward(const py::object& hidden_, const py::object& weight_,
+                          const py::object& bias_, const py::object& rows_,
+                          const py::object& cols_, const py::object& label_,
+                          const py::object& use_, const py::object& residual_, int num_threads) {
+    const py::array hidden = input<float>(hidden_, "hidden", 2),
+                    weight = input<float>(weight_, "weight", 2),
+                    bias = input<float>(bias_, "bias", 1),
+                    rows = input<std::int64_t>(rows_, "rows", 1),
+                    cols = input<std::int64_t>(cols_, "cols", 1),
+                    label = input<float>(label_, "label", 1),
+                    use = checked_array(use_, "use", "bool or uint8", is_flag, 1, false);
+    py::array residual = output<float>(residual_, "residual", 1);
+    check_threads(num_threads);
+    HistoryLoss a{};
+    const std::int64_t cells = history_common(a, hidden, weight, rows, cols, use);
+    check_shape(bias, "bias", "[V]", {weight.shape(0)});
+    check_shape(label, "label", "[M]", {cells});
+    check_shape(residual, "residual", "[M]", {cells});
+    check_overlap(residual, "residual", hidden, "hidden", false);
+    check_overlap(residual, "residual", weight, "weight", false);
+    check_overlap(residual, "residual", bias, "bias", false);
+    check_overlap(residual, "residual", label, "label", false);
+    const HistoryLossKernels& kernels = FMREC_TABLE(history_loss);
+    a.bias = data<float>(bias);
+    a.label = data<float>(label);
+    a.residual = target(residual);
+    const std::uint8_t* flags = data<std::uint8_t>(use);
+    const std::int64_t items = weight.shape(0);
+    py::gil_scoped_release release;
+    const Buckets columns = make_buckets(a.cols, flags, cells, items);
+    a.order = columns.order.get();
+    const std::int64_t used = columns.starts[static_cast<std::size_t>(items)];
+    for (std::int64_t m = 0; m < cells; ++m) {
+        if (!flags[m]) a.residual[m] = 0.0f;
+    }
+    parallel_items(num_threads, used, used * a.features >= GRAIN_HISTORY,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.forward(&a, begin, end); });
+}
+
+void history_loss_backward(const py::object& hidden_, const py::object& weight_,
+                           const py::object& rows_, const py::object& cols_, const py::object& g_,
+                           const py::object& use_, const py::object& d_hidden_,
+                           const py::object& d_weight_, const py::object& d_bias_,
+                           int num_threads) {
+    const py::array hidden = input<float>(hidden_, "hidden", 2),
+                    weight = input<float>(weight_, "weight", 2),
+                    rows = input<std::int64_t>(rows_, "rows", 1),
+                    cols = input<std::int64_t>(cols_, "cols", 1), g = input<float>(g_, "g", 1),
+                    use = checked_array(use_, "use", "bool or uint8", is_flag, 1, false);
+    check_threads(num_threads);
+    HistoryLoss a{};
+    const std::int64_t cells = history_common(a, hidden, weight, rows, cols, use);
+    const std::int64_t batch = hidden.shape(0), items = weight.shape(0);
+    check_shape(g, "g", "[M]", {cells});
+    a.g = data<float>(g);
+    if (!d_hidden_.is_none()) {
+        py::array d_hidden = output<float>(d_hidden_, "d_hidden", 2);
+        check_shape(d_hidden, "d_hidden", "[B, H]", {batch, a.features});
+        check_overlap(d_hidden, "d_hidden", hidden, "hidden", false);
+        check_overlap(d_hidden, "d_hidden", weight, "weight", false);
+        check_overlap(d_hidden, "d_hidden", g, "g", false);
+        a.d_hidden = target(d_hidden);
+    }
+    if (!d_weight_.is_none()) {
+        py::array d_weight = output<float>(d_weight_, "d_weight", 2);
+        check_shape(d_weight, "d_weight", "[V, H]", {items, a.features});
+        check_overlap(d_weight, "d_weight", hidden, "hidden", false);
+        check_overlap(d_weight, "d_weight", weight, "weight", false);
+        check_overlap(d_weight, "d_weight", g, "g", false);
+        a.d_weight = target(d_weight);
+    }
+    if (!d_bias_.is_none()) {
+        py::array d_bias = output<float>(d_bias_, "d_bias", 1);
+        check_shape(d_bias, "d_bias", "[V]", {items});
+        check_overlap(d_bias, "d_bias", g, "g", false);
+        a.d_bias = target(d_bias);
+    }
+    const HistoryLossKernels& kernels = FMREC_TABLE(history_loss);
+    const std::uint8_t* flags = data<std::uint8_t>(use);
+    py::gil_scoped_release release;
+    const bool worth_it = cells * a.features >= GRAIN_HISTORY;
+    if (a.d_hidden) {
+        const Buckets by_row = make_buckets(a.rows, flags, cells, batch);
+        a.order = by_row.order.get();
+        a.starts = by_row.starts.get();
+        parallel_ranges(
+            num_threads, worth_it,
+            [&](std::int64_t t, std::int64_t threads) {
+                return balanced(a.starts, batch, t, threads);
+            },
+            [&](std::int64_t begin, std::int64_t end) { kernels.backward_rows(&a, begin, end); });
+    }
+    if (a.d_weight || a.d_bias) {
+        const Buckets by_column = make_buckets(a.cols, flags, cells, items);
+        a.order = by_column.order.get();
+        a.starts = by_column.starts.get();
+        parallel_ranges(
+            num_threads, worth_it && a.d_weight,
+            [&](std::int64_t t, std::int64_t threads) {
+                return balanced(a.starts, items, t, threads);
+            },
+            [&](std::int64_t begin, std::int64_t end) {
+                kernels.backward_columns(&a, begin, end);
+            });
+    }
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+py::list supported_isas() {
+    py::list names;
+    for (int i = 0; i < ISA_COUNT; ++i) {
+        if (isa_supported(static_cast<Isa>(i))) names.append(isa_name(static_cast<Isa>(i)));
+    }
+    return names;
+}
+
+py::dict build_info() {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+    info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+    py::list isas;
+    isas.append("scalar");
+#ifdef FMREC_X86
+    isas.append("avx2");
+    isas.append("avx512");
+#endif
+    info["isas"] = isas;
+    info["openmp"] = has_openmp();
+    info["cxx"] = static_cast<long>(__cplusplus);
+    info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." +
+                       std::to_string(PYBIND11_VERSION_MINOR);
+    return info;
+}
+
+}  // namespace
+}  // namespace fmrec
+
+PYBIND11_MODULE(_C, m) {
+    using namespace fmrec;
+    m.doc() = "C++ CPU kernels of fmrec_fast; arrays are numpy's and are never converted.";
+    m.def("noise_fusion_forward", &noise_fusion_forward, py::arg("e"), py::arg("shift"),
+          py::arg("rows"), py::arg("seed"), py::arg("step"), py::arg("delta"), py::arg("out"),
+          py::arg("num_threads"),
+          "out = e + lam * shift[:, None, :], lam of the noise stream. out may be e.");
+    m.def("noise_fusion_backward", &noise_fusion_backward, py::arg("grad"), py::arg("rows"),
+          py::arg("seed"), py::arg("step"), py::arg("delta"), py::arg("d_shift"),
+          py::arg("num_threads"), "d_shift = (lam * grad).sum(1), lam regenerated.");
+    m.def("noise_lambda", &noise_lambda, py::arg("rows"), py::arg("seed"), py::arg("step"),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), "out = lam.");
+    m.def("dropout", &dropout, py::arg("x"), py::arg("residual").none(true), py::arg("rows"),
+          py::arg("seed"), py::arg("site"), py::arg("position_offset"),
+          py::arg("position_stride"), py::arg("p"), py::arg("out"), py::arg("num_threads"),
+          "out = residual + where(word >= round(p * 2**32), x / (1 - p), 0). out may be x.");
+    m.def("history_loss_forward", &history_loss_forward, py::arg("hidden"), py::arg("weight"),
+          py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("label"), py::arg("use"),
+          py::arg("residual"), py::arg("num_threads"),
+          "residual = where(use, (hidden[rows] * weight[cols]).sum(1) + bias[cols] - label, 0).");
+    m.def("history_loss_backward", &history_loss_backward, py::arg("hidden"), py::arg("weight"),
+          py::arg("rows"), py::arg("cols"), py::arg("g"), py::arg("use"),
+          py::arg("d_hidden").none(true), py::arg("d_weight").none(true),
+          py::arg("d_bias").none(true), py::arg("num_threads"),
+          "Adjoint of the residuals: writes d_hidden, adds to d_weight and d_bias.");
+    m.def("isa", [] { return std::string(isa_name(isa())); },
+          "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");
+    m.def("supported_isas", &supported_isas, "Instruction sets built in and supported here.");
+    m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
+          "Choose the instruction set for the rest of the process.");
+    m.def("openmp", &has_openmp, "Whether the kernels were built with OpenMP.");
+    m.def("build_info", &build_info, "Compiler, instruction sets, OpenMP, C++ standard.");
+}

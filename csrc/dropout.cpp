@@ -1,0 +1,78 @@
+#include "dropout.h"
+
+#include "philox.h"
+
+namespace fmrec {
+namespace {
+
+// Counters generated at a time: 8 KiB of words stay in the first-level cache.
+enum { CHUNK = 512 };
+
+int64_t chunks_per_row(const Dropout* a) {
+    const int64_t counters = (a->channels + 3) / 4 * a->positions;
+    return (counters + CHUNK - 1) / CHUNK;
+}
+
+int64_t chunks(const Dropout* a) { return a->batch * chunks_per_row(a); }
+
+// A dropped element is selected away, not multiplied by 0: NaN and infinity drop too.
+FMREC_INLINE void apply_run(const Dropout* a, const uint32_t* words, int64_t at, int64_t n) {
+    const uint32_t threshold = a->threshold;
+    const float scale = a->scale;
+    const float* x = a->x + at;
+    float* out = a->out + at;
+    if (a->residual) {
+        const float* residual = a->residual + at;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+            const float scaled = x[i] * scale;
+            out[i] = residual[i] + (words[i] >= threshold ? scaled : 0.0f);
+        }
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+            const float scaled = x[i] * scale;
+            out[i] = words[i] >= threshold ? scaled : 0.0f;
+        }
+    }
+}
+
+void apply(const Dropout* a, int64_t begin, int64_t end) {
+    const int64_t groups = (a->channels + 3) / 4, counters = groups * a->positions;
+    const int64_t per_row = chunks_per_row(a);
+    CounterWalk walk;
+    make_walk(&walk, (uint64_t)groups, a->position_offset, a->position_stride);
+    alignas(64) uint32_t words[4 * CHUNK];
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / per_row, start = item % per_row * CHUNK;
+        int64_t count = counters - start < CHUNK ? counters - start : CHUNK;
+        fill_words(&walk, (uint64_t)start, (uint64_t)count, a->site, (uint32_t)a->rows[b], a->seed,
+                   words);
+        const int64_t row = b * a->positions * a->channels;
+        if (a->channels % 4 == 0) {
+            // The channels fill their groups: the chunk is one run of the row.
+            apply_run(a, words, row + 4 * start, 4 * count);
+            continue;
+        }
+        const uint32_t* run = words;
+        int64_t position = start / groups, group = start % groups;
+        while (count > 0) {
+            const int64_t n = groups - group < count ? groups - group : count;
+            const int64_t rest = a->channels - 4 * group;
+            apply_run(a, run, row + position * a->channels + 4 * group,
+                      rest < 4 * n ? rest : 4 * n);
+            run += 4 * n;
+            count -= n;
+            group = 0;
+            ++position;
+        }
+    }
+}
+
+}  // namespace
+
+namespace FMREC_ISA {
+extern const DropoutKernels dropout = {chunks, apply};
+}
+
+}  // namespace fmrec

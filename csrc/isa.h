@@ -1,0 +1,45 @@
+// Which instruction set the kernels run with.
+//
+// Every kernel source (noise_fusion.cpp, dropout.cpp, history_loss.cpp) is compiled once per
+// instruction set, each time with -DFMREC_ISA=<name>, which names the namespace its functions
+// lie in. This header is shared by those translation units and by the host ones, so it holds
+// declarations only: an inline function or a template instantiated under AVX-512 flags could be
+// the copy that the linker keeps for everybody.
+#pragma once
+
+// Declares one table of kernels in the namespace of every instruction set. A table that was not
+// built (another architecture) is declared but never referenced.
+#define FMREC_DECLARE_TABLE(Type, name)                    \
+    namespace scalar { extern const Type name; }           \
+    namespace avx2 { extern const Type name; }             \
+    namespace avx512 { extern const Type name; }
+
+// The table of the chosen instruction set. Throws, through fmrec::isa(), where
+// FMREC_FAST_ISA names one that cannot be had.
+#ifdef FMREC_X86
+#define FMREC_TABLE(name)                                        \
+    (::fmrec::isa() == ::fmrec::Isa::avx512 ? ::fmrec::avx512::name \
+     : ::fmrec::isa() == ::fmrec::Isa::avx2 ? ::fmrec::avx2::name   \
+                                            : ::fmrec::scalar::name)
+#else
+#define FMREC_TABLE(name) (::fmrec::isa(), ::fmrec::scalar::name)
+#endif
+
+namespace fmrec {
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
+constexpr int ISA_COUNT = 3;
+
+const char* isa_name(Isa isa);
+
+// Built into this library and supported by this CPU and operating system.
+bool isa_supported(Isa isa);
+
+// The chosen one: set_isa's, else FMREC_FAST_ISA's, else the widest supported. Throws
+// std::invalid_argument where the name is unknown or unsupported.
+Isa isa();
+
+// Chooses by name for the rest of the process.
+void set_isa(const char* name);
+
+}  // namespace fmrec

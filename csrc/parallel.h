@@ -1,0 +1,52 @@
+// Splitting work over threads.
+//
+// OpenMP is used here and nowhere else. The library is compiled with -fopenmp but not linked with
+// an OpenMP runtime: its GOMP_* symbols resolve to the runtime that torch has loaded globally, so
+// that the process has one thread pool, not two that fight for the cores.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fmrec {
+
+// Calls work(begin, end) on consecutive ranges that cover [0, items). `boundary(t, threads)` is
+// the first item of thread t of `threads`. Serial where the work is worth no second thread.
+template <typename Boundary, typename Work>
+void parallel_ranges(int num_threads, bool worth_it, Boundary boundary, Work work) {
+#ifdef _OPENMP
+    if (num_threads > 1 && worth_it) {
+        // All threads or one: libgomp rebuilds its pool when the size of the team changes.
+#pragma omp parallel num_threads(num_threads)
+        {
+            const std::int64_t threads = omp_get_num_threads(), t = omp_get_thread_num();
+            const std::int64_t begin = boundary(t, threads), end = boundary(t + 1, threads);
+            if (begin < end) {
+                work(begin, end);
+            }
+        }
+        return;
+    }
+#else
+    (void)num_threads;
+    (void)worth_it;
+#endif
+    const std::int64_t begin = boundary(std::int64_t{0}, std::int64_t{1});
+    const std::int64_t end = boundary(std::int64_t{1}, std::int64_t{1});
+    if (begin < end) {
+        work(begin, end);
+    }
+}
+
+// Equal shares of `items` work items.
+template <typename Work>
+void parallel_items(int num_threads, std::int64_t items, bool worth_it, Work work) {
+    parallel_ranges(
+        num_threads, worth_it && items > 1,
+        [items](std::int64_t t, std::int64_t threads) { return items * t / threads; }, work);
+}
+
+}  // namespace fmrec

@@ -1,0 +1,234 @@
+"""Which backend runs an op, what ran, and where random numbers come from.
+
+A backend that an op does not have is declared in `MISSING` with the reason; whether one that it
+has can run here is asked of the machine (`availability`), never inferred by a failed import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import extension
+
+
+class Backend(str, Enum):
+    """How an op is computed; 'auto' picks the fastest one for the tensors' device."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TRITON = "triton"
+    CPP = "cpp"
+
+    __str__ = str.__str__
+
+
+class Rng(str, Enum):
+    """Where random numbers come from: the package's stream, or the published draws."""
+
+    STREAM = "stream"
+    PUBLISHED = "published"
+
+    __str__ = str.__str__
+
+
+OPS = (
+    "noise_fusion",
+    "dropout",
+    "encoder",
+    "euler_sampler",
+    "item_cross_entropy",
+    "history_loss",
+    "item_ranking",
+)
+
+_COMPOSED = "composed of the ops noise_fusion and encoder, which choose for themselves"
+_NO_KERNEL = "has no such kernel yet; its definition runs"
+MISSING: dict[tuple[str, Backend], str] = {
+    ("dropout", Backend.TRITON): _NO_KERNEL,
+    ("encoder", Backend.TRITON): _NO_KERNEL,
+    ("encoder", Backend.CPP): _NO_KERNEL,
+    ("euler_sampler", Backend.TRITON): _COMPOSED,
+    ("euler_sampler", Backend.CPP): _COMPOSED,
+    ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
+    ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
+    ("history_loss", Backend.TRITON): _NO_KERNEL,
+    ("item_ranking", Backend.TRITON): _NO_KERNEL,
+    ("item_ranking", Backend.CPP): _NO_KERNEL,
+}
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One entry of the dispatch log: `op` ran on `backend`, and why not on the one asked for."""
+
+    op: str
+    backend: Backend
+    reason: str = ""
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
+
+
+_backend: ContextVar[Backend | None] = ContextVar("fmrec_fast_backend", default=None)
+_rng: ContextVar[Rng | None] = ContextVar("fmrec_fast_rng", default=None)
+_log: ContextVar[list[Dispatch] | None] = ContextVar("fmrec_fast_log", default=None)
+
+
+def _parse(kind: type[Enum], value: object, source: str):
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = [str(member.value) for member in kind]
+        raise ValueError(f"{source} must be one of {allowed}, got {value!r}") from None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def availability(backend: Backend | str, device: torch.device | str = "cpu") -> str | None:
+    """None if `backend` can run on `device` in this process, else the reason why it cannot."""
+    backend = _parse(Backend, backend, "backend")
+    kind = torch.device(device).type
+    if backend is Backend.TRITON:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if kind != "cuda" and not triton_interpreted():
+            return f"tensors are on {kind}, and TRITON_INTERPRET=1 was not set at start"
+    if backend is Backend.CPP:
+        if not extension.available():
+            return extension.reason()
+        if kind != "cpu":
+            return f"tensors are on {kind}, the extension works on cpu"
+    return None
+
+
+def current_backend() -> Backend:
+    """The backend in force: `use_backend`, else ``FMREC_FAST_BACKEND``, else 'auto'."""
+    chosen = _backend.get()
+    if chosen is None:
+        source = "FMREC_FAST_BACKEND"
+        chosen = _parse(Backend, os.environ.get(source, "auto"), source)
+    return chosen
+
+
+def current_rng() -> Rng:
+    """The source of random numbers: `use_rng`, else ``FMREC_FAST_RNG``, else 'stream'."""
+    chosen = _rng.get()
+    if chosen is None:
+        source = "FMREC_FAST_RNG"
+        chosen = _parse(Rng, os.environ.get(source, "stream"), source)
+    return chosen
+
+
+@contextmanager
+def use_backend(backend: Backend | str) -> Iterator[None]:
+    """Run ops on `backend`: 'reference', 'triton', 'cpp' or 'auto'.
+
+    A backend named here must run wherever an op has it: if it cannot (not installed, tensors on
+    another device, a dtype it does not take), the op raises `BackendError`. An op that is declared
+    not to have it (`MISSING`) runs its definition, and the dispatch log says so.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the backend is not installed.
+    """
+    backend = _parse(Backend, backend, "backend")
+    if backend is Backend.TRITON and importlib.util.find_spec("triton") is None:
+        raise BackendError(f"backend 'triton' was asked for, but {availability(backend)}")
+    if backend is Backend.CPP and not extension.available():
+        raise BackendError(f"backend 'cpp' was asked for, but {availability(backend)}")
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@contextmanager
+def use_rng(rng: Rng | str) -> Iterator[None]:
+    """Draw from the package's counter-based stream ('stream') or as published ('published').
+
+    Under 'published' every draw is made on the host by torch's default generator, in the order
+    of the published program, and nothing that draws is pruned away: the same
+    ``torch.manual_seed`` gives the published program's losses and scores on CPU.
+    """
+    token = _rng.set(_parse(Rng, rng, "rng"))
+    try:
+        yield
+    finally:
+        _rng.reset(token)
+
+
+@contextmanager
+def dispatch_log() -> Iterator[list[Dispatch]]:
+    """Collect which backend each op ran on: ``with dispatch_log() as log: ...``."""
+    log: list[Dispatch] = []
+    token = _log.set(log)
+    try:
+        yield log
+    finally:
+        _log.reset(token)
+
+
+def choose(op: str, *tensors: Tensor) -> Backend:
+    """The backend for `op` on these tensors, entered into the dispatch log.
+
+    Raises:
+        BackendError: a backend was named that the op has and that cannot run here.
+    """
+    wanted = current_backend()
+    device, reason = tensors[0].device, ""
+    chosen = Backend.REFERENCE
+    if wanted is Backend.AUTO:
+        candidate = Backend.TRITON if device.type == "cuda" else Backend.CPP
+        reason = MISSING.get((op, candidate)) or _obstacle(candidate, device, tensors) or ""
+        chosen = Backend.REFERENCE if reason else candidate
+    elif wanted is not Backend.REFERENCE:
+        reason = MISSING.get((op, wanted)) or ""
+        if not reason:
+            obstacle = _obstacle(wanted, device, tensors)
+            if obstacle:
+                raise BackendError(f"backend {wanted.value!r} was asked for {op}, but {obstacle}")
+            chosen = wanted
+    log = _log.get()
+    if log is not None:
+        log.append(Dispatch(op, chosen, reason))
+    return chosen
+
+
+def _obstacle(backend: Backend, device: torch.device, tensors: tuple[Tensor, ...]) -> str | None:
+    reason = availability(backend, device)
+    if reason:
+        return reason
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"its kernels take float32, got {tensor.dtype}"
+    return None
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed blocks for reuse instead of giving them back to the system.
+
+    With the default settings every large float32 result is mapped and faulted in afresh, which on
+    a CPU costs more than the arithmetic. Changes the whole process, so only the command line calls
+    it. Returns whether the allocator took it.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_threshold, limit = -1, -3, 1 << 30
+    return bool(mallopt(mmap_threshold, limit)) and bool(mallopt(trim_threshold, limit))

@@ -1,0 +1,503 @@
+"""Reading interactions from files: the published pickles, RecBole's atomic text, CSV, Parquet.
+
+Tables go through Arrow, and ids become integers by their dictionaries, so no Python object is
+made per row. Text is read by Arrow's parser, which reports no line numbers when it reads in
+parallel: when something is wrong, `_Text.line` reads the file again, slowly, to say where.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .dataset import MIN_HISTORY, Dataset, ReadReport, count_repeats, offsets_of
+from .published import read_published
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = {
+    ".pkl": "pkl",
+    ".pickle": "pkl",
+    ".inter": "inter",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+DELIMITERS = {"inter": "\t", "csv": ",", "tsv": "\t"}
+# Compared without case, '_', '-' and spaces.
+CONVENTIONAL = {
+    "user": {
+        *("user", "userid", "uid", "reviewerid", "customerid", "accountid"),
+        *("memberid", "visitorid"),
+    },
+    "item": {
+        *("item", "itemid", "iid", "movieid", "product", "productid", "asin", "parentasin"),
+        *("businessid", "gmapid", "trackid", "songid", "bookid", "newsid", "articleid"),
+        *("videoid", "gameid", "sku"),
+    },
+    "timestamp": {
+        *("timestamp", "time", "ts", "date", "datetime", "unixtime", "unixtimestamp"),
+        *("unixreviewtime", "eventtime"),
+    },
+}
+INTEGER = r"^(?:0|-?[1-9][0-9]{0,18})$"
+NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
+
+
+def read_dataset(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    user: str | None = None,
+    item: str | None = None,
+    timestamp: str | None = None,
+    min_user: int = 0,
+    min_item: int = 0,
+) -> Dataset:
+    """Read the interactions of a file into a Dataset; `dataset.report` says what was dropped.
+
+    format: 'pkl', 'inter', 'csv', 'tsv' or 'parquet'; by default from the file's suffix.
+    user, item, timestamp: names of columns; by default the conventional ones. Without a
+        timestamp the file's order counts; equal timestamps of a user keep it too.
+    min_user, min_item: keep only users and items with at least so many interactions among those
+        kept (filtered until nothing changes). Users with fewer than 2 never stay.
+
+    Items and users are numbered in the sorted order of their external ids. Ids in text are ints
+    if all of a column's ids are written as ints are ('7', not '07'); Parquet's keep their type.
+    A 'pkl' is the published `dataset.pkl`, whose item numbers and split are kept as they are,
+    and which takes none of the other arguments.
+
+    Raises FileNotFoundError; ImportError without pyarrow; ValueError, with the file and the line
+    (the header is line 1; the row for Parquet, the first is 1), for anything malformed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, not a directory")
+    format = _format_of(path, format)
+    for name, least in (("min_user", min_user), ("min_item", min_item)):
+        if isinstance(least, bool) or not isinstance(least, (int, np.integer)):
+            raise TypeError(f"{name}={least!r}; expected an integer")
+        if least < 0:
+            raise ValueError(f"{name}={least}; expected 0 or more")
+    wanted = {"user": user, "item": item, "timestamp": timestamp}
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+    if format == "pkl":
+        given = {**wanted, "min_user": min_user or None, "min_item": min_item or None}
+        refused = [name for name, value in given.items() if value is not None]
+        if refused:
+            raise ValueError(
+                f"{path}: {', '.join(refused)} given for a published pickle; expected none: its "
+                f"split and numbering are fixed"
+            )
+        return read_published(path)
+    source = _Parquet(path) if format == "parquet" else _Text(path, format)
+    return _from_table(source, _choose_columns(source, wanted), int(min_user), int(min_item))
+
+
+def _format_of(path: Path, format: str | None) -> str:
+    known = sorted(set(FORMATS.values()))
+    if format is None:
+        suffix = path.suffix.lower()
+        if suffix not in FORMATS:
+            raise ValueError(
+                f"{path}: unknown suffix {suffix!r}; expected one of {sorted(FORMATS)}, or "
+                f"format= one of {known}"
+            )
+        return FORMATS[suffix]
+    if format not in known:
+        raise ValueError(f"format={format!r}; expected one of {known}")
+    return format
+
+
+def _import_pyarrow() -> None:
+    try:
+        import pyarrow.compute
+        import pyarrow.csv
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "reading tables of interactions needs pyarrow: pip install fmrec_fast[cli]"
+        ) from error
+
+
+class _Text:
+    """A delimited text file whose first line that is not blank is the header."""
+
+    def __init__(self, path: Path, format: str) -> None:
+        _import_pyarrow()
+        self.path = path
+        self.delimiter = DELIMITERS[format]
+        records = self._records()
+        _, self.header = next(records, (0, []))
+        if not self.header:
+            raise ValueError(f"{path}: only blank lines; expected a header and rows")
+        if next(records, None) is None:
+            raise ValueError(f"{path}: no interactions; expected rows after the header")
+        records.close()
+        # RecBole writes each column's type after its name.
+        typed = [name.partition(":") for name in self.header]
+        self.names = [name for name, _, _ in typed] if format == "inter" else self.header
+        self.types = [kind for _, _, kind in typed] if format == "inter" else [""] * len(typed)
+
+    def _records(self, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+        """The records that are not blank, each with the number of the line it starts on."""
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            reader = csv.reader(file, delimiter=self.delimiter, strict=strict)
+            line = 1
+            while True:
+                try:
+                    record = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    raise ValueError(f"{self.path}, line {line}: {error}") from error
+                if record:
+                    yield line, record
+                line = reader.line_num + 1
+
+    def line(self, row: int) -> str:
+        """Where data row `row` (0-based) is."""
+        for at, (line, _) in enumerate(self._records()):
+            if at == row + 1:
+                return f"{self.path}, line {line}"
+        raise ValueError(f"{self.path}: row {row} is gone; the file changed while it was read")
+
+    def read(self, columns: list[int]) -> list[pa.ChunkedArray]:
+        """These columns as strings."""
+        import pyarrow as pa
+        from pyarrow import csv as arrow_csv
+
+        names = [self.header[column] for column in columns]
+        try:
+            table = arrow_csv.read_csv(
+                self.path,
+                parse_options=arrow_csv.ParseOptions(
+                    delimiter=self.delimiter, newlines_in_values=True
+                ),
+                convert_options=arrow_csv.ConvertOptions(
+                    include_columns=names,
+                    column_types=dict.fromkeys(names, pa.string()),
+                    strings_can_be_null=False,
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            self._explain(error)
+        self._check_quotes(table.num_rows)
+        return [table.column(name) for name in names]
+
+    def _explain(self, error: Exception) -> None:
+        for line, record in self._records():
+            if len(record) != len(self.header):
+                raise ValueError(
+                    f"{self.path}, line {line}: {len(record)} fields "
+                    f"({reprlib.repr(self.delimiter.join(record))}); expected {len(self.header)}, "
+                    f"as in the header"
+                ) from error
+        with open(self.path, "rb") as file:
+            for line, text in enumerate(file, 1):
+                try:
+                    text.decode()
+                except UnicodeDecodeError as wrong:
+                    raise ValueError(
+                        f"{self.path}, line {line}: {reprlib.repr(text)} is not UTF-8 ({wrong})"
+                    ) from error
+        raise ValueError(f"{self.path}: {error}") from error
+
+    def _check_quotes(self, rows: int) -> None:
+        # Arrow takes a quote that is never closed as a field that goes on to the next quote or
+        # the end of the file, and the rows in between are gone without a word.
+        with open(self.path, "rb") as file:
+            lines = sum(1 for line in file if line not in (b"\n", b"\r\n"))
+        if lines != rows + 1:
+            for _ in self._records(strict=True):
+                pass
+
+
+class _Parquet:
+    def __init__(self, path: Path) -> None:
+        _import_pyarrow()
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self.path = path
+        try:
+            self.file = parquet.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+        self.header = self.names = list(self.file.schema_arrow.names)
+        self.types = [""] * len(self.names)
+
+    def line(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def read(self, columns: list[int]) -> list[pa.ChunkedArray]:
+        import pyarrow as pa
+
+        names = [self.header[column] for column in columns]
+        try:
+            table = self.file.read(columns=names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.path}: not a readable Parquet file: {error}") from error
+        return [table.column(name) for name in names]
+
+
+def _choose_columns(source: _Text | _Parquet, wanted: dict[str, str | None]) -> dict[str, int]:
+    """The positions of the columns: 'user', 'item' and, where there is one, 'timestamp'."""
+    chosen = {}
+    for role, name in wanted.items():
+        if name is None:
+            found = [
+                at
+                for at, column in enumerate(source.names)
+                if column.lower().translate(str.maketrans("", "", "_- ")) in CONVENTIONAL[role]
+            ]
+            problem = f"no {role} column" if not found else f"several {role} columns"
+        else:
+            found = [
+                at
+                for at, spellings in enumerate(zip(source.names, source.header, strict=True))
+                if name in spellings
+            ]
+            problem = f"no column {name!r}" if not found else f"several columns {name!r}"
+        if not found and role == "timestamp" and name is None:
+            continue
+        if len(found) != 1:
+            which = f" ({', '.join(source.names[at] for at in found)})" if found else ""
+            hint = f"; give its name as {role}=" if name is None else ""
+            raise ValueError(
+                f"{source.path}: {problem}{which}{hint}; the file's columns are "
+                f"{source.names}"
+            )
+        if source.types[found[0]].endswith("_seq"):
+            raise ValueError(
+                f"{source.path}: the {role} column {source.header[found[0]]!r} holds sequences; "
+                f"expected one value per row"
+            )
+        chosen[role] = found[0]
+    roles: dict[int, str] = {}
+    for role, at in chosen.items():
+        if at in roles:
+            raise ValueError(
+                f"{source.path}: column {source.names[at]!r} for both {roles[at]} and {role}; "
+                f"expected different columns"
+            )
+        roles[at] = role
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """codes int32 [N]: each row's place in `ids`, the distinct external ids, sorted."""
+
+    codes: np.ndarray
+    ids: list
+
+
+def _from_table(
+    source: _Text | _Parquet, columns: dict[str, int], min_user: int, min_item: int
+) -> Dataset:
+    arrays = dict(zip(columns, source.read(list(columns.values())), strict=True))
+    if len(arrays["user"]) == 0:
+        raise ValueError(f"{source.path}: no interactions; expected rows after the header")
+    users = _encode(source, "user", arrays["user"])
+    items = _encode(source, "item", arrays["item"])
+    times = _timestamps(source, arrays["timestamp"]) if "timestamp" in arrays else None
+    return _assemble(
+        users,
+        items,
+        times,
+        min_user,
+        min_item,
+        name=source.path.stem,
+        source=str(source.path),
+        columns=tuple(f"{role} {source.names[at]}" for role, at in columns.items()),
+    )
+
+
+def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Ids:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    missing = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
+    if missing >= 0:
+        raise ValueError(f"{source.line(missing)}: the {role} id is missing; expected an id")
+    if pa.types.is_floating(kind):
+        # What a table of ints becomes in passing through pandas with a missing value.
+        whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
+        if whole and pc.max(pc.abs(column)).as_py() <= 2**53:
+            column = column.cast(pa.int64())
+    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(
+            f"{source.path}: the {role} column has type {kind}; expected integers or text"
+        )
+    encoded = column.dictionary_encode().combine_chunks()
+    codes, distinct = encoded.indices.to_numpy(), encoded.dictionary
+    if _is_text(distinct.type):
+        _check_text_ids(source, role, codes, distinct.to_pylist())
+        values = _as_ints(distinct) if isinstance(source, _Text) else None
+        ids = distinct.to_pylist() if values is None else values.tolist()
+    else:
+        ids = distinct.to_pylist()
+        if not pa.types.is_integer(distinct.type):
+            ids = [str(value) for value in ids]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    rank = np.empty(len(ids), dtype=np.int32)
+    rank[order] = np.arange(len(ids), dtype=np.int32)
+    return _Ids(rank[codes], [ids[at] for at in order])
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check_text_ids(
+    source: _Text | _Parquet, role: str, codes: np.ndarray, distinct: list[str]
+) -> None:
+    for code, value in enumerate(distinct):
+        if not value.strip():
+            problem = f"the {role} id is empty ({value!r}); expected an id"
+        elif "\n" in value or "\r" in value:
+            problem = f"the {role} id {reprlib.repr(value)} has a line break (an open quote?)"
+        else:
+            continue
+        raise ValueError(f"{source.line(int(np.argmax(codes == code)))}: {problem}")
+
+
+def _as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
+    """int64 values of strings that all are ints as Python prints them, else None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pc.all(pc.match_substring_regex(strings, INTEGER)).as_py():
+        return None
+    try:
+        return strings.cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid:
+        return None  # 19 digits may be beyond int64
+
+
+def _timestamps(source: _Text | _Parquet, column: pa.ChunkedArray) -> np.ndarray:
+    """int64 or float64 [N], finite"""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    row = pc.index(column.is_null(), True).as_py()
+    if row >= 0:
+        raise ValueError(f"{source.line(row)}: the timestamp is missing; expected a number")
+    if pa.types.is_date32(kind):
+        return column.cast(pa.int32()).to_numpy().astype(np.int64)
+    if pa.types.is_timestamp(kind) or pa.types.is_date64(kind) or pa.types.is_int64(kind):
+        return column.cast(pa.int64()).to_numpy()
+    if _is_text(kind):
+        values = _as_ints(column)
+        if values is not None:
+            return values
+        row = pc.index(pc.match_substring_regex(column, NUMBER), False).as_py()
+        if row >= 0:
+            raise ValueError(
+                f"{source.line(row)}: timestamp {reprlib.repr(column[row].as_py())}; expected a "
+                f"number"
+            )
+    elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
+        raise ValueError(
+            f"{source.path}: the timestamp column has type {kind}; expected numbers or timestamps"
+        )
+    times = column.cast(pa.float64(), safe=False).to_numpy()
+    if not np.isfinite(times).all():
+        row = int(np.argmin(np.isfinite(times)))
+        raise ValueError(
+            f"{source.line(row)}: timestamp {column[row].as_py()}; expected a finite number"
+        )
+    return times
+
+
+def _assemble(
+    users: _Ids,
+    items: _Ids,
+    times: np.ndarray | None,
+    min_user: int,
+    min_item: int,
+    *,
+    name: str,
+    source: str,
+    columns: tuple[str, ...],
+) -> Dataset:
+    rows_read = len(users.codes)
+    user, item = users.codes, items.codes
+    short = int((np.bincount(user) < MIN_HISTORY).sum())
+    facts = {"repeated_items": count_repeats(user, item)}
+    # Sorted before it is filtered: a filter keeps the order.
+    order = np.argsort(user, kind="stable")
+    if times is not None:
+        by_user, in_file = user[order], times[order]
+        same_user = by_user[1:] == by_user[:-1]
+        facts["out_of_order"] = int((same_user & (in_file[1:] < in_file[:-1])).sum())
+        if facts["out_of_order"]:
+            order = np.lexsort((times, user))
+        # Either order has the users ascending, so `same_user` is about both.
+        sorted_times = times[order]
+        tied = same_user & (sorted_times[1:] == sorted_times[:-1])
+        facts["tied_timestamps"] = int(tied.sum())
+    user, item = _filter(user[order], item[order], max(min_user, MIN_HISTORY), min_item)
+    user_counts, item_counts = np.bincount(user), np.bincount(item)
+    kept_users, kept_items = np.flatnonzero(user_counts), np.flatnonzero(item_counts)
+    internal = np.cumsum(item_counts > 0)  # by code, in the order of the external ids
+    report = ReadReport(
+        rows_read=rows_read,
+        rows_kept=len(user),
+        users_read=len(users.ids),
+        users_kept=len(kept_users),
+        items_read=len(items.ids),
+        items_kept=len(kept_items),
+        users_too_short=short,
+        users_filtered=len(users.ids) - len(kept_users) - short,
+        source=source,
+        columns=columns,
+        **facts,
+    )
+    if len(user) == 0:
+        raise ValueError(
+            f"{source}: no user is left with min_user={min_user}, min_item={min_item}; expected "
+            f"users with at least {MIN_HISTORY} interactions. {report}"
+        )
+    return Dataset(
+        items=internal[item].astype(np.int32),
+        offsets=offsets_of(user_counts[kept_users]),
+        item_ids=[items.ids[code] for code in kept_items.tolist()],
+        user_ids=[users.ids[code] for code in kept_users.tolist()],
+        name=name,
+        report=report,
+    )
+
+
+def _filter(
+    user: np.ndarray, item: np.ndarray, min_user: int, min_item: int
+) -> tuple[np.ndarray, np.ndarray]:
+    while len(user):
+        keep = (np.bincount(user) >= min_user)[user] & (np.bincount(item) >= min_item)[item]
+        if keep.all():
+            break
+        user, item = user[keep], item[keep]
+    return user, item

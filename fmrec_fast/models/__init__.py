@@ -1,0 +1,5 @@
+"""The networks, as nn.Modules with the published state_dict keys."""
+
+from fmrec_fast.models.fmrec import FMRec, FMRecommender, TrainingDraws
+
+__all__ = ["FMRec", "FMRecommender", "TrainingDraws"]

@@ -1,0 +1,595 @@
+"""FMRec (IJCAI 2025): the flow-matching core and the joint model around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmrec_fast import flow, noise
+from fmrec_fast.backend import Rng, current_rng
+from fmrec_fast.config import FMRecConfig
+from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.ops import (
+    StreamDropout,
+    TorchDropout,
+    draw_lam,
+    euler_sampler,
+    history_loss,
+    item_cross_entropy,
+    noise_fusion,
+)
+from fmrec_fast.ops._checks import check_integer, check_range, check_shape, request_rows
+from fmrec_fast.ops.euler_sampler import SamplerWeights
+from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
+
+
+@dataclass(frozen=True)
+class TrainingDraws:
+    """Explicit random numbers of one training step; what is None is drawn.
+
+    `cells` are (row, column) pairs of drawn zero cells [N, 2].
+    """
+
+    z0: Tensor | None = None
+    t: Tensor | None = None
+    noise: Tensor | None = None
+    cells: Tensor | None = None
+
+
+class XStartModel(nn.Module):
+    """The network that predicts the next item's embedding from a noisy one."""
+
+    def __init__(self, config: FMRecConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.hidden_size = width
+        self.item_num = config.item_num
+        self.lambda_uncertainty = config.lambda_uncertainty
+        self.tap = config.num_blocks - config.last - 1
+        self.linear_item = nn.Linear(width, width)
+        self.linear_xt = nn.Linear(width, width)
+        self.linear_t = nn.Linear(width, width)
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
+        )
+        self.fuse_linear = nn.Linear(3 * width, width)
+        self.att = TransformerStack(width, config.num_blocks, config.num_heads, config.attention)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm_fm_rep = LayerNorm(width)
+        first, second = config.decoder_dims
+        self.decoder = nn.Sequential(
+            nn.Linear(width, first),
+            nn.Tanh(),
+            nn.Linear(first, second),
+            nn.Tanh(),
+            nn.Linear(second, config.item_num),
+        )
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time embeddings of scaled times (999 t): [B] -> [B, D]."""
+        return self.time_embed(sinusoid(t, self.hidden_size))
+
+    def predict(
+        self,
+        item_rep: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        mask_seq: Tensor,
+        *,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        rows: Tensor | None = None,
+        drop: Drop | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction and what the decoder reads, both [B, D]; arguments as `forward`."""
+        published = current_rng() is Rng.PUBLISHED
+        batch, length, width = item_rep.shape
+        if noise is None and published:
+            noise = draw_lam(batch, length, width, self.lambda_uncertainty, item_rep.device)
+        seed, rows, drop = self.randomness(item_rep, seed, rows, drop)
+        fused = noise_fusion(
+            item_rep,
+            x_t,
+            self.embed_time(t),
+            delta=self.lambda_uncertainty,
+            seed=seed,
+            rows=rows,
+            lam=noise,
+        )
+        p = self.dropout.p
+        last, tapped = self.att(
+            fused,
+            mask_seq,
+            tap=self.tap,
+            drop=drop,
+            p=p,
+            # As published every position of the last block draws its dropout.
+            prune=not (published and drop is not no_drop),
+        )
+        site = dropout_sites(len(self.att.transformer_blocks))[0]
+        if published and drop is not no_drop:
+            # The published dropout covers all positions, though only the last one is read.
+            last = drop(last[:, None].repeat(1, length, 1), p, site)[:, -1]
+        else:
+            last = drop(last[:, None], p, site, position_offset=length - 1)[:, 0]
+        return self.norm_fm_rep(last), tapped
+
+    def randomness(
+        self, like: Tensor, seed: Tensor | None, rows: Tensor | None, drop: Drop | None
+    ) -> tuple[Tensor | None, Tensor, Drop]:
+        """Fill in what the caller left open: the seed, the rows' names, the dropout."""
+        rows = request_rows(rows, like.shape[0], like.device)
+        published = current_rng() is Rng.PUBLISHED
+        if seed is None and not published:
+            seed = noise.draw_seed(like.device)
+        if not self.training:
+            drop = no_drop
+        elif drop is None:
+            drop = TorchDropout() if published else StreamDropout(seed, rows)
+        return seed, rows, drop
+
+    def forward(
+        self,
+        item_rep: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        mask_seq: Tensor,
+        *,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        rows: Tensor | None = None,
+        drop: Drop | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the data end of the trajectory, and decode the history.
+
+        Args:
+            item_rep: embedded history [B, L, D].
+            x_t: noisy target [B, D].
+            t: scaled times (999 t) [B].
+            mask_seq: [B, L], 1 at real positions.
+            noise: explicit lam [B, L, D]; None draws it (eq. 14).
+            seed, rows: key the stream; None draws a seed and names the rows 0 .. B-1.
+
+        Returns:
+            (x0 [B, D], decoded [B, V]).
+        """
+        x0, tapped = self.predict(
+            item_rep, x_t, t, mask_seq, noise=noise, seed=seed, rows=rows, drop=drop
+        )
+        return x0, self.decoder(tapped)
+
+    def decoder_hidden(self, tapped: Tensor) -> Tensor:
+        """Input of the decoder's last layer: [B, D] -> [B, Hd]."""
+        return self.decoder[:-1](tapped)
+
+
+class FMRec(nn.Module):
+    """The flow-matching core, drop-in for the published class of this name.
+
+    Args:
+        args: the published argparse namespace, a mapping, or `FMRecConfig`.
+
+    Attributes such as `sample_N`, `eps`, `sampling_method` or `s_modsamp` may be changed after
+    construction; every call reads them afresh.
+    """
+
+    def __init__(self, args: Any) -> None:
+        super().__init__()
+        config = FMRecConfig.coerce(args)
+        if config.item_num < 2:
+            raise ValueError(
+                f"item_num must be at least 2 (padding and one item), got {config.item_num}"
+            )
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.item_num = config.item_num
+        self.max_len = config.max_len
+        self.eps = config.eps
+        self.eps_reverse = config.eps_reverse
+        self.sample_N = config.sample_N
+        self.sampling_method = config.sampling_method
+        self.m_logNorm = config.m_logNorm
+        self.s_logNorm = config.s_logNorm
+        self.s_modsamp = config.s_modsamp
+        self.trajectory = config.trajectory
+        self.target = config.target
+        self.xstart_model = XStartModel(config)
+
+    @property
+    def time_scale(self) -> float:
+        """The factor 1/eps - 1 (999) between t and the time embedding's argument."""
+        return 1 / self.eps - 1
+
+    def _times(self, batch: int, device: torch.device, seed: Tensor | None, rows: Tensor) -> Tensor:
+        """Training times [B] by the schedule in force."""
+        normal = None
+        if self.sampling_method == "logit_normal":
+            if seed is None:
+                normal = torch.randn(batch, device=device)
+            else:
+                normal = noise.time_normals(seed, rows)
+            normal = self.m_logNorm + self.s_logNorm * normal
+            u = normal
+        else:
+            u = torch.rand(batch, device=device) if seed is None else noise.uniforms(seed, rows)
+        return flow.time_schedule(
+            u, self.sampling_method, eps=self.eps, s_modsamp=self.s_modsamp, normal=normal
+        )
+
+    def flow_step(
+        self,
+        item_rep: Tensor,
+        item_tag: Tensor,
+        mask_seq: Tensor,
+        *,
+        draws: TrainingDraws | None = None,
+        seed: Tensor | None = None,
+        rows: Tensor | None = None,
+        drop: Drop | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One training evaluation: (prediction, decoder's input, t, z0, x_t)."""
+        draws = draws or TrainingDraws()
+        rows = request_rows(rows, item_tag.shape[0], item_tag.device)
+        published = current_rng() is Rng.PUBLISHED
+        if seed is None and not published:
+            seed = noise.draw_seed(item_tag.device)
+        z0, t = draws.z0, draws.t
+        if z0 is None:
+            z0 = (
+                torch.randn_like(item_tag)
+                if published
+                else noise.start(seed, rows, item_tag.shape[1])
+            )
+        if t is None:
+            t = self._times(len(rows), item_tag.device, seed, rows)
+        x_t = flow.interpolate(item_tag, z0, t[:, None], self.trajectory)
+        prediction, tapped = self.xstart_model.predict(
+            item_rep,
+            x_t,
+            t * self.time_scale,
+            mask_seq,
+            noise=draws.noise,
+            seed=seed,
+            rows=rows,
+            drop=drop,
+        )
+        return prediction, tapped, t, z0, x_t
+
+    def forward(
+        self,
+        item_rep: Tensor,
+        item_tag: Tensor,
+        mask_seq: Tensor,
+        *,
+        draws: TrainingDraws | None = None,
+        seed: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One training evaluation with the decoder run in full, as published.
+
+        Args:
+            item_rep: [B, L, D]; item_tag: embedded targets [B, D]; mask_seq: [B, L].
+
+        Returns:
+            (x0 [B, D], decoded [B, V], t repeated [B, D], t [B], z0 [B, D]).
+        """
+        x0, tapped, t, z0, _ = self.flow_step(
+            item_rep, item_tag, mask_seq, draws=draws, seed=seed, rows=rows
+        )
+        decoded = self.xstart_model.decoder(tapped)
+        return x0, decoded, t[:, None].repeat(1, self.hidden_size), t, z0
+
+    def q_sample_rf(
+        self, x_start: Tensor, t: Tensor, z0: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """x_t = t x + (1 - t) z0 (or the cosine trajectory).
+
+        Args:
+            t: broadcastable to `x_start`.
+            mask: [B] or [B, L]; rows where it is 0 keep `x_start`.
+        """
+        x_t = flow.interpolate(x_start, z0, t, self.trajectory)
+        if mask is None:
+            return x_t
+        if mask.shape != x_start.shape[: mask.ndim]:
+            raise ValueError(
+                f"mask must have the leading dimensions of x_start {tuple(x_start.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
+        keep = mask.reshape(mask.shape + (1,) * (x_start.ndim - mask.ndim)) == 0
+        return torch.where(keep, x_start, x_t)
+
+    def sampler_weights(self) -> SamplerWeights:
+        """What `ops.euler_sampler` reads of this model."""
+        network = self.xstart_model
+        return SamplerWeights(
+            blocks=network.att.weights(),
+            norm_weight=network.norm_fm_rep.weight,
+            norm_bias=network.norm_fm_rep.bias,
+            num_heads=network.att.num_heads,
+            attention=network.att.attention,
+            delta=network.lambda_uncertainty,
+        )
+
+    @torch.no_grad()
+    def integrate(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        *,
+        steps: int | None = None,
+        seed: Tensor | None = None,
+        rows: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_trajectory: bool = False,
+    ) -> Tensor:
+        """q Euler steps (eq. 23) from z0 [B, D]; see `ops.euler_sampler`.
+
+        A network in training mode samples through its dropouts, as published: that path goes
+        step by step through the whole network.
+        """
+        network = self.xstart_model
+        times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
+        seed, rows, drop = network.randomness(item_rep, seed, rows, None)
+        if drop is not no_drop:
+            return self._integrate_with_dropout(
+                item_rep, mask_seq, z0, times, noise, return_trajectory
+            )
+        lam_of_step = None
+        if noise is None and current_rng() is Rng.PUBLISHED:
+            delta = network.lambda_uncertainty
+
+            def lam_of_step() -> Tensor:
+                return draw_lam(*item_rep.shape, delta, item_rep.device)
+
+        return euler_sampler(
+            item_rep,
+            mask_seq,
+            z0,
+            network.embed_time(times * self.time_scale),
+            self.sampler_weights(),
+            times=times,
+            seed=seed,
+            rows=rows,
+            noise=noise,
+            lam_of_step=lam_of_step,
+            trajectory=self.trajectory,
+            target=self.target,
+            return_trajectory=return_trajectory,
+        )
+
+    def _integrate_with_dropout(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        times: Tensor,
+        lam: Tensor | None,
+        return_trajectory: bool,
+    ) -> Tensor:
+        from fmrec_fast.reference.euler_sampler import euler_sampler as definition
+
+        scaled = times * self.time_scale
+
+        def step_network(x: Tensor, i: int) -> Tensor:
+            return self.xstart_model.predict(
+                item_rep,
+                x,
+                scaled[i].expand(len(x)),
+                mask_seq,
+                noise=None if lam is None else lam[i],
+            )[0]
+
+        return definition(
+            z0,
+            step_network,
+            lambda pred, x, i: self.velocity(pred, z0, times[i]),
+            len(times),
+            return_trajectory=return_trajectory,
+        )
+
+    def velocity(self, prediction: Tensor, z0: Tensor, t: Tensor) -> Tensor:
+        """The velocity that a prediction stands for."""
+        if self.target == "velocity":
+            return prediction
+        return flow.velocity(prediction, z0, t, self.trajectory)
+
+    def euler_sampler(self, item_rep: Tensor, mask_seq: Tensor, z0: Tensor) -> tuple[Tensor, int]:
+        """(x [B, D], number of network evaluations), as published (eq. 23)."""
+        return self.integrate(item_rep, mask_seq, z0), self.sample_N
+
+    def reverse_p_sample_rf(self, item_rep: Tensor, z0: Tensor, mask_seq: Tensor) -> Tensor:
+        """x [B, D], as published (eq. 23)."""
+        return self.integrate(item_rep, mask_seq, z0)
+
+    @torch.no_grad()
+    def rk45_sampler(self, item_rep: Tensor, mask_seq: Tensor, z0: Tensor) -> tuple[Tensor, int]:
+        """Adaptive Runge-Kutta 4(5) from eps to 1 (scipy ``solve_ivp``, rtol = atol = 1e-5).
+
+        Every evaluation draws its own lam, as published.
+
+        Returns:
+            (x [B, D], number of network evaluations).
+
+        Raises:
+            ImportError: scipy is not installed (extra ``[ode]``).
+        """
+        from scipy.integrate import solve_ivp
+
+        def derivative(t: float, flat: Any) -> Any:
+            x = torch.as_tensor(flat, dtype=z0.dtype, device=z0.device).reshape(z0.shape)
+            at = torch.full((len(x),), t, dtype=z0.dtype, device=z0.device)
+            prediction, _ = self.xstart_model.predict(item_rep, x, at * self.time_scale, mask_seq)
+            return self.velocity(prediction, z0, at[:, None]).cpu().numpy().reshape(-1)
+
+        solution = solve_ivp(
+            derivative,
+            (self.eps, 1.0),
+            z0.detach().cpu().numpy().reshape(-1),
+            method="RK45",
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        x = torch.as_tensor(solution.y[:, -1], dtype=z0.dtype, device=z0.device)
+        return x.reshape(z0.shape), int(solution.nfev)
+
+
+class FMRecommender(nn.Module):
+    """The joint model: item embeddings around the core (published name: ``Att_FM_model``).
+
+    Args:
+        fm: the core.
+        args: the published argparse namespace, a mapping, or `FMRecConfig`.
+    """
+
+    def __init__(self, fm: FMRec, args: Any) -> None:
+        super().__init__()
+        config = FMRecConfig.coerce(args)
+        self.config = config
+        self.item_num = config.item_num
+        self.emb_dim = config.hidden_size
+        self.loss_recon_mask_ratio = config.mask_ratio
+        self.item_embeddings = nn.Embedding(config.item_num, config.hidden_size)
+        self.embed_dropout = nn.Dropout(config.emb_dropout)
+        self.position_embeddings = nn.Embedding(config.max_len, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size)
+        self.fm = fm
+
+    @classmethod
+    def from_config(cls, config: Any) -> FMRecommender:
+        """Build the core and the joint model."""
+        return cls(FMRec(config), config)
+
+    def check_sequence(self, sequence: Tensor) -> None:
+        """`sequence` must be int64 [B, L] with ids 0 .. V-1 (ids are looked at on CPU only).
+
+        Raises:
+            TypeError, ValueError: names what was given.
+        """
+        sizes: dict[str, int] = {}
+        check_shape("sequence", sequence, "B L", sizes)
+        check_integer("sequence", sequence)
+        if sizes["L"] == 0:
+            raise ValueError(f"sequence must have L >= 1, got shape {tuple(sequence.shape)}")
+        check_range("item id in sequence", sequence, 0, self.item_num)
+
+    def embed(
+        self, sequence: Tensor, drop: Drop | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(embedded history [B, L, D], mask [B, L])."""
+        e = self.item_embeddings(sequence)
+        if drop is not None:
+            e = drop(e, self.embed_dropout.p, EMBEDDING_SITE)
+        return self.LayerNorm(e), (sequence > 0).to(e.dtype)
+
+    def forward(
+        self,
+        sequence: Tensor,
+        tag: Tensor | None,
+        forward_mse_time: int = 0,
+        train_flag: bool = True,
+        *,
+        draws: TrainingDraws | None = None,
+        seed: Tensor | int | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple:
+        """One step of training or of inference, as published.
+
+        Args:
+            sequence: int64 [B, L], left-padded with 0.
+            tag: targets int64 [B, 1], 1 .. V-1; not read in inference.
+            forward_mse_time: has no effect (published interface).
+            train_flag: training or inference.
+            draws: explicit random numbers.
+            seed, rows: key the noise stream; None draws a seed and names the rows 0 .. B-1.
+
+        Returns:
+            training: (loss_recon, x0 [B, D], t repeated [B, D], t [B], loss_fm, z0 [B, D]);
+            inference: (None, x1 [B, D], None, None, None, z0 [B, D]).
+
+        Raises:
+            TypeError, ValueError: dtypes or shapes are off, or (on CPU) an id is out of range.
+        """
+        self.check_sequence(sequence)
+        batch, device = sequence.shape[0], sequence.device
+        published = current_rng() is Rng.PUBLISHED
+        rows = request_rows(rows, batch, device)
+        seed = None if published and seed is None else noise.as_seed(seed, device)
+        draws = draws or TrainingDraws()
+        if not train_flag:
+            return self._infer(sequence, draws, seed, rows)
+        check_shape("tag", tag, "B 1", {"B": batch, "1": 1})
+        check_integer("tag", tag)
+        check_range("target", tag, 1, self.item_num)
+        drop: Drop | None = None
+        if self.training:
+            drop = TorchDropout() if published else StreamDropout(seed, rows)
+        e, mask = self.embed(sequence, drop)
+        item_tag = self.item_embeddings(tag[:, 0])
+        prediction, tapped, t, z0, x_t = self.fm.flow_step(
+            e, item_tag, mask, draws=draws, seed=seed, rows=rows, drop=drop
+        )
+        if self.fm.target == "velocity":
+            at = t[:, None]
+            wanted = flow.velocity(item_tag, z0, at, self.fm.trajectory)
+            loss_fm = self.loss_FM_mse(prediction, wanted)
+            x0 = flow.data_from_velocity(prediction, x_t, at, self.fm.trajectory)
+        else:
+            loss_fm = self.loss_FM_mse(prediction, item_tag)
+            x0 = prediction
+        network = self.fm.xstart_model
+        loss_recon = history_loss(
+            network.decoder_hidden(tapped),
+            network.decoder[-1].weight,
+            network.decoder[-1].bias,
+            sequence,
+            mask_ratio=self.loss_recon_mask_ratio,
+            cells=draws.cells,
+            seed=seed,
+        )
+        return loss_recon, x0, t[:, None].repeat(1, self.emb_dim), t, loss_fm, z0
+
+    def _infer(
+        self, sequence: Tensor, draws: TrainingDraws, seed: Tensor | None, rows: Tensor
+    ) -> tuple:
+        drop: Drop | None = None
+        if self.training:
+            drop = TorchDropout() if seed is None else StreamDropout(seed, rows)
+        e, mask = self.embed(sequence, drop)
+        z0 = draws.z0
+        if z0 is None:
+            shape = (sequence.shape[0], self.emb_dim)
+            z0 = (
+                torch.randn(shape, device=sequence.device)
+                if seed is None
+                else noise.start(seed, rows, self.emb_dim)
+            )
+        x1 = self.fm.integrate(e, mask, z0, seed=seed, rows=rows, noise=draws.noise)
+        return None, x1, None, None, None, z0
+
+    def fm_rep_pre(self, rep: Tensor) -> Tensor:
+        """Scores of all items: [B, D] -> [B, V]."""
+        return rep @ self.item_embeddings.weight.T
+
+    def loss_fm_ce(self, rep: Tensor, tag: Tensor) -> Tensor:
+        """Cross-entropy of the scores against `tag` [B, 1] or [B] (eq. 20)."""
+        return item_cross_entropy(rep, self.item_embeddings.weight, tag.reshape(-1))
+
+    def loss_FM_mse(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean squared error (eq. 13)."""
+        return F.mse_loss(a, b)
+
+    def routing_rep_pre(self, rep: Tensor) -> Tensor:
+        """Negative squared distances to all items, at most 0: [B, D] -> [B, V]."""
+        items = self.item_embeddings.weight
+        distance = (rep**2).sum(1, keepdim=True) + (items**2).sum(1) - 2 * rep @ items.T
+        return -distance.clamp(min=0)
+
+    def reverse(self, item_rep: Tensor, z0: Tensor, mask_seq: Tensor) -> Tensor:
+        """The core's sampler on an embedded history."""
+        return self.fm.reverse_p_sample_rf(item_rep, z0, mask_seq)

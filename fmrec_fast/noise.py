@@ -1,0 +1,197 @@
+"""The counter-based noise stream: its definition, in PyTorch integer arithmetic.
+
+Every random number of the package is a pure function of *what it is for*, never of where it
+happens to lie in memory: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) is keyed by a 64-bit seed and counts in the words
+
+    (channel // 4, position, step, row)
+
+so one seed gives one row the same noise in any batch, on any backend, padded or not. The four
+outputs of a call become four standard normals (two Box-Muller pairs) for channels 4c..4c+3.
+
+The Triton and C++ kernels generate the same numbers in registers; this module is what they are
+held against. Uses that need numbers of their own (the sampler's start, dropout masks, ...) take
+a seed derived by `derive_seed`, so that no two uses share a counter.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+# The scale that maps 0..2^31-1 into [0, 1) in float32 (Triton's uint_to_uniform_float).
+UNIFORM_SCALE = 4.6566127342e-10
+SMALLEST_UNIFORM = 1.0e-7
+SEED_STRIDE = 0x9E3779B97F4A7C15
+
+
+class Use(IntEnum):
+    """What a derived seed is for; the number is part of the stream's definition."""
+
+    LAMBDA = 0
+    START = 1
+    TIME = 2
+    DROPOUT = 3
+    CELLS = 4
+
+
+def derive_seed(seed: Tensor, use: Use) -> Tensor:
+    """The seed of one use: ``seed + use * 0x9E3779B97F4A7C15`` modulo 2^64."""
+    return seed + _signed(int(use) * SEED_STRIDE % 2**64)
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 with the same bits."""
+    return word - (word >> 63 << 64)
+
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A fresh 64-bit seed, int64 scalar tensor on `device`, from torch's default generator.
+
+    `torch.manual_seed` governs it, and nothing waits for the device.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """`seed` as the int64 scalar tensor the kernels read; None draws one.
+
+    Raises:
+        TypeError: neither an int nor an integer tensor.
+        ValueError: an int outside 0 <= seed < 2^64, or a tensor with more than one element.
+    """
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        return seed.reshape(()).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, an int64 tensor or None, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must satisfy 0 <= seed < 2**64, got {seed}")
+    return torch.tensor(_signed(seed), dtype=torch.int64, device=device)
+
+
+def philox_4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: four 32-bit words per counter.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, broadcastable to one shape.
+        seed: int64 scalar; its low word is the first key word.
+        rounds: 10 in the stream.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, values 0 .. 2^32 - 1.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(rounds):
+        # The products wrap modulo 2^64; masking makes the arithmetic shift a logical one.
+        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c2 = (
+            ((product1 >> 32) & MASK32) ^ c1 ^ k0,
+            ((product0 >> 32) & MASK32) ^ c3 ^ k1,
+        )
+        c1, c3 = product1 & MASK32, product0 & MASK32
+        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
+    return c0, c1, c2, c3
+
+
+def to_uniform(word: Tensor) -> Tensor:
+    """32-bit words to float32 in [0, 1), as Triton's ``tl.uint_to_uniform_float``."""
+    signed = torch.where(word > 0x7FFFFFFF, word - (1 << 32), word)
+    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * UNIFORM_SCALE
+
+
+def to_normal_pair(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller, as Triton's ``tl.pair_uniform_to_normal``."""
+    radius = torch.sqrt(-2.0 * torch.log(u1.clamp_min(SMALLEST_UNIFORM)))
+    angle = (2.0 * math.pi) * u2
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def _grid(rows: Tensor, steps: Tensor, positions: Tensor, channels: int) -> tuple[Tensor, ...]:
+    groups = torch.arange((channels + 3) // 4, device=rows.device)
+    return (
+        groups,
+        (positions & MASK32)[:, None],
+        (steps & MASK32)[:, None, None, None],
+        (rows & MASK32)[:, None, None],
+    )
+
+
+def words(
+    seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int
+) -> tuple[Tensor, ...]:
+    """The stream's raw words: four int64 tensors [S, B, P, ceil(channels / 4)]."""
+    return philox_4x32(_grid(rows, steps, positions, channels), seed)
+
+
+def normals(
+    seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int
+) -> Tensor:
+    """Standard normals of the stream.
+
+    Args:
+        seed: int64 scalar tensor.
+        rows: int64 [B], request rows (any numbers that name the rows).
+        steps: int64 [S].
+        positions: int64 [P].
+        channels: D.
+
+    Returns:
+        float32 [S, B, P, D].
+    """
+    u = [to_uniform(w) for w in words(seed, rows, steps, positions, channels)]
+    n = torch.stack((*to_normal_pair(u[0], u[1]), *to_normal_pair(u[2], u[3])), dim=-1)
+    return n.flatten(-2)[..., :channels]
+
+
+def lam(
+    seed: Tensor, rows: Tensor, step: int | Tensor, length: int, channels: int, delta: float
+) -> Tensor:
+    """lam ~ Normal(delta, delta) of one step (FMRec eq. 14): float32 [B, L, D]."""
+    device = rows.device
+    steps = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1)
+    n = normals(seed, rows, steps, torch.arange(length, device=device), channels)[0]
+    return delta + delta * n
+
+
+def start(seed: Tensor, rows: Tensor, channels: int) -> Tensor:
+    """z0 ~ N(0, I), the sampler's start: float32 [B, D]."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return normals(derive_seed(seed, Use.START), rows, zero, zero, channels)[0, :, 0]
+
+
+def uniforms(seed: Tensor, rows: Tensor) -> Tensor:
+    """u ~ U[0, 1), one per row, for the training times: float32 [B]."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return to_uniform(words(derive_seed(seed, Use.TIME), rows, zero, zero, 1)[0].flatten())
+
+
+def time_normals(seed: Tensor, rows: Tensor) -> Tensor:
+    """One standard normal per row, for the logit-normal training times: float32 [B]."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return normals(derive_seed(seed, Use.TIME), rows, zero, zero, 1).flatten()
+
+
+def wide_words(seed: Tensor, count: int) -> Tensor:
+    """`count` random integers 0 .. 2^63 - 1 for drawing cells: int64 [count].
+
+    Draw j is words 0 (low) and 1 (high, its top bit dropped) at counter (j, 0, 0, 0).
+    """
+    j = torch.arange(count, device=seed.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    low, high, _, _ = philox_4x32((j, zero, zero, zero), derive_seed(seed, Use.CELLS))
+    return ((high & 0x7FFFFFFF) << 32) | low

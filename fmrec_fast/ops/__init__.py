@@ -1,0 +1,23 @@
+"""Public functions of the hot paths: argument checks, choice of backend, autograd."""
+
+from fmrec_fast.ops.dropout import StreamDropout, TorchDropout, dropout
+from fmrec_fast.ops.encoder import encoder
+from fmrec_fast.ops.euler_sampler import euler_sampler
+from fmrec_fast.ops.history_loss import history_loss
+from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
+from fmrec_fast.ops.item_ranking import item_topk, target_rank
+from fmrec_fast.ops.noise_fusion import draw_lam, noise_fusion
+
+__all__ = [
+    "StreamDropout",
+    "TorchDropout",
+    "draw_lam",
+    "dropout",
+    "encoder",
+    "euler_sampler",
+    "history_loss",
+    "item_cross_entropy",
+    "item_topk",
+    "noise_fusion",
+    "target_rank",
+]

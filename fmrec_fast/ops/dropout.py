@@ -1,0 +1,141 @@
+"""Dropout whose masks are a function of (seed, row, position, site, channel)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmrec_fast import extension, noise
+from fmrec_fast.backend import Backend, choose
+from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.reference import dropout as reference
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    *,
+    seed: Tensor,
+    rows: Tensor | None = None,
+    site: int = 0,
+    residual: Tensor | None = None,
+    position_offset: int = 0,
+    position_stride: int = 1,
+) -> Tensor:
+    """Inverted dropout with masks from the counter-based stream, residual added.
+
+    Equivalent PyTorch::
+
+        kept = fmrec_fast.reference.dropout.dropout_mask(x.shape, p, seed=seed, rows=rows, ...)
+        residual + torch.where(kept, x / (1 - p), 0)
+
+    An element is kept with probability 1 - p (to 2^-32), whatever the batch, the backend, or the
+    part of the tensor that is computed: position i of `x` has the stream's position
+    ``position_offset + position_stride * i``.
+
+    Args:
+        x: [B, P, C].
+        p: probability of dropping, in [0, 1).
+        seed: int64 scalar tensor (already derived for this use).
+        rows: int64 [B]; None is 0 .. B-1.
+        site: which of the network's dropouts this is.
+        residual: [B, P, C], added after dropping.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or p are off.
+        BackendError: a named backend cannot run.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("x", x, "B P C", sizes)
+    if residual is not None:
+        check_shape("residual", residual, "B P C", sizes)
+    check_float(x=x, residual=residual)
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    if p == 0:
+        return x if residual is None else residual + x
+    rows = request_rows(rows, x.shape[0], x.device)
+    backend = choose("dropout", x)
+    if backend is Backend.REFERENCE:
+        return reference.dropout(
+            x,
+            p,
+            seed=seed,
+            rows=rows,
+            site=site,
+            residual=residual,
+            position_offset=position_offset,
+            position_stride=position_stride,
+        )
+    return _Dropout.apply(x, residual, rows, seed, (site, position_offset, position_stride, p))
+
+
+def _run(x: Tensor, residual: Tensor | None, rows: Tensor, seed: Tensor, constants) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    extension.load().dropout(
+        x.detach().numpy(),
+        None if residual is None else residual.contiguous().detach().numpy(),
+        rows.numpy(),
+        int(seed),
+        *constants,
+        out.numpy(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    """The C++ kernel; masks are regenerated in the backward pass, not stored."""
+
+    @staticmethod
+    def forward(ctx, x, residual, rows, seed, constants):
+        ctx.save_for_backward(rows, seed)
+        ctx.constants = constants
+        return _run(x, residual, rows, seed, constants)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, seed = ctx.saved_tensors
+        dx = _run(grad, None, rows, seed, ctx.constants) if ctx.needs_input_grad[0] else None
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class StreamDropout:
+    """All dropouts of one forward pass, from one seed (a `reference.encoder.Drop`)."""
+
+    def __init__(self, seed: Tensor, rows: Tensor) -> None:
+        self.seed, self.rows = noise.derive_seed(seed, noise.Use.DROPOUT), rows
+
+    def __call__(
+        self,
+        x: Tensor,
+        p: float,
+        site: int,
+        *,
+        residual: Tensor | None = None,
+        position_offset: int = 0,
+        position_stride: int = 1,
+    ) -> Tensor:
+        return dropout(
+            x,
+            p,
+            seed=self.seed,
+            rows=self.rows,
+            site=site,
+            residual=residual,
+            position_offset=position_offset,
+            position_stride=position_stride,
+        )
+
+
+class TorchDropout:
+    """``F.dropout`` from torch's default generator, in the order of calls (as published)."""
+
+    def __call__(
+        self, x: Tensor, p: float, site: int, *, residual: Tensor | None = None, **_: int
+    ) -> Tensor:
+        dropped = F.dropout(x, p)
+        return dropped if residual is None else residual + dropped

@@ -1,0 +1,138 @@
+"""Noise fusion: E = e + lam * (z + tau) (FMRec eq. 14)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import extension, noise
+from fmrec_fast.backend import Backend, choose
+from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.reference import noise_fusion as reference
+
+
+def noise_fusion(
+    e: Tensor,
+    z: Tensor,
+    tau: Tensor,
+    *,
+    delta: float,
+    seed: Tensor | None = None,
+    rows: Tensor | None = None,
+    step: int = 0,
+    lam: Tensor | None = None,
+) -> Tensor:
+    """Fuse a noisy target into every position of a history (eq. 14).
+
+    Equivalent PyTorch::
+
+        lam = fmrec_fast.noise.lam(seed, rows, step, L, D, delta)   # unless given
+        e + lam * (z + tau)[:, None, :]
+
+    Args:
+        e: item embeddings [B, L, D].
+        z: the noisy target x_t [B, D].
+        tau: time embedding [B, D], or [D] for all rows.
+        delta: mean and standard deviation of lam ~ Normal(delta, delta^2).
+        seed: int64 scalar tensor that keys the stream; None draws one from torch's generator.
+        rows: int64 [B], the stream's names of the rows; None is 0 .. B-1.
+        step: the stream's step word.
+        lam: explicit lam [B, L, D] instead of the stream's.
+
+    Returns:
+        [B, L, D]. Differentiable in `e`, `z` and `tau`; the backward pass regenerates lam.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not agree.
+        BackendError: a named backend cannot run.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("e", e, "B L D", sizes)
+    check_shape("z", z, "B D", sizes)
+    check_shape("tau", tau, "D" if tau.ndim == 1 else "B D", sizes)
+    check_float(e=e, z=z, tau=tau, lam=lam)
+    shift = z + tau
+    if lam is not None:
+        check_shape("lam", lam, "B L D", sizes)
+        return reference.noise_fusion(e, shift, lam)
+    rows = request_rows(rows, e.shape[0], e.device)
+    seed = noise.as_seed(seed, e.device)
+    backend = choose("noise_fusion", e)
+    if backend is Backend.REFERENCE:
+        drawn = _reference_lam(e, rows, seed, step, delta)
+        return reference.noise_fusion(e, shift, drawn)
+    return _NoiseFusion.apply(e, shift, rows, seed, step, delta, backend)
+
+
+def draw_lam(
+    batch: int, length: int, channels: int, delta: float, device: torch.device | str
+) -> Tensor:
+    """lam as the published program draws it: ``torch.normal`` on the host, then copied."""
+    full = torch.full((batch, length, channels), delta)
+    return torch.normal(mean=full, std=full).to(device)
+
+
+def _reference_lam(e: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float) -> Tensor:
+    return noise.lam(seed, rows, step, e.shape[1], e.shape[2], delta).to(e.dtype)
+
+
+def _forward(
+    e: Tensor, shift: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float, backend: Backend
+) -> Tensor:
+    e, shift = e.contiguous(), shift.contiguous()
+    out = torch.empty_like(e)
+    if backend is Backend.CPP:
+        extension.load().noise_fusion_forward(
+            e.detach().numpy(),
+            shift.detach().numpy(),
+            rows.numpy(),
+            int(seed),
+            step,
+            delta,
+            out.numpy(),
+            torch.get_num_threads(),
+        )
+    else:
+        from fmrec_fast.kernels import noise_fusion as kernels
+
+        kernels.noise_fusion_forward(e, shift, rows, seed, step, delta, out)
+    return out
+
+
+def _backward(
+    grad: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float, backend: Backend
+) -> Tensor:
+    grad = grad.contiguous()
+    d_shift = grad.new_empty(grad.shape[0], grad.shape[2])
+    if backend is Backend.CPP:
+        extension.load().noise_fusion_backward(
+            grad.numpy(),
+            rows.numpy(),
+            int(seed),
+            step,
+            delta,
+            d_shift.numpy(),
+            torch.get_num_threads(),
+        )
+    else:
+        from fmrec_fast.kernels import noise_fusion as kernels
+
+        kernels.noise_fusion_backward(grad, rows, seed, step, delta, d_shift)
+    return d_shift
+
+
+class _NoiseFusion(torch.autograd.Function):
+    """The kernels' noise fusion; nothing of size B L D is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, e, shift, rows, seed, step, delta, backend):
+        ctx.save_for_backward(rows, seed)
+        ctx.constants = (step, delta, backend)
+        return _forward(e, shift, rows, seed, step, delta, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, seed = ctx.saved_tensors
+        d_shift = _backward(grad, rows, seed, *ctx.constants) if ctx.needs_input_grad[1] else None
+        return grad, d_shift, None, None, None, None, None

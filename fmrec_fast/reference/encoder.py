@@ -1,0 +1,213 @@
+"""Definition of `encoder`: the transformer stack, last position out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12
+SITES_PER_BLOCK = 5
+EMBEDDING_SITE = 0
+
+
+class BlockWeights(NamedTuple):
+    """Parameters of one pre-norm transformer block; Linear weights are [out, in]."""
+
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    value_weight: Tensor
+    value_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    w1_weight: Tensor
+    w1_bias: Tensor
+    w2_weight: Tensor
+    w2_bias: Tensor
+
+
+class Drop(Protocol):
+    """Dropout at one of the stack's sites (see `dropout_sites`)."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        p: float,
+        site: int,
+        *,
+        residual: Tensor | None = None,
+        position_offset: int = 0,
+        position_stride: int = 1,
+    ) -> Tensor: ...
+
+
+def no_drop(x: Tensor, p: float, site: int, *, residual: Tensor | None = None, **_: int) -> Tensor:
+    """The `Drop` of evaluation."""
+    return x if residual is None else residual + x
+
+
+def dropout_sites(block: int) -> tuple[int, int, int, int, int]:
+    """Site numbers of one block, in order of use: attention probabilities, attention output,
+    feed-forward inner, feed-forward output, block output. The last norm's site is the first of
+    block `num_blocks`."""
+    first = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * block
+    return tuple(range(first, first + SITES_PER_BLOCK))  # type: ignore[return-value]
+
+
+def attention_bias(mask: Tensor, kind: str) -> Tensor | None:
+    """What is added to the scores [B, H, L, L]; None for the published attention.
+
+    'causal': a position sees itself and earlier real positions (the paper's text at eq. 15).
+    """
+    if kind == "published":
+        return None
+    length = mask.shape[1]
+    here = torch.arange(length, device=mask.device)
+    earlier = here[None, :] < here[:, None]
+    visible = (earlier[None] & (mask > 0)[:, None, :]) | torch.eye(
+        length, dtype=torch.bool, device=mask.device
+    )
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)[:, None]
+
+
+def attention(
+    queries_from: Tensor,
+    keys_from: Tensor,
+    w: BlockWeights,
+    query_mask: Tensor,
+    *,
+    num_heads: int,
+    bias: Tensor | None,
+    drop: Drop,
+    p: float,
+    site: int,
+) -> Tensor:
+    """Multi-head attention of the last Lq positions over all L.
+
+    As published, a padded query's scores are all equal, so its attention is uniform over all L
+    keys and no key is hidden: zeroing the padded queries is the same function.
+
+    Args:
+        queries_from: [B, Lq, D], the last Lq rows of the normed input.
+        keys_from: [B, L, D].
+        query_mask: [B, Lq], 1 at real positions.
+        bias: None or [B, 1, Lq, L].
+    """
+    batch, length, width = keys_from.shape
+    lq = queries_from.shape[1]
+
+    def heads(x: Tensor) -> Tensor:  # [B, H, L, D/H]
+        return x.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
+
+    q = heads(F.linear(queries_from, w.query_weight, w.query_bias) * query_mask[..., None])
+    k = heads(F.linear(keys_from, w.key_weight, w.key_bias))
+    v = heads(F.linear(keys_from, w.value_weight, w.value_bias))
+    if drop is no_drop or p == 0:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        scores = q @ k.transpose(-1, -2) * (width // num_heads) ** -0.5
+        probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        # A position of the mask's stream is head * L + query; the last Lq queries of each head.
+        probabilities = drop(
+            probabilities.view(batch, num_heads * lq, length),
+            p,
+            site,
+            position_offset=length - lq,
+            position_stride=length if lq == 1 else 1,
+        ).view(batch, num_heads, lq, length)
+        mixed = probabilities @ v
+    mixed = mixed.transpose(1, 2).reshape(batch, lq, width)
+    return F.linear(mixed, w.output_weight, w.output_bias)
+
+
+def block(
+    x: Tensor,
+    w: BlockWeights,
+    mask: Tensor,
+    *,
+    num_heads: int,
+    bias: Tensor | None = None,
+    drop: Drop = no_drop,
+    p: float = 0.0,
+    index: int = 0,
+    last_only: bool = False,
+) -> Tensor:
+    """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
+
+    ``x = x + drop(attn(norm1 x)); x = x + drop(ffn(norm2 x)); x = drop(x)``
+    """
+    length, width = x.shape[1:]
+    sites = dropout_sites(index)
+    normed = F.layer_norm(x, (width,), w.norm1_weight, w.norm1_bias, NORM_EPS)
+    start = length - 1 if last_only else 0
+    if bias is not None:
+        bias = bias[:, :, start:]
+    attended = attention(
+        normed[:, start:],
+        normed,
+        w,
+        mask[:, start:],
+        num_heads=num_heads,
+        bias=bias,
+        drop=drop,
+        p=p,
+        site=sites[0],
+    )
+    x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
+    normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
+    inner = F.gelu(F.linear(normed, w.w1_weight, w.w1_bias), approximate="tanh")
+    inner = drop(inner, p, sites[2], position_offset=start)
+    x = drop(
+        F.linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start
+    )
+    return drop(x, p, sites[4], position_offset=start)
+
+
+def encoder(
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    *,
+    num_heads: int,
+    attention: str = "published",
+    tap: int | None = None,
+    drop: Drop = no_drop,
+    p: float = 0.0,
+    prune: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """All blocks; only the last position leaves.
+
+    Args:
+        x: [B, L, D]; mask: [B, L], 1 at real positions.
+        tap: index of the block whose output at the last position is returned too, or None.
+        drop, p: dropout; its sites are numbered by `dropout_sites`.
+        prune: compute the last block at the last position only (the same function).
+
+    Returns:
+        ([B, D] output of the last block, [B, D] output of block `tap` or None).
+    """
+    tapped = None
+    bias = attention_bias(mask, attention)
+    for index, weights in enumerate(blocks):
+        x = block(
+            x,
+            weights,
+            mask,
+            num_heads=num_heads,
+            bias=bias,
+            drop=drop,
+            p=p,
+            index=index,
+            last_only=prune and index == len(blocks) - 1,
+        )
+        if index == tap:
+            tapped = x[:, -1]
+    return x[:, -1], tapped

@@ -1,0 +1,106 @@
+"""Sampling: from histories to the embedding of the next item."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import noise as stream
+from fmrec_fast.backend import Rng, current_rng
+from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.ops._checks import check_shape, request_rows
+
+METHODS = ("euler", "rk45")
+# Rows sampled together on a CPU: more of them and the activations leave the caches.
+CPU_ROWS = 32
+
+
+@torch.no_grad()
+def sample(
+    model: FMRecommender,
+    sequences: Tensor,
+    *,
+    steps: int | None = None,
+    method: str = "euler",
+    seed: int | Tensor | None = None,
+    rows: Tensor | None = None,
+    z0: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Sample the next item's embedding for each history (eq. 23).
+
+    With one `seed` a row's result depends on its history and its name in `rows` alone, not on the
+    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off.
+
+    Args:
+        model: the joint model.
+        sequences: int64 [B, L], left-padded with 0.
+        steps: q; None is the model's ``fm.sample_N``.
+        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation).
+        seed: keys the noise stream; None draws one from torch's generator.
+        rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
+        z0: explicit start [B, D].
+        noise: explicit lam [q, B, L, D].
+
+    Returns:
+        float32 [B, D].
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, steps or method are off, or (on CPU) an id is out
+            of range.
+    """
+    model.check_sequence(sequences)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
+    q = model.fm.sample_N if steps is None else steps
+    if z0 is not None:
+        check_shape("z0", z0, "B D", {"B": batch, "D": width})
+    if noise is not None:
+        sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
+        check_shape("noise", noise, "q B L D", sizes)
+    was_training = model.training
+    model.eval()
+    try:
+        rows = request_rows(rows, batch, device)
+        published = current_rng() is Rng.PUBLISHED and seed is None
+        key = None if published else stream.as_seed(seed, device)
+        if z0 is None:
+            z0 = (
+                torch.randn(batch, width, device=device)
+                if published
+                else stream.start(key, rows, width)
+            )
+        # The published draws come in the order of the whole batch, so it is not cut.
+        piece = CPU_ROWS if device.type == "cpu" and not published else max(batch, 1)
+        out = torch.empty(batch, width, device=device)
+        for first in range(0, batch, piece):
+            part = slice(first, first + piece)
+            e, mask = model.embed(sequences[part])
+            if method == "rk45":
+                out[part] = model.fm.rk45_sampler(e, mask, z0[part])[0]
+            else:
+                out[part] = model.fm.integrate(
+                    e,
+                    mask,
+                    z0[part],
+                    steps=q,
+                    seed=key,
+                    rows=rows[part],
+                    noise=None if noise is None else noise[:, part],
+                )
+        return out
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def scores(model: FMRecommender, sequences: Tensor, **options) -> Tensor:
+    """Scores of all V items, [B, V]: ``model.fm_rep_pre(sample(model, sequences, ...))``.
+
+    Takes the keyword arguments of `sample`. To rank, prefer `ops.item_topk` and
+    `ops.target_rank`, which need not hold the matrix.
+    """
+    return model.fm_rep_pre(sample(model, sequences, **options))

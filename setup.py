@@ -1,0 +1,121 @@
+"""Builds fmrec_fast._C; everything declarative is in pyproject.toml.
+
+The kernel sources are compiled once per instruction set (see csrc/isa.h), the rest once.
+FMREC_FAST_SKIP_CPP=1 leaves the extension out: the package then runs on PyTorch alone.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp"]
+# One op, one stem.
+KERNEL_SOURCES = ["csrc/noise_fusion.cpp", "csrc/dropout.cpp", "csrc/history_loss.cpp"]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+# -fno-trapping-math lets selections become masks; NaN and infinity keep their meaning.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra"]
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+        # GCC 12 warns about the undefined operand of its own AVX-512 intrinsics.
+        *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
+    ],
+}
+
+
+def builds_for_x86_64() -> bool:
+    """Whether the one architecture that is compiled for is x86-64 (a universal build is not)."""
+    target = sysconfig.get_platform()
+    if target.startswith("macosx"):
+        return target.endswith("x86_64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
+    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+
+
+class BuildKernels(build_ext):
+    """build_ext that compiles the kernel sources once per instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type != "unix":
+            raise RuntimeError(
+                "fmrec_fast's extension needs GCC or Clang, found the compiler type "
+                f"{self.compiler.compiler_type!r}; FMREC_FAST_SKIP_CPP=1 builds without it"
+            )
+        macros = []
+        isas = {"scalar": ISA_FLAGS["scalar"]}
+        if builds_for_x86_64():
+            macros.append(("FMREC_X86", "1"))
+            isas = ISA_FLAGS
+        flags = [*FLAGS, *self.openmp_flags()]
+        ext.extra_compile_args = flags
+        ext.define_macros = macros
+        ext.extra_objects = []
+        for isa, isa_flags in isas.items():
+            ext.extra_objects += self.compiler.compile(
+                KERNEL_SOURCES,
+                output_dir=str(Path(self.build_temp) / isa),
+                macros=[*macros, ("FMREC_ISA", isa)],
+                include_dirs=["csrc"],
+                extra_postargs=[*flags, *isa_flags],
+            )
+        # -fopenmp is not among the link flags: it would link a second OpenMP runtime. The
+        # symbols resolve to the runtime that torch loads.
+        super().build_extension(ext)
+
+    def openmp_flags(self) -> list[str]:
+        """GCC's OpenMP, whose calls every runtime torch ships answers to; else `omp simd` only.
+
+        Clang's calls (__kmpc_*) are missing in libgomp, so its OpenMP could not be loaded.
+        """
+        source = "#if !defined(_OPENMP) || defined(__clang__)\n#error\n#endif\n#include <omp.h>\n"
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cpp")
+            probe.write_text(source)
+            command = [*self.compiler.compiler_so, "-fopenmp", "-c", str(probe)]
+            command += ["-o", str(Path(folder, "probe.o"))]
+            found = subprocess.run(command, capture_output=True).returncode == 0
+        if found and sys.platform == "linux":
+            return ["-fopenmp"]
+        return ["-fopenmp-simd"]
+
+
+def extensions() -> list[Extension]:
+    skip = os.environ.get("FMREC_FAST_SKIP_CPP", "0")
+    if skip not in ("", "0", "1"):
+        raise ValueError(f"FMREC_FAST_SKIP_CPP must be 0 or 1, got {skip!r}")
+    if skip == "1":
+        return []
+    import pybind11
+
+    return [
+        Extension(
+            "fmrec_fast._C",
+            sources=HOST_SOURCES,
+            include_dirs=["csrc", pybind11.get_include()],
+            depends=[*KERNEL_SOURCES, *HEADERS],
+            language="c++",
+        )
+    ]
+
+
+packages = find_namespace_packages(
+    include=["fmrec_fast", "fmrec_fast.*"], exclude=["*.__pycache__", "fmrec_fast.kernels*"]
+)
+setup(
+    packages=[*packages, "fmrec_fast.kernels"],
+    # The Triton kernels lie in a folder of their own, next to csrc/.
+    package_dir={"fmrec_fast": "fmrec_fast", "fmrec_fast.kernels": "kernels"},
+    package_data={"fmrec_fast": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+)
