@@ -21,7 +21,8 @@ def test_sizes_and_histories():
     assert (data.item_num, data.num_users, data.num_interactions) == (4, 2, 5)
     assert data.history(0).tolist() == [1, 2, 3]
     assert data.history(1).tolist() == [2, 1]
-    assert "tiny" in repr(data) and len(repr(data)) < 200
+    assert "tiny" in repr(data)
+    assert len(repr(data)) < 200
     assert isinstance(data.report, ReadReport)
     assert data.report.rows_kept == 5
 
@@ -152,7 +153,7 @@ def test_from_histories_errors():
         Dataset.from_histories([[], [1, 2**32 + 1]], item_ids=[7])
     with pytest.raises(ValueError, match=f"row 1 has {2**70}"):
         Dataset.from_histories([[], [1, 2**70]])
-    with pytest.raises(TypeError, match="row 0 has 1.5, a float"):
+    with pytest.raises(TypeError, match=r"row 0 has 1\.5, a float"):
         Dataset.from_histories([[1, 1.5]])
     with pytest.raises(ValueError, match="user_ids has 1 entries for 2"):
         Dataset.from_histories([[1, 2], [1, 2]], user_ids=[1])

@@ -1,5 +1,7 @@
 """Synthetic data: reproducible, of any size, and with a next item that can be learnt."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_without_drift_and_noise_users_stay_in_their_cluster():
     follows = {}
     for row in range(data.num_users):
         history = data.history(row).tolist()
-        for item, following in zip(history, history[1:], strict=False):
+        for item, following in pairwise(history):
             follows.setdefault(item, set()).add(following)
     assert max(map(len, follows.values())) <= 3
     assert all(len(set(data.history(row).tolist())) <= 10 for row in range(data.num_users))

@@ -174,13 +174,8 @@ def pad_histories(
     whole history is checked.
     """
     max_len, item_num = _positive("max_len", max_len), _positive("item_num", item_num)
-    if isinstance(histories, (str, bytes)):
-        raise TypeError(f"histories is {histories!r}; expected a sequence of histories")
     for row, history in enumerate(histories):
-        if not hasattr(history, "__len__") or isinstance(history, (str, bytes)):
-            raise ValueError(f"history {row} is {history!r}; expected a sequence of item ids")
-        if len(history) == 0:
-            raise ValueError(f"history {row} is empty; expected at least 1 item id")
+        _check_history(row, history)
     lengths = np.fromiter(map(len, histories), np.int64, len(histories))
     try:
         ids = flat_int64(histories, int(lengths.sum()), "histories")
@@ -197,6 +192,13 @@ def pad_histories(
     padded = np.zeros((len(lengths), max_len), dtype=np.int64)
     padded[rows[inside], columns[inside]] = ids[inside]
     return torch.from_numpy(padded).to(device)
+
+
+def _check_history(row: int, history: object) -> None:
+    if isinstance(history, (str, bytes)) or not hasattr(history, "__len__"):
+        raise ValueError(f"history {row} is {history!r}; expected a sequence of item ids")
+    if len(history) == 0:
+        raise ValueError(f"history {row} is empty; expected at least 1 item id")
 
 
 def _positive(name: str, value: int) -> int:

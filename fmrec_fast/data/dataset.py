@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,9 @@ class ReadReport:
         return text
 
 
+NO_REPORT = ReadReport(0, 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Chronological item histories of U users over V - 1 items.
@@ -103,7 +107,7 @@ class Dataset:
     item_ids: list
     user_ids: list
     name: str = ""
-    report: ReadReport = None  # type: ignore[assignment]
+    report: ReadReport = NO_REPORT
 
     def __post_init__(self) -> None:
         _check_array("items", self.items, np.int32)
@@ -123,7 +127,7 @@ class Dataset:
                 f"item id {self.items[at]} at position {at} (user row {row}); expected "
                 f"1..{self.item_num - 1}"
             )
-        if self.report is None:
+        if self.report is NO_REPORT:
             report = ReadReport(
                 rows_read=self.num_interactions,
                 rows_kept=self.num_interactions,
@@ -292,8 +296,7 @@ def check_ids(name: str, ids: list) -> None:
             f"{name} has {reprlib.repr(bad)}, a {type(bad).__name__}; expected int or str"
         )
     if len(set(ids)) != len(ids):
-        seen: set = set()
-        twice = next(value for value in ids if value in seen or seen.add(value))
+        twice, _ = Counter(ids).most_common(1)[0]
         raise ValueError(f"{name} has {twice!r} more than once; expected distinct ids")
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import csv
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -153,7 +153,7 @@ class _Text:
         self.names = [name for name, _, _ in typed] if format == "inter" else self.header
         self.types = [kind for _, _, kind in typed] if format == "inter" else [""] * len(typed)
 
-    def _records(self, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+    def _records(self, strict: bool = False) -> Generator[tuple[int, list[str]], None, None]:
         """The records that are not blank, each with the number of the line it starts on."""
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
             reader = csv.reader(file, delimiter=self.delimiter, strict=strict)
@@ -199,7 +199,7 @@ class _Text:
         self._check_quotes(table.num_rows)
         return [table.column(name) for name in names]
 
-    def _explain(self, error: Exception) -> None:
+    def _explain(self, error: Exception) -> NoReturn:
         for line, record in self._records():
             if len(record) != len(self.header):
                 raise ValueError(
@@ -279,8 +279,7 @@ def _choose_columns(source: _Text | _Parquet, wanted: dict[str, str | None]) -> 
             which = f" ({', '.join(source.names[at] for at in found)})" if found else ""
             hint = f"; give its name as {role}=" if name is None else ""
             raise ValueError(
-                f"{source.path}: {problem}{which}{hint}; the file's columns are "
-                f"{source.names}"
+                f"{source.path}: {problem}{which}{hint}; the file's columns are {source.names}"
             )
         if source.types[found[0]].endswith("_seq"):
             raise ValueError(
