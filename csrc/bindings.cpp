@@ -66,8 +66,10 @@ py::array checked_array(const py::object& object, const char* name, const char* 
                               text(array.attr("shape")) + " with strides " +
                               text(array.attr("strides")) + " bytes");
     }
-    if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
-        throw py::value_error(std::string(name) + " must be aligned to its elements");
+    if (reinterpret_cast<std::uintptr_t>(array.data()) %
+        static_cast<std::uintptr_t>(array.itemsize())) {
+        throw py::value_error(std::string(name) + " must be aligned to its elements of " +
+                              std::to_string(array.itemsize()) + " bytes");
     }
     if (writeable && !array.writeable()) {
         throw py::value_error(std::string(name) + " must be writeable, got a read-only array");

@@ -6,7 +6,7 @@ namespace fmrec {
 namespace {
 
 // Counters generated at a time: 8 KiB of words stay in the first-level cache.
-enum { CHUNK = 512 };
+const int64_t CHUNK = 512;
 
 int64_t chunks_per_row(const Dropout* a) {
     const int64_t counters = (a->channels + 3) / 4 * a->positions;

@@ -1,13 +1,11 @@
 #include "history_loss.h"
 
-#define FMREC_INLINE static inline __attribute__((always_inline))
-
 namespace fmrec {
 namespace {
 
 // Partial sums of a dot product: four vectors of the widest instruction set, so that the
 // additions of one do not wait for each other.
-enum { PARTIAL_SUMS = 64 };
+const int PARTIAL_SUMS = 64;
 
 FMREC_INLINE float dot(const float* a, const float* b, int64_t n) {
     float sums[PARTIAL_SUMS] = {};

@@ -25,6 +25,9 @@
 #define FMREC_TABLE(name) (::fmrec::isa(), ::fmrec::scalar::name)
 #endif
 
+// For helpers of the kernel sources: internal linkage and no call.
+#define FMREC_INLINE static inline __attribute__((always_inline))
+
 namespace fmrec {
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };

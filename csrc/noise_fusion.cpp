@@ -7,7 +7,7 @@ namespace {
 
 // Counters generated at a time: 8 KiB of normals stay in the first-level cache between their
 // generation and their use.
-enum { CHUNK = 512 };
+const int64_t CHUNK = 512;
 
 int64_t chunks_per_row(const NoiseFusion* a) {
     const int64_t counters = (a->channels + 3) / 4 * a->length;

@@ -10,6 +10,8 @@
 
 #include <stdint.h>
 
+#include "isa.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -22,7 +24,9 @@
 #define FMREC_VECTOR_BYTES 16
 #endif
 
-#define FMREC_INLINE static inline __attribute__((always_inline))
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "two words packed into a 64-bit lane are read back as little-endian"
+#endif
 
 namespace fmrec {
 namespace {

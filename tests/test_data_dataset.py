@@ -44,7 +44,7 @@ def test_item_out_of_range_is_named(bad):
     [
         ((0, 3, 4), r"\[0, 4\]; expected \[0, 5\]"),
         ((1, 3, 5), r"\[1, 5\]; expected \[0, 5\]"),
-        ((0, 4, 5), r"give 1 items at user row 1 \(4 to 5\)"),
+        ((0, 5, 5), r"give 0 items at user row 1 \(5 to 5\)"),
         ((0, 6, 5), "decrease at user row 1"),
         ((0, 0, 5), "give 0 items at user row 0"),
         ((), r"\[0, 5\]"),

@@ -364,14 +364,14 @@ def core_by_definition(rows, min_user, min_item):
         kept = [
             (user, item)
             for user, item in rows
-            if users.count(user) >= max(min_user, 2) and items.count(item) >= min_item
+            if users.count(user) >= min_user and items.count(item) >= min_item
         ]
         if kept == rows:
             return rows
         rows = kept
 
 
-@pytest.mark.parametrize(("min_user", "min_item"), [(0, 0), (3, 3), (5, 4), (0, 6), (8, 0)])
+@pytest.mark.parametrize(("min_user", "min_item"), [(2, 0), (0, 0), (3, 3), (5, 4), (1, 6), (2, 6), (8, 0)])
 def test_core_against_python(tmp_path, min_user, min_item):
     rng = np.random.default_rng(1)
     draws = rng.geometric(0.06, size=(400, 2))

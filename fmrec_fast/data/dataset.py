@@ -2,7 +2,7 @@
 
 The split is leave-one-out. Of a history i_1 .. i_n, i_n is the test target, i_(n-1) the
 validation target, and i_1 .. i_(n-2) is `train`; so a history of two items has a test sample
-only, and a shorter one has none and is not kept.
+only, and a shorter one has none: reading drops it, unless it is read to recommend for.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Dataset:
     """Chronological item histories of U users over V - 1 items.
 
     items: int32 [N], internal ids 1..V-1, the users one after another, each in time order.
-    offsets: int64 [U + 1]; user row u has `items[offsets[u]:offsets[u + 1]]`, at least 2 of them.
+    offsets: int64 [U + 1]; user row u has `items[offsets[u]:offsets[u + 1]]`, at least 1 of them.
     item_ids: the external id (int or str) of internal item i is `item_ids[i - 1]`.
     user_ids: the external id of each user row.
 
@@ -276,13 +276,13 @@ def _check_offsets(offsets: np.ndarray, total: int) -> None:
         ends = [int(offsets[0]), int(offsets[-1])] if len(offsets) else []
         raise ValueError(f"offsets run from and to {ends}; expected [0, {total}], the item count")
     lengths = np.diff(offsets)
-    short = np.flatnonzero(lengths < MIN_HISTORY)
+    short = np.flatnonzero(lengths < 1)
     if len(short):
         row = int(short[0])
         what = "decrease" if lengths[row] < 0 else f"give {lengths[row]} items"
         raise ValueError(
             f"offsets {what} at user row {row} ({offsets[row]} to {offsets[row + 1]}); expected "
-            f"at least {MIN_HISTORY} items per user (Dataset.from_histories drops shorter ones)"
+            f"at least 1 item per user"
         )
 
 

@@ -61,7 +61,7 @@ def read_dataset(
     user: str | None = None,
     item: str | None = None,
     timestamp: str | None = None,
-    min_user: int = 0,
+    min_user: int = MIN_HISTORY,
     min_item: int = 0,
 ) -> Dataset:
     """Read the interactions of a file into a Dataset; `dataset.report` says what was dropped.
@@ -70,7 +70,8 @@ def read_dataset(
     user, item, timestamp: names of columns; by default the conventional ones. Without a
         timestamp the file's order counts; equal timestamps of a user keep it too.
     min_user, min_item: keep only users and items with at least so many interactions among those
-        kept (filtered until nothing changes). Users with fewer than 2 never stay.
+        kept (filtered until nothing changes). Fewer than 2 interactions have no test sample, so
+        such users stay only under ``min_user=1`` (to recommend for them).
 
     Items and users are numbered in the sorted order of their external ids. Ids in text are ints
     if all of a column's ids are written as ints are ('7', not '07'); Parquet's keep their type.
@@ -96,8 +97,10 @@ def read_dataset(
         raise ValueError(f"{path}: the file is empty")
 
     if format == "pkl":
-        given = {**wanted, "min_user": min_user or None, "min_item": min_item or None}
+        given = {**wanted, "min_item": min_item or None}
         refused = [name for name, value in given.items() if value is not None]
+        if min_user > MIN_HISTORY:
+            refused.append("min_user")
         if refused:
             raise ValueError(
                 f"{path}: {', '.join(refused)} given for a published pickle; expected none: its "
@@ -445,7 +448,7 @@ def _assemble(
 ) -> Dataset:
     rows_read = len(users.codes)
     user, item = users.codes, items.codes
-    short = int((np.bincount(user) < MIN_HISTORY).sum())
+    short = int((np.bincount(user) < min(MIN_HISTORY, min_user)).sum())
     facts = {"repeated_items": count_repeats(user, item)}
     # Sorted before it is filtered: a filter keeps the order.
     order = np.argsort(user, kind="stable")
@@ -459,7 +462,7 @@ def _assemble(
         sorted_times = times[order]
         tied = same_user & (sorted_times[1:] == sorted_times[:-1])
         facts["tied_timestamps"] = int(tied.sum())
-    user, item = _filter(user[order], item[order], max(min_user, MIN_HISTORY), min_item)
+    user, item = _filter(user[order], item[order], max(min_user, 1), min_item)
     user_counts, item_counts = np.bincount(user), np.bincount(item)
     kept_users, kept_items = np.flatnonzero(user_counts), np.flatnonzero(item_counts)
     internal = np.cumsum(item_counts > 0)  # by code, in the order of the external ids
@@ -479,7 +482,7 @@ def _assemble(
     if len(user) == 0:
         raise ValueError(
             f"{source}: no user is left with min_user={min_user}, min_item={min_item}; expected "
-            f"users with at least {MIN_HISTORY} interactions. {report}"
+            f"users with at least {max(min_user, 1)} interactions. {report}"
         )
     return Dataset(
         items=internal[item].astype(np.int32),
