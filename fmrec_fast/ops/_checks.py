@@ -89,4 +89,4 @@ def request_rows(rows: Tensor | None, batch: int, device: torch.device) -> Tenso
         return torch.arange(batch, device=device)
     check_shape("rows", rows, "B", {"B": batch})
     check_integer("rows", rows)
-    return rows.to(device)
+    return rows.to(device).contiguous()  # the kernels read rows as they lie

@@ -1,0 +1,196 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, written atomically.
+
+A run directory holds::
+
+    last.json, best.json         which checkpoint is which (replaced in one rename)
+    checkpoints/<name>/
+        tensors.safetensors      model/*, optimizer/*, rng/*, ...
+        state.json               configuration, item ids, position in the run, and the tree in
+                                 which the tensors hang
+
+A checkpoint is written under a temporary name, flushed to disk, renamed, and only then named by
+`last.json`: a run killed at any moment leaves a whole checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmrec_fast.config import FMRecConfig
+from fmrec_fast.models.fmrec import FMRecommender
+
+FORMAT = "fmrec_fast checkpoint"
+VERSION = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_TENSOR_KEY = "$tensor"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, truncated, or not ours."""
+
+
+def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`tree` with every tensor moved to `tensors` and replaced by its key."""
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().contiguous().cpu()
+        return {_TENSOR_KEY: path}
+    if isinstance(tree, dict):
+        # JSON keys are strings, an optimizer's are parameter numbers: both are kept as pairs.
+        return {
+            "$dict": [[key, _split(value, f"{path}/{key}", tensors)] for key, value in tree.items()]
+        }
+    if isinstance(tree, list | tuple):
+        return [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_split`."""
+    if isinstance(tree, dict):
+        if _TENSOR_KEY in tree:
+            return tensors[tree[_TENSOR_KEY]]
+        return {key: _join(value, tensors) for key, value in tree["$dict"]}
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    return tree
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: it holds the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def save(run: str | Path, name: str, role: str, state: dict[str, Any]) -> Path:
+    """Write `state` (a tree of plain values and tensors) and make it the run's `role`.
+
+    Args:
+        run: directory of the run, created where needed.
+        name: unique name of this checkpoint, e.g. 'last-00000120'.
+        role: 'last' or 'best'; the role's earlier checkpoint is removed afterwards.
+    """
+    run = Path(run)
+    target = run / "checkpoints" / name
+    temporary = run / "checkpoints" / f".{name}.{os.getpid()}"
+    for leftover in (temporary, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    tree = {"format": FORMAT, "version": VERSION, "state": _split(state, "", tensors)}
+    save_file(tensors, temporary / TENSORS)
+    (temporary / STATE).write_text(json.dumps(tree))
+    for part in (temporary / TENSORS, temporary / STATE, temporary):
+        _flush(part)
+    os.replace(temporary, target)
+    write_text(run / f"{role}.json", json.dumps({"checkpoint": name}))
+    for old in target.parent.iterdir():
+        if old.name.lstrip(".").startswith(f"{role}-") and old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def locate(run: str | Path, role: str = "best") -> Path:
+    """The directory of a run's 'best' (or, where there is none, 'last') checkpoint.
+
+    Raises:
+        CheckpointError: not a run directory, or it has no such checkpoint.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is not a directory; expected that of a training run")
+    for candidate in (role, "last") if role == "best" else (role,):
+        pointer = run / f"{candidate}.json"
+        if pointer.is_file():
+            return run / "checkpoints" / str(_read_json(pointer)["checkpoint"])
+    raise CheckpointError(f"{run} holds no {role}.json; expected the directory of a training run")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing from the checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is truncated or not JSON: {error}") from None
+
+
+def load(directory: str | Path) -> dict[str, Any]:
+    """The state that `save` was given; tensors on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or of another program or version.
+    """
+    directory = Path(directory)
+    tree = _read_json(directory / STATE)
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+        raise CheckpointError(f"{directory / STATE}: expected format {FORMAT!r}, got {found!r}")
+    if tree.get("version") != VERSION:
+        raise CheckpointError(
+            f"{directory / STATE}: expected version {VERSION}, got {tree.get('version')!r}"
+        )
+    try:
+        tensors = load_file(directory / TENSORS)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory / TENSORS} is missing from the checkpoint") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory / TENSORS} is truncated or foreign: {error}") from None
+    try:
+        return _join(tree["state"], tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{directory / TENSORS} lacks the tensor {error}") from None
+
+
+def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FMRecommender:
+    """The joint model of a loaded checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: the state has no model, or its tensors do not fit its configuration.
+    """
+    for key in ("config", "model", "item_ids"):
+        if key not in state:
+            raise CheckpointError(f"the checkpoint has no {key!r}; it holds {sorted(state)}")
+    config = FMRecConfig.from_dict(state["config"])
+    model = FMRecommender.from_config(config)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the tensors do not fit the configuration: {error}") from None
+    return model.to(device).eval()
+
+
+def rng_state() -> dict[str, Tensor]:
+    """States of torch's default generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Tensor]) -> None:
+    """Undo `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,530 @@
+"""The command line ``fmrec-fast`` (needs the extra ``[cli]``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmrec_fast import backend, checkpoint, noise, training
+from fmrec_fast.config import FMRecConfig
+from fmrec_fast.data import (
+    Dataset,
+    EvaluationSamples,
+    LatestHistories,
+    read_dataset,
+    synthetic_dataset,
+)
+from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
+from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
+from fmrec_fast.sampler import sample
+
+SYNTHETIC = "synthetic"
+# The demo's settings: small enough to learn something within two minutes on two cores.
+DEMO_CONFIG = FMRecConfig(
+    hidden_size=64,
+    max_len=20,
+    num_blocks=4,
+    decoder_dims=(128, 256),
+    batch_size=256,
+    epochs=6,
+    eval_interval=1,
+)
+DEMO_DATA = {"num_users": 2000, "num_items": 500, "num_clusters": 20, "mean_length": 20, "seed": 0}
+
+
+class UserError(Exception):
+    """A mistake in what was asked for; printed without a traceback."""
+
+
+def build_parser():
+    """The parser of all commands.
+
+    Raises:
+        UserError: the extra ``[cli]`` is not installed.
+    """
+    if importlib.util.find_spec("jsonargparse") is None:
+        raise UserError("the command line needs more packages: pip install 'fmrec_fast[cli]'")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="fmrec-fast",
+        description="Train, evaluate and run FMRec, the flow-matching sequential recommender.",
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    train = ArgumentParser(description="Train on a dataset into a run directory.")
+    train.add_argument("data", help=f"dataset file, or '{SYNTHETIC}'")
+    train.add_argument("--out", required=True, help="run directory")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    _add_reading(train)
+    _add_device(train)
+    train.add_argument("--checkpoint_seconds", type=float, default=60.0)
+    train.add_argument("--checkpoint_steps", type=int | None, default=None)
+    train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
+    train.add_argument("--config", action="config", help="YAML file of the settings below")
+    train.add_class_arguments(FMRecConfig, None, skip={"item_num"})
+    commands.add_subcommand("train", train, help="train a model")
+
+    test = ArgumentParser(description="Evaluate a run: HR, NDCG, MRR over the full ranking.")
+    test.add_argument("run", help="run directory")
+    test.add_argument("data", nargs="?", default=None, help="dataset; default: the run's own")
+    _add_reading(test)
+    _add_device(test)
+    _add_checkpoint(test)
+    test.add_argument("--split", choices=("val", "test"), default="test")
+    test.add_argument("--ks", type=list[int], default=[5, 10, 20], help="K of the metrics")
+    test.add_argument("--seeds", type=int, default=1, help="number of sampling seeds, from 0")
+    test.add_argument("--exclude_seen", action="store_true", help="do not rank seen items")
+    test.add_argument(
+        "--averaging",
+        choices=("user", "published"),
+        default="user",
+        help="mean over users, or of the means of batches of 512 as published",
+    )
+    test.add_argument("--json", default=None, help="also write the metrics to this file")
+    commands.add_subcommand("evaluate", test, help="evaluate a run")
+
+    best = ArgumentParser(description="Recommend items for histories, with external ids.")
+    best.add_argument("run", help="run directory")
+    whom = best.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--history", default=None, help="item ids, oldest first: 12,45,7")
+    whom.add_argument("--users", default=None, help="file of interactions of any users")
+    whom.add_argument("--all", action="store_true", help="all users of the run's dataset")
+    _add_reading(best)
+    _add_device(best)
+    _add_checkpoint(best)
+    best.add_argument("-k", type=int, default=10, help="items per user")
+    best.add_argument("--exclude_seen", action="store_true", help="leave out seen items")
+    best.add_argument("--seed", type=int, default=0, help="sampling seed")
+    best.add_argument("--out", default=None, help=".parquet, .csv or .jsonl; default: print")
+    commands.add_subcommand("recommend", best, help="recommend from a run")
+
+    env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_subcommand("env", env, help="report the installation")
+
+    demo = ArgumentParser(
+        description="Train on synthetic data, compare with popularity, recommend, time."
+    )
+    demo.add_argument("--out", default="runs/demo", help="run directory (replaced)")
+    demo.add_argument("--epochs", type=int, default=DEMO_CONFIG.epochs)
+    commands.add_subcommand("demo", demo, help="the whole tour on synthetic data")
+    return parser
+
+
+def _add_reading(parser: Any) -> None:
+    parser.add_argument("--format", type=str | None, default=None, help="pkl, inter, csv, ...")
+    parser.add_argument("--user_column", type=str | None, default=None)
+    parser.add_argument("--item_column", type=str | None, default=None)
+    parser.add_argument("--time_column", type=str | None, default=None)
+    parser.add_argument("--min_user", type=int | None, default=None, help="k-core: per user")
+    parser.add_argument("--min_item", type=int, default=0, help="k-core: per item")
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there"
+    )
+
+
+def _add_checkpoint(parser: Any) -> None:
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--steps", type=int | None, default=None, help="Euler steps")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        options = build_parser().parse_args(argv)
+        command = COMMANDS[options.command]
+        backend.keep_freed_memory()
+        command(options[options.command])
+    except (UserError, ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+        # ValueError and its like carry the value and what was expected; OSError names the file.
+        print(f"fmrec-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fmrec-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _device(options: Any) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def _reading(options: Any, path: str) -> dict[str, Any]:
+    """The arguments of `read_dataset`, as kept with a run."""
+    if path == SYNTHETIC:
+        return {"path": SYNTHETIC}
+    chosen = {
+        "format": options.format,
+        "user": options.user_column,
+        "item": options.item_column,
+        "timestamp": options.time_column,
+        "min_user": options.min_user,
+        "min_item": options.min_item,
+    }
+    return {"path": str(Path(path).resolve())} | {k: v for k, v in chosen.items() if v}
+
+
+def _read(source: dict[str, Any]) -> Dataset:
+    if source["path"] == SYNTHETIC:
+        return synthetic_dataset(**DEMO_DATA)
+    return read_dataset(**source)
+
+
+def _show(dataset: Dataset) -> None:
+    print(f"{dataset!r}\n{dataset.report}", file=sys.stderr)
+
+
+class _Console(training.Listener):
+    """Progress bars, and TensorBoard curves when its extra is installed."""
+
+    def __init__(self, run: Path, batch_size: int) -> None:
+        from tqdm import tqdm
+
+        self._tqdm, self._bar, self._batch_size = tqdm, None, batch_size
+        self._writer = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(run / "tensorboard")
+
+    def epoch_started(self, epoch: int, steps: int, done: int) -> None:
+        self._bar = self._tqdm(
+            total=steps * self._batch_size,
+            initial=done * self._batch_size,
+            desc=f"epoch {epoch}",
+            unit="samples",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
+
+    def step_done(self, losses: dict[str, float] | None, samples: int) -> None:
+        if losses is not None:
+            self._bar.set_postfix({"loss": f"{losses['total']:.4f}"}, refresh=False)
+        self._bar.update(samples)
+
+    def validating(self, users: int) -> None:
+        self._close()
+
+    def epoch_done(self, record: dict[str, Any]) -> None:
+        self._close()
+        epoch, found = record["epoch"], record.get("validation", {})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if "@10" in name)
+        print(f"epoch {epoch}: loss {record['loss']['total']:.4f}  {shown}", file=sys.stderr)
+        if self._writer is not None:
+            for name, value in record["loss"].items():
+                self._writer.add_scalar(f"loss/{name}", value, epoch)
+            for name, value in found.items():
+                self._writer.add_scalar(f"validation/{name}", value, epoch)
+            self._writer.flush()
+
+    def finished(self) -> None:
+        self._close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _config(options: Any) -> FMRecConfig:
+    names = FMRecConfig.__dataclass_fields__
+    return FMRecConfig(**{name: options[name] for name in names if name in options})
+
+
+def _train(options: Any) -> None:
+    config, source = _config(options), _reading(options, options.data)
+    dataset = _read(source)
+    _show(dataset)
+    run = Path(options.out)
+    trainer = training.Trainer(
+        dataset,
+        config,
+        run,
+        device=_device(options),
+        checkpoint_seconds=options.checkpoint_seconds,
+        checkpoint_steps=options.checkpoint_steps,
+        max_steps=options.max_steps,
+        source=source,
+        listener=_Console(run, config.batch_size),
+    )
+    result = trainer.fit(resume=options.resume)
+    print(f"test, {result.users} users:")
+    _print_metrics({"model": result.mean})
+
+
+def _load(options: Any) -> tuple[FMRecommender, dict[str, Any]]:
+    state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
+    return checkpoint.build_model(state, _device(options)), state
+
+
+def _run_dataset(state: dict[str, Any]) -> Dataset:
+    source = state["source"]
+    if not source:
+        raise UserError("the run does not say where its dataset is; name one")
+    dataset = _read(source)
+    if dataset.item_ids != state["item_ids"]:
+        raise UserError(
+            f"{source['path']} no longer holds the items that the run was trained on "
+            f"({len(state['item_ids'])} then, {len(dataset.item_ids)} now)"
+        )
+    return dataset
+
+
+def with_items(dataset: Dataset, item_ids: list) -> Dataset:
+    """`dataset` in the numbering of a run's items.
+
+    Raises:
+        ValueError: an item is unknown to the run.
+    """
+    if dataset.item_ids == item_ids:
+        return dataset
+    catalogue = Dataset.from_histories([[1, 1]], item_ids=item_ids)
+    numbers = catalogue.encode_items(dataset.item_ids)
+    return Dataset(
+        items=numbers[dataset.items - 1],
+        offsets=dataset.offsets,
+        item_ids=item_ids,
+        user_ids=dataset.user_ids,
+        name=dataset.name,
+        report=dataset.report,
+    )
+
+
+@contextmanager
+def _bar(total: int, what: str):
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="users", dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+def _evaluate(options: Any) -> None:
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    model, state = _load(options)
+    if options.data is None:
+        dataset = _run_dataset(state)
+    else:
+        dataset = with_items(_read(_reading(options, options.data)), state["item_ids"])
+    _show(dataset)
+    samples = EvaluationSamples(dataset, options.split, model.config.max_len)
+    with _bar(len(samples) * options.seeds, options.split) as progress:
+        found = evaluate(
+            model,
+            dataset,
+            options.split,
+            ks=options.ks,
+            steps=options.steps,
+            seeds=range(options.seeds),
+            exclude_seen=options.exclude_seen,
+            averaging=options.averaging,
+            progress=progress,
+        )
+    baseline = metrics_from_ranks(
+        popularity_ranks(dataset, samples, exclude_seen=options.exclude_seen),
+        options.ks,
+        averaging=options.averaging,
+    )
+    columns = {"model": found.mean}
+    if options.seeds > 1:
+        columns["+-"] = found.spread
+    _print_metrics(columns | {"popularity": baseline})
+    if options.json:
+        facts = {
+            "run": str(options.run),
+            "split": options.split,
+            "users": found.users,
+            "averaging": options.averaging,
+            "exclude_seen": options.exclude_seen,
+            "steps": options.steps or model.fm.sample_N,
+            "mean": found.mean,
+            "spread": found.spread,
+            "per_seed": found.per_seed,
+            "popularity": baseline,
+        }
+        checkpoint.write_text(Path(options.json), json.dumps(facts, indent=1))
+
+
+def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(columns.values())))
+    print(f"{'percent':10}" + "".join(f"{title:>12}" for title in columns))
+    for name in names:
+        print(f"{name:10}" + "".join(f"{column[name]:12.4f}" for column in columns.values()))
+
+
+def _recommend(options: Any) -> None:
+    model, state = _load(options)
+    item_ids = state["item_ids"]
+    if options.history is not None:
+        catalogue = Dataset.from_histories([[1, 1]], item_ids=item_ids)
+        given = [part.strip() for part in options.history.split(",") if part.strip()]
+        if not given:
+            raise UserError(f"--history must list item ids, got {options.history!r}")
+        best = recommend(
+            model,
+            [catalogue.encode_items(given).tolist()],
+            options.k,
+            exclude_seen=options.exclude_seen,
+            steps=options.steps,
+            seed=options.seed,
+        )
+        _write(options.out, ["history"], best, item_ids)
+        return
+    if options.all:
+        dataset = _run_dataset(state)
+    else:
+        source = {"min_user": 1} | _reading(options, options.users)
+        dataset = with_items(_read(source), item_ids)
+    _show(dataset)
+    best = _recommend_all(model, dataset, options)
+    _write(options.out, dataset.user_ids, best, item_ids)
+
+
+def _recommend_all(model: FMRecommender, dataset: Dataset, options: Any) -> Recommendations:
+    device = model.item_embeddings.weight.device
+    histories = LatestHistories(dataset, model.config.max_len, device)
+    seed = noise.as_seed(options.seed, device)
+    parts = []
+    with _bar(len(histories), "recommend") as progress:
+        for first in range(0, len(histories), BATCH):
+            index = torch.arange(first, min(first + BATCH, len(histories)))
+            rep = sample(
+                model,
+                histories.batch(index),
+                steps=options.steps,
+                seed=seed,
+                rows=index.to(device),
+            )
+            exclude = torch.empty(len(index), 0, dtype=torch.int64, device=device)
+            if options.exclude_seen:
+                exclude = histories.seen(index)
+            best = rank_items(model, rep, options.k, exclude)
+            parts.append(Recommendations(best.ids.cpu(), best.scores.cpu()))
+            progress(len(index))
+    return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+
+def _write(out: str | None, users: list, best: Recommendations, item_ids: list) -> None:
+    """One row per user and rank: user, rank, item, score."""
+    k = best.ids.shape[1]
+    finite = best.scores.flatten().isfinite().tolist()
+    columns = {
+        "user": [user for user in users for _ in range(k)],
+        "rank": [rank + 1 for _ in users for rank in range(k)],
+        "item": [item_ids[i - 1] if i else None for i in best.ids.flatten().tolist()],
+        "score": best.scores.flatten().tolist(),
+    }
+    columns = {
+        name: [value for value, keep in zip(column, finite, strict=True) if keep]
+        for name, column in columns.items()
+    }
+    if out is None:
+        for row in zip(*columns.values(), strict=True):
+            print("{}\t{}\t{}\t{:.6f}".format(*row))
+        return
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = Path(out)
+    writers: dict[str, Callable[[pa.Table, Path], None]] = {
+        ".parquet": pyarrow.parquet.write_table,
+        ".csv": pyarrow.csv.write_csv,
+        ".jsonl": _write_json_lines,
+    }
+    if path.suffix not in writers:
+        raise UserError(f"--out must end in one of {sorted(writers)}, got {out!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    writers[path.suffix](pa.table(columns), temporary)
+    temporary.replace(path)
+    print(f"{len(columns['user'])} rows for {len(users)} users in {path}", file=sys.stderr)
+
+
+def _write_json_lines(table: Any, path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+
+
+def _env(options: Any) -> None:
+    from fmrec_fast import environment
+
+    if options.json:
+        print(json.dumps(environment.report(), indent=1))
+    else:
+        print("\n".join(environment.lines()))
+
+
+def _demo(options: Any) -> None:
+    import shutil
+
+    from fmrec_fast.reference.published import PublishedRecommender
+
+    run = Path(options.out)
+    if run.exists() and not (run / "last.json").exists():
+        raise UserError(f"--out {run} exists and is not a run directory; name another")
+    shutil.rmtree(run, ignore_errors=True)
+    dataset, config = synthetic_dataset(**DEMO_DATA), DEMO_CONFIG.replace(epochs=options.epochs)
+    print(f"1. data: {dataset!r}")
+    print(f"2. train {config.epochs} epochs into {run}")
+    trainer = training.Trainer(
+        dataset, config, run, source={"path": SYNTHETIC}, listener=_Console(run, config.batch_size)
+    )
+    result = trainer.fit()
+    samples = EvaluationSamples(dataset, "test", config.max_len)
+    popularity = metrics_from_ranks(popularity_ranks(dataset, samples), config.metric_ks)
+    print(f"3. test on {result.users} users, all {dataset.item_num - 1} items ranked")
+    _print_metrics({"model": result.mean, "popularity": popularity})
+    model = checkpoint.build_model(checkpoint.load(checkpoint.locate(run)))
+    print("4. recommend for three users and for a made-up history")
+    histories = [dataset.history(row).tolist() for row in range(3)] + [[1, 2, 3]]
+    best = recommend(model, histories, 5, exclude_seen=True, seed=0)
+    for history, ids in zip(histories, best.ids.tolist(), strict=True):
+        print(f"   ... {history[-5:]} -> {ids}")
+    print("5. speed: 128 users, 30 steps, seconds (median of 3, in turns)")
+    published = PublishedRecommender.from_config(model.config)
+    published.load_state_dict(model.state_dict(), strict=True)
+    published.eval()
+    sequences, _ = samples.batch(torch.arange(min(128, len(samples))))
+    times: dict[str, list[float]] = {"published program": [], "fmrec_fast": []}
+    with torch.no_grad():
+        for _ in range(3):
+            for name, call in (
+                ("published program", lambda: published(sequences, None, train_flag=False)),
+                ("fmrec_fast", lambda: sample(model, sequences)),
+            ):
+                began = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began)
+    medians = {name: sorted(values)[1] for name, values in times.items()}
+    for name, value in medians.items():
+        print(f"   {name:20} {value:8.3f}")
+    ratio = medians["published program"] / medians["fmrec_fast"]
+    print(f"   {ratio:.1f} times as fast; next: fmrec-fast evaluate {run}")
+
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "recommend": _recommend,
+    "env": _env,
+    "demo": _demo,
+}

@@ -1,0 +1,165 @@
+"""Full-ranking evaluation: HR, NDCG and MRR at any K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import noise
+from fmrec_fast.data.batches import EvaluationSamples
+from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.ops import target_rank
+from fmrec_fast.sampler import sample
+
+AVERAGINGS = ("user", "published")
+BATCH = 512  # the published evaluation batch, which 'published' averaging depends on
+PERCENT = 100.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics in percent, over one or more sampling seeds.
+
+    `mean[name]` and `spread[name]` (sample standard deviation; 0 for one seed) with names such as
+    'HR@10'; `per_seed[name]` one value a seed; `users` how many were evaluated.
+    """
+
+    mean: dict[str, float]
+    spread: dict[str, float]
+    per_seed: dict[str, list[float]]
+    users: int
+
+
+def _indices(samples: EvaluationSamples, batch_size: int):
+    for first in range(0, len(samples), batch_size):
+        yield torch.arange(first, min(first + batch_size, len(samples)))
+
+
+@torch.no_grad()
+def model_ranks(
+    model: FMRecommender,
+    samples: EvaluationSamples,
+    *,
+    steps: int | None = None,
+    seed: int | Tensor | None = None,
+    exclude_seen: bool = False,
+    batch_size: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The target's rank among all V scores (id 0 included, as published): int64 [S].
+
+    The noise is keyed by the user's row, so batch size and order of users change nothing.
+
+    Args:
+        exclude_seen: leave the items of the input history out of the ranking.
+        progress: called with the number of users done in each batch.
+    """
+    device = model.item_embeddings.weight.device
+    seed = noise.as_seed(seed, device)
+    ranks = [torch.empty(0, dtype=torch.int64, device=device)]
+    for index in _indices(samples, batch_size):
+        sequence, target = samples.batch(index)
+        rows = samples.users[index.to(samples.users.device)]
+        rep = sample(model, sequence, steps=steps, seed=seed, rows=rows)
+        exclude = samples.seen(index) if exclude_seen else None
+        ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
+        if progress is not None:
+            progress(len(index))
+    return torch.cat(ranks)
+
+
+@torch.no_grad()
+def popularity_ranks(
+    dataset: Dataset, samples: EvaluationSamples, *, exclude_seen: bool = False
+) -> Tensor:
+    """Ranks when every user gets the items by their number of interactions in `train`."""
+    counts = torch.as_tensor(dataset.popularity(), dtype=torch.float32, device=samples.device)
+    ranks = [torch.empty(0, dtype=torch.int64, device=samples.device)]
+    for index in _indices(samples, BATCH):
+        _, target = samples.batch(index)
+        ones = torch.ones(len(index), 1, device=samples.device)
+        exclude = samples.seen(index) if exclude_seen else None
+        ranks.append(target_rank(ones, counts[:, None], target, exclude=exclude))
+    return torch.cat(ranks)
+
+
+def metrics_from_ranks(
+    ranks: Tensor, ks: Sequence[int], *, averaging: str = "user", batch_size: int = BATCH
+) -> dict[str, float]:
+    """HR@K, NDCG@K and MRR@K in percent.
+
+    With one relevant item, HR@K = [rank <= K], NDCG@K = [rank <= K] / log2(rank + 1) and
+    MRR@K = [rank <= K] / rank.
+
+    Args:
+        ranks: int64 [S], 1 is best.
+        averaging: 'user', the mean over users; 'published', the unweighted mean of the means of
+            batches of `batch_size`, in which users of a short last batch count for more.
+
+    Raises:
+        ValueError: no ranks, a K below 1, or an unknown averaging.
+    """
+    if averaging not in AVERAGINGS:
+        raise ValueError(f"averaging must be one of {AVERAGINGS}, got {averaging!r}")
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be positive, got {list(ks)}")
+    if ranks.numel() == 0:
+        raise ValueError("there is no user to evaluate: every input history is empty")
+    place = ranks.double()
+    gains = {
+        "HR": torch.ones_like(place),
+        "NDCG": 1 / torch.log2(place + 1),
+        "MRR": 1 / place,
+    }
+    metrics = {}
+    for name, gain in gains.items():
+        for k in ks:
+            value = torch.where(ranks <= k, gain, 0.0)
+            if averaging == "published":
+                value = torch.stack([part.mean() for part in value.split(batch_size)])
+            metrics[f"{name}@{k}"] = PERCENT * float(value.mean())
+    return metrics
+
+
+def evaluate(
+    model: FMRecommender,
+    dataset: Dataset,
+    split: str = "test",
+    *,
+    ks: Sequence[int] = (5, 10, 20),
+    steps: int | None = None,
+    seeds: Sequence[int] = (0,),
+    exclude_seen: bool = False,
+    averaging: str = "user",
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Evaluate on the validation ('val') or test items, once for each sampling seed.
+
+    Raises:
+        ValueError: unknown split or averaging, no seeds, or nobody to evaluate.
+    """
+    if not seeds:
+        raise ValueError("seeds must name at least one seed, got none")
+    device = model.item_embeddings.weight.device
+    samples = EvaluationSamples(dataset, split, model.config.max_len, device)
+    runs = []
+    for seed in seeds:
+        ranks = model_ranks(
+            model, samples, steps=steps, seed=seed, exclude_seen=exclude_seen, progress=progress
+        )
+        runs.append(metrics_from_ranks(ranks, ks, averaging=averaging))
+    per_seed = {name: [run[name] for run in runs] for name in runs[0]}
+    columns = {name: torch.tensor(v, dtype=torch.float64) for name, v in per_seed.items()}
+    return Evaluation(
+        mean={name: float(column.mean()) for name, column in columns.items()},
+        spread={
+            name: float(column.std()) if len(column) > 1 else 0.0
+            for name, column in columns.items()
+        },
+        per_seed=per_seed,
+        users=len(samples),
+    )

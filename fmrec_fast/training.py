@@ -1,0 +1,328 @@
+"""Training: the published loop, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import checkpoint
+from fmrec_fast.config import FMRecConfig
+from fmrec_fast.data.batches import TrainingSamples
+from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.evaluation import Evaluation, evaluate
+from fmrec_fast.losses import training_losses
+from fmrec_fast.models.fmrec import FMRecommender
+
+LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer finite; the last checkpoint is from before."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    global_step: int = 0
+    evaluations: int = 0
+    without_improvement: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Listener:
+    """What a run reports to; the command line shows progress bars and writes TensorBoard."""
+
+    def epoch_started(self, epoch: int, steps: int, done: int) -> None: ...
+
+    def step_done(self, losses: dict[str, float] | None, samples: int) -> None: ...
+
+    def epoch_done(self, record: dict[str, Any]) -> None: ...
+
+    def validating(self, users: int) -> None: ...
+
+    def finished(self) -> None: ...
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: FMRecConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
+    """The published optimizer and its schedule (stepped once an epoch)."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "SGD":
+        options["momentum"] = config.momentum or 0.0
+    optimizer = getattr(torch.optim, config.optimizer)(model.parameters(), **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
+    return optimizer, scheduler
+
+
+class Trainer:
+    """Trains one model on one dataset, into one run directory.
+
+    Args:
+        dataset: histories; its number of items fills ``config.item_num``.
+        config: settings.
+        run: directory of the run.
+        device: where to train.
+        checkpoint_seconds: a checkpoint is written when so long has passed since the last one,
+            at the end of every epoch, and at the end.
+        checkpoint_steps: write one every so many steps instead of by the clock.
+        max_steps: stop after so many steps in all (a smoke run), then validate and test as usual.
+        source: how to read the dataset again; kept with the run.
+        listener: told what happens.
+
+    `fit` may be called on a directory that holds an earlier part of the same run with
+    ``resume=True``; it then ends with the same numbers as if it had never been interrupted.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: FMRecConfig,
+        run: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        checkpoint_seconds: float = 60.0,
+        checkpoint_steps: int | None = None,
+        max_steps: int | None = None,
+        source: dict[str, Any] | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.dataset, self.run, self.device = dataset, Path(run), torch.device(device)
+        self.config = config.replace(item_num=dataset.item_num)
+        self.checkpoint_seconds, self.checkpoint_steps = checkpoint_seconds, checkpoint_steps
+        self.max_steps = max_steps
+        self.source = source or {}
+        self.listener = listener or Listener()
+        self.samples = TrainingSamples(dataset, self.config.max_len, self.device)
+        if len(self.samples) == 0:
+            raise ValueError(
+                f"{dataset.name or 'the dataset'} has no training sample: no user has at least "
+                f"2 items before the validation item ({dataset.num_users} users, "
+                f"{dataset.num_interactions} interactions)"
+            )
+        torch.manual_seed(self.config.random_seed)
+        self.model = FMRecommender.from_config(self.config).to(self.device)
+        self.optimizer, self.scheduler = build_optimizer(self.model, self.config)
+        self.progress = Progress()
+        # Sums over the epoch so far, and the first step whose loss was not finite (or -1); both
+        # stay on the device, so that a step waits for nothing.
+        self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._saved_at = time.monotonic()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; the short last one is kept."""
+        return math.ceil(len(self.samples) / self.config.batch_size)
+
+    def fit(self, *, resume: bool = False) -> Evaluation:
+        """Train until the epochs, the patience or `max_steps` are used up, then test once.
+
+        Returns:
+            The test metrics of the best model by validation (the last one, if no validation ran).
+
+        Raises:
+            FileExistsError: the directory holds a run and `resume` is False.
+            DivergedError: a loss was NaN or infinite; says at which step.
+            CheckpointError: the checkpoint to resume from is damaged or of another configuration.
+        """
+        started = (self.run / "last.json").exists()
+        if started and not resume:
+            raise FileExistsError(f"{self.run} already holds a run; resume it or name another")
+        if started:
+            self._restore()
+        else:
+            self._save()
+        self._write_history()
+        while not self._over():
+            self._train_epoch()
+        self._save()
+        role = "best" if (self.run / "best.json").exists() else "last"
+        tested = checkpoint.build_model(
+            checkpoint.load(checkpoint.locate(self.run, role)), self.device
+        )
+        result = evaluate(
+            tested, self.dataset, ks=self.config.metric_ks, seeds=(self.config.random_seed,)
+        )
+        checkpoint.write_text(
+            self.run / "result.json",
+            json.dumps(
+                {
+                    "tested": role,
+                    "epochs": self.progress.epoch,
+                    "steps": self.progress.global_step,
+                    "users": result.users,
+                    "test": result.mean,
+                },
+                indent=1,
+            ),
+        )
+        self.listener.finished()
+        return result
+
+    def _over(self) -> bool:
+        p = self.progress
+        return p.stopped or p.epoch >= self.config.epochs
+
+    def _train_epoch(self) -> None:
+        p, config = self.progress, self.config
+        order = self.samples.epoch_order(config.random_seed, p.epoch)
+        self.listener.epoch_started(p.epoch, self.steps_per_epoch, p.step_in_epoch)
+        began, first_step = time.monotonic(), p.step_in_epoch
+        self.model.train()
+        while p.step_in_epoch < self.steps_per_epoch:
+            first = p.step_in_epoch * config.batch_size
+            index = order[first : first + config.batch_size]
+            self._train_step(index)
+            p.step_in_epoch += 1
+            p.global_step += 1
+            self._report_step(len(index))
+            if self.max_steps is not None and p.global_step >= self.max_steps:
+                p.stopped = True
+                break
+            if self._due():
+                self._save()
+        self._check_finite()
+        self._end_epoch(time.monotonic() - began, p.step_in_epoch - first_step)
+
+    def _train_step(self, index: Tensor) -> None:
+        sequence, target = self.samples.batch(index)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = training_losses(self.model, sequence, target)
+        losses.total.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            values = torch.stack([getattr(losses, name) for name in LOSSES]).double()
+            self.sums += values
+            fresh = (self.bad_step < 0) & ~torch.isfinite(values).all()
+            self.bad_step = torch.where(fresh, self.progress.global_step, self.bad_step)
+
+    def _report_step(self, samples: int) -> None:
+        """Read the losses where that waits for nothing, or now and then."""
+        p = self.progress
+        means = None
+        if self.device.type == "cpu" or p.global_step % 50 == 0:
+            self._check_finite()
+            means = self._mean_losses()
+        self.listener.step_done(means, samples)
+
+    def _mean_losses(self) -> dict[str, float]:
+        means = self.sums / max(self.progress.step_in_epoch, 1)
+        return dict(zip(LOSSES, means.tolist(), strict=True))
+
+    def _check_finite(self) -> None:
+        bad = int(self.bad_step)
+        if bad >= 0:
+            raise DivergedError(
+                f"the loss was not finite at step {bad} (epoch {self.progress.epoch}); "
+                f"the last good checkpoint is {checkpoint.locate(self.run, 'last')}"
+            )
+
+    def _due(self) -> bool:
+        if self.checkpoint_steps is not None:
+            return self.progress.global_step % self.checkpoint_steps == 0
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+
+    def _end_epoch(self, seconds: float, steps: int) -> None:
+        p, config = self.progress, self.config
+        record: dict[str, Any] = {
+            "epoch": p.epoch,
+            "steps": p.global_step,
+            "lr": self.scheduler.get_last_lr()[0],
+            "loss": self._mean_losses(),
+            "steps_per_second": steps / max(seconds, 1e-9),
+        }
+        self.scheduler.step()
+        if p.epoch != 0 and p.epoch % config.eval_interval == 0:
+            record["validation"] = self._validate()
+        p.history.append(record)
+        p.epoch += 1
+        p.step_in_epoch = 0
+        self.sums.zero_()
+        self._save()
+        self._write_history()
+        self.listener.epoch_done(record)
+
+    def _validate(self) -> dict[str, float]:
+        p, config = self.progress, self.config
+        self.listener.validating(self.dataset.num_users)
+        found = evaluate(
+            self.model,
+            self.dataset,
+            "val",
+            ks=config.metric_ks,
+            seeds=(config.random_seed,),
+        ).mean
+        p.evaluations += 1
+        deciding = (
+            list(found) if config.early_stopping_metric == "any" else [config.early_stopping_metric]
+        )
+        if any(found[name] > p.best.get(name, -math.inf) for name in deciding):
+            p.without_improvement = 0
+            checkpoint.save(self.run, f"best-{p.global_step:08d}", "best", self._model_state())
+        else:
+            p.without_improvement += 1
+            p.stopped |= p.without_improvement >= config.patience
+        for name, value in found.items():
+            p.best[name] = max(value, p.best.get(name, -math.inf))
+        return found
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "item_ids": self.dataset.item_ids,
+            "source": self.source,
+            "model": self.model.state_dict(),
+            "epoch": self.progress.epoch,
+            "global_step": self.progress.global_step,
+        }
+
+    def _save(self) -> None:
+        self._check_finite()
+        state = self._model_state() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "progress": vars(self.progress),
+            "sums": self.sums,
+        }
+        checkpoint.save(self.run, f"last-{self.progress.global_step:08d}", "last", state)
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        state = checkpoint.load(checkpoint.locate(self.run, "last"))
+        free = {"epochs", "patience", "eval_interval"}
+        then, now = state["config"], self.config.to_dict()
+        changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
+        changed = [text for text in changed if text.split(":")[0] not in free]
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{self.run} was trained with other settings: {'; '.join(changed)}"
+            )
+        if state["item_ids"] != self.dataset.item_ids:
+            raise checkpoint.CheckpointError(
+                f"{self.run} was trained on other items "
+                f"({len(state['item_ids'])}, now {len(self.dataset.item_ids)})"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.progress = Progress(**state["progress"])
+        self.sums = state["sums"].to(self.device)
+        checkpoint.restore_rng(state["rng"])
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in self.progress.history)
+        checkpoint.write_text(self.run / "metrics.jsonl", lines)
