@@ -121,21 +121,17 @@ def to_normal_pair(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def _grid(rows: Tensor, steps: Tensor, positions: Tensor, channels: int) -> tuple[Tensor, ...]:
-    groups = torch.arange((channels + 3) // 4, device=rows.device)
-    return (
-        groups,
-        (positions & MASK32)[:, None],
-        (steps & MASK32)[:, None, None, None],
-        (rows & MASK32)[:, None, None],
-    )
-
-
 def words(
     seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int
 ) -> tuple[Tensor, ...]:
     """The stream's raw words: four int64 tensors [S, B, P, ceil(channels / 4)]."""
-    return philox_4x32(_grid(rows, steps, positions, channels), seed)
+    counter = (
+        torch.arange((channels + 3) // 4, device=rows.device),
+        (positions & MASK32)[:, None],
+        (steps & MASK32)[:, None, None, None],
+        (rows & MASK32)[:, None, None],
+    )
+    return philox_4x32(counter, seed)
 
 
 def normals(

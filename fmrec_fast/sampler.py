@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmrec_fast import noise as stream
-from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops._checks import check_shape, request_rows
+from fmrec_fast.ops._checks import check_shape
+from fmrec_fast.randomness import random_source
 
 METHODS = ("euler", "rk45")
 # Rows sampled together on a CPU: more of them and the activations leave the caches.
@@ -64,17 +63,11 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        rows = request_rows(rows, batch, device)
-        published = current_rng() is Rng.PUBLISHED and seed is None
-        key = None if published else stream.as_seed(seed, device)
+        source = random_source(batch, device, seed=seed, rows=rows)
         if z0 is None:
-            z0 = (
-                torch.randn(batch, width, device=device)
-                if published
-                else stream.start(key, rows, width)
-            )
+            z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
-        piece = CPU_ROWS if device.type == "cpu" and not published else max(batch, 1)
+        piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
         out = torch.empty(batch, width, device=device)
         for first in range(0, batch, piece):
             part = slice(first, first + piece)
@@ -87,8 +80,8 @@ def sample(
                     mask,
                     z0[part],
                     steps=q,
-                    seed=key,
-                    rows=rows[part],
+                    seed=source.seed,
+                    rows=source.rows[part],
                     noise=None if noise is None else noise[:, part],
                 )
         return out
