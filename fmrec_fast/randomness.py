@@ -42,6 +42,10 @@ class RandomSource(ABC):
         """lam [B, L, D] if it is drawn ahead, None if noise fusion generates it."""
 
     @abstractmethod
+    def at_step(self, step: int) -> RandomSource:
+        """The source of one sampler step, whose lam and dropouts are its own."""
+
+    @abstractmethod
     def dropout(self) -> Drop:
         """The dropouts."""
 
@@ -66,6 +70,9 @@ class StreamSource(RandomSource):
 
     def lam(self, shape: torch.Size, delta: float) -> None:
         return None
+
+    def at_step(self, step: int) -> StreamSource:
+        return StreamSource(noise.step_seed(self.seed, step), self.rows)
 
     def dropout(self) -> Drop:
         return StreamDropout(self.seed, self.rows)
@@ -92,6 +99,9 @@ class PublishedSource(RandomSource):
     def lam(self, shape: torch.Size, delta: float) -> Tensor:
         full = torch.full(shape, delta)
         return torch.normal(mean=full, std=full).to(self.rows.device)
+
+    def at_step(self, step: int) -> PublishedSource:
+        return self
 
     def dropout(self) -> Drop:
         return TorchDropout()

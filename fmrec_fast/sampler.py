@@ -29,13 +29,15 @@ def sample(
     """Sample the next item's embedding for each history (eq. 23).
 
     With one `seed` a row's result depends on its history and its name in `rows` alone, not on the
-    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off.
+    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off. (Not so for
+    'rk45', whose step sizes depend on all rows that it integrates together.)
 
     Args:
         model: the joint model.
         sequences: int64 [B, L], left-padded with 0.
-        steps: q; None is the model's ``fm.sample_N``.
-        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation).
+        steps: q; None is the model's ``fm.sample_N``. Not for 'rk45'.
+        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation,
+            so that its effort grows with ``lambda_uncertainty``).
         seed: keys the noise stream; None draws one from torch's generator.
         rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
         z0: explicit start [B, D].
@@ -57,10 +59,13 @@ def sample(
     q = model.fm.sample_N if steps is None else steps
     if z0 is not None:
         check_shape("z0", z0, "B D", {"B": batch, "D": width})
+    if method == "rk45" and (noise is not None or steps is not None):
+        given = "noise" if steps is None else f"steps = {steps}"
+        raise ValueError(f"method 'rk45' draws lam and chooses its steps itself, got {given}")
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
@@ -73,7 +78,9 @@ def sample(
             part = slice(first, first + piece)
             e, mask = model.embed(sequences[part])
             if method == "rk45":
-                out[part] = model.fm.rk45_sampler(e, mask, z0[part])[0]
+                out[part] = model.fm.rk45_sampler(
+                    e, mask, z0[part], seed=source.seed, rows=source.rows[part]
+                )[0]
             else:
                 out[part] = model.fm.integrate(
                     e,
@@ -86,7 +93,8 @@ def sample(
                 )
         return out
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

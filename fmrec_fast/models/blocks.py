@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fmrec_fast.ops import encoder
+from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights, Drop, no_drop
 
 

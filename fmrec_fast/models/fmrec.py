@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
 from fmrec_fast.ops import euler_sampler, history_loss, item_cross_entropy, noise_fusion
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
 from fmrec_fast.ops.euler_sampler import SamplerWeights
-from fmrec_fast.randomness import PublishedSource, RandomSource, StreamSource, random_source
+from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
 
@@ -319,7 +320,7 @@ class FMRec(nn.Module):
 
         def step_network(x: Tensor, i: int) -> Tensor:
             # A step's dropouts and lam are its own: the stream gets a seed derived from the step.
-            own = source if source.seed is None else StreamSource(source.seed + i, source.rows)
+            own = source.at_step(i)
             t = scaled[i].expand(len(x))
             lam = None if noise is None else noise[i]
             return self.xstart_model.predict(item_rep, x, t, mask_seq, own, lam)[0]
@@ -347,7 +348,15 @@ class FMRec(nn.Module):
         return self.integrate(item_rep, mask_seq, z0)
 
     @torch.no_grad()
-    def rk45_sampler(self, item_rep: Tensor, mask_seq: Tensor, z0: Tensor) -> tuple[Tensor, int]:
+    def rk45_sampler(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         """Adaptive Runge-Kutta 4(5) from eps to 1 (scipy ``solve_ivp``, rtol = atol = 1e-5).
 
         Every evaluation draws its own lam, as published.
@@ -360,12 +369,14 @@ class FMRec(nn.Module):
         """
         from scipy.integrate import solve_ivp
 
+        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        evaluations = itertools.count()
+
         def derivative(t: float, flat: Any) -> Any:
             x = torch.as_tensor(flat, dtype=z0.dtype, device=z0.device).reshape(z0.shape)
             at = torch.full((len(x),), t, dtype=z0.dtype, device=z0.device)
-            source = random_source(len(x), x.device)
             prediction, _ = self.xstart_model.predict(
-                item_rep, x, at * self.time_scale, mask_seq, source
+                item_rep, x, at * self.time_scale, mask_seq, source.at_step(next(evaluations))
             )
             return self.velocity(prediction, z0, at[:, None]).cpu().numpy().reshape(-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fmrec_fast.backend import choose
+from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import BlockWeights, Drop, no_drop
@@ -45,7 +46,7 @@ def encoder(
         ([B, D], [B, D] of block `tap` or None). Differentiable.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, heads or `tap` are off.
+        TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
         BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
@@ -58,6 +59,8 @@ def encoder(
         raise ValueError("blocks must hold at least one block, got none")
     if num_heads < 1 or sizes["D"] % num_heads:
         raise ValueError(f"num_heads must divide D = {sizes['D']}, got {num_heads}")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
     choose("encoder", x)

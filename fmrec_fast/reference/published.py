@@ -271,6 +271,8 @@ class PublishedRecommender(nn.Module):
     def training_loss(self, sequence: Tensor, tag: Tensor, **draws: Tensor) -> Tensor:
         """loss_fm + alpha * loss_ce + beta * loss_recon."""
         recon, x0, _, _, loss_fm, _ = self(sequence, tag, **draws)
-        return loss_fm + self.args.Loss_Alpha * self.loss_fm_ce(x0, tag) + (
-            self.args.Loss_Beta * recon
+        return (
+            loss_fm
+            + self.args.Loss_Alpha * self.loss_fm_ce(x0, tag)
+            + (self.args.Loss_Beta * recon)
         )
