@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,33 +12,20 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import __version__, backend, checkpoint, noise, training
+from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
     LatestHistories,
     read_dataset,
-    synthetic_dataset,
 )
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
 from fmrec_fast.sampler import sample
 
-SYNTHETIC = "synthetic"
 OUTPUTS = (".parquet", ".csv", ".jsonl")
-# The demo's settings: small enough to learn something within two minutes on two cores.
-DEMO_CONFIG = FMRecConfig(
-    hidden_size=64,
-    max_len=20,
-    num_blocks=4,
-    decoder_dims=(128, 256),
-    batch_size=256,
-    epochs=6,
-    eval_interval=1,
-)
-DEMO_DATA = {"num_users": 2000, "num_items": 500, "num_clusters": 20, "mean_length": 20, "seed": 0}
 
 
 class UserError(Exception):
@@ -71,7 +57,7 @@ def build_parser():
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Train on a dataset into a run directory.")
-    train.add_argument("data", help=f"dataset file, or '{SYNTHETIC}'")
+    train.add_argument("data", help=f"dataset file, or '{demo.SYNTHETIC}'")
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, if any")
     _add_reading(train)
@@ -131,12 +117,12 @@ def build_parser():
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("env", env, help="report the installation")
 
-    demo = ArgumentParser(
+    tour = ArgumentParser(
         description="Train on synthetic data, compare with popularity, recommend, time."
     )
-    demo.add_argument("--out", default="runs/demo", help="run directory (replaced)")
-    demo.add_argument("--epochs", type=int, default=DEMO_CONFIG.epochs)
-    commands.add_subcommand("demo", demo, help="the whole tour on synthetic data")
+    tour.add_argument("--out", default="runs/demo", help="run directory (replaced)")
+    tour.add_argument("--epochs", type=int, default=demo.CONFIG.epochs)
+    commands.add_subcommand("demo", tour, help="the whole tour on synthetic data")
     return parser
 
 
@@ -202,8 +188,8 @@ def _device(options: Any) -> torch.device:
 
 def _reading(options: Any, path: str) -> dict[str, Any]:
     """The arguments of `read_dataset`, as kept with a run."""
-    if path == SYNTHETIC:
-        return {"path": SYNTHETIC}
+    if path == demo.SYNTHETIC:
+        return {"path": demo.SYNTHETIC}
     chosen = {
         "format": options.format,
         "user": options.user_column,
@@ -216,8 +202,8 @@ def _reading(options: Any, path: str) -> dict[str, Any]:
 
 
 def _read(source: dict[str, Any]) -> Dataset:
-    if source["path"] == SYNTHETIC:
-        return synthetic_dataset(**DEMO_DATA)
+    if source["path"] == demo.SYNTHETIC:
+        return demo.dataset()
     return read_dataset(**source)
 
 
@@ -528,51 +514,10 @@ def _env(options: Any) -> None:
 
 
 def _demo(options: Any) -> None:
-    import shutil
-
-    from fmrec_fast.reference.published import PublishedRecommender
-
     run = Path(options.out)
     if run.exists() and not (run / "last.json").exists():
         raise UserError(f"--out {run} exists and is not a run directory; name another")
-    shutil.rmtree(run, ignore_errors=True)
-    dataset, config = synthetic_dataset(**DEMO_DATA), DEMO_CONFIG.replace(epochs=options.epochs)
-    print(f"1. data: {dataset!r}")
-    print(f"2. train {config.epochs} epochs into {run}")
-    trainer = training.Trainer(
-        dataset, config, run, source={"path": SYNTHETIC}, listener=_Console(run)
-    )
-    result = trainer.fit()
-    samples = EvaluationSamples(dataset, "test", config.max_len)
-    popularity = metrics_from_ranks(popularity_ranks(dataset, samples), config.metric_ks)
-    print(f"3. test on {result.users} users, all {dataset.item_num - 1} items ranked")
-    _print_metrics({"model": result.mean, "popularity": popularity})
-    model = checkpoint.build_model(checkpoint.load(checkpoint.locate(run)))
-    print("4. recommend for three users and for a made-up history")
-    histories = [dataset.history(row).tolist() for row in range(3)] + [[1, 2, 3]]
-    best = recommend(model, histories, 5, exclude_seen=True, seed=0)
-    for history, ids in zip(histories, best.ids.tolist(), strict=True):
-        print(f"   ... {history[-5:]} -> {ids}")
-    print("5. speed: 128 users, 30 steps, seconds (median of 3, in turns)")
-    published = PublishedRecommender.from_config(model.config)
-    published.load_state_dict(model.state_dict(), strict=True)
-    published.eval()
-    sequences, _ = samples.batch(torch.arange(min(128, len(samples))))
-    times: dict[str, list[float]] = {"published program": [], "fmrec_fast": []}
-    with torch.no_grad():
-        for _ in range(3):
-            for name, call in (
-                ("published program", lambda: published(sequences, None, train_flag=False)),
-                ("fmrec_fast", lambda: sample(model, sequences)),
-            ):
-                began = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - began)
-    medians = {name: sorted(values)[1] for name, values in times.items()}
-    for name, value in medians.items():
-        print(f"   {name:20} {value:8.3f}")
-    ratio = medians["published program"] / medians["fmrec_fast"]
-    print(f"   {ratio:.1f} times as fast; next: fmrec-fast evaluate {run}")
+    demo.run_demo(run, options.epochs, _Console(run), _print_metrics)
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {

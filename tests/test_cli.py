@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fmrec_fast
-from fmrec_fast import FMRecConfig, checkpoint, cli, recommend
+from fmrec_fast import FMRecConfig, checkpoint, cli, demo, recommend
 from fmrec_fast.cli import main
 from fmrec_fast.data import Dataset, read_dataset, synthetic_dataset
 from fmrec_fast.evaluation import evaluate
@@ -563,8 +563,8 @@ def test_version_and_help(capsys):
 @pytest.fixture
 def small_demo(monkeypatch):
     values = {"num_users": 40, "num_items": 20, "num_clusters": 2, "mean_length": 8, "seed": 0}
-    monkeypatch.setattr(cli, "DEMO_DATA", values)
-    monkeypatch.setattr(cli, "DEMO_CONFIG", FMRecConfig(**SETTINGS))
+    monkeypatch.setattr(demo, "DATA", values)
+    monkeypatch.setattr(demo, "CONFIG", FMRecConfig(**SETTINGS))
 
 
 def test_demo(small_demo, tmp_path, capsys):
@@ -580,13 +580,15 @@ def test_demo(small_demo, tmp_path, capsys):
             "5. speed",
         ):
             assert part in text
-        assert re.search(r"^ +\d+\.\d times as fast", text, re.MULTILINE)
+        numbers = r"( +\d+\.\d{3}){2} +\d+\.\d$"
+        assert re.search(r"sample 40 users, \d steps" + numbers, text, re.MULTILINE), text
+        assert re.search(r"train on \d+ samples" + numbers, text, re.MULTILINE), text
         assert {"model", "popularity"} <= set(text.split())
     assert json.loads((out / "result.json").read_text())["epochs"] == 2
     # What it names as the next step works, with the same metrics.
     seed = FMRecConfig().random_seed
     model = checkpoint.build_model(checkpoint.load(checkpoint.locate(out)))
-    dataset = synthetic_dataset(**cli.DEMO_DATA)
+    dataset = demo.dataset()
     result = json.loads((out / "result.json").read_text())["test"]
     assert evaluate(model, dataset, seeds=(seed,)).mean == result
     assert main(["evaluate", str(out)]) == 0
