@@ -29,8 +29,9 @@ budgets: setup
 	$(BIN)/python -m fmrec_fast.kernels.budget
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --save
 	$(BIN)/python -m benchmarks.plot --out docs
+	$(BIN)/python -m benchmarks.table --readme README.md
 
 bench-quick: setup
 	$(BIN)/python -m pytest benchmarks --quick

@@ -1,0 +1,212 @@
+"""Markdown tables from benchmark records: ``python -m benchmarks.table FILE...``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import read_results
+
+END_TO_END = ("euler_sampler", "training_step")
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+
+
+def seconds(value: float) -> str:
+    """Three digits with the unit that fits."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} µs"
+
+
+def spread(variant: dict[str, Any]) -> str:
+    """Median and quartiles."""
+    text = seconds(variant["median_s"])
+    if variant["q1_s"] is not None:
+        text += f" ({seconds(variant['q1_s'])} .. {seconds(variant['q3_s'])})"
+    return text
+
+
+def percent(value: float | None) -> str:
+    """A share, or nothing."""
+    if value is None:
+        return ""
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
+
+
+def count(value: float | None) -> str:
+    """FLOPs with a prefix."""
+    if value is None:
+        return ""
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose columns line up in plain text too."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(cells[0]), rule, *(line(row) for row in cells[1:])])
+
+
+def heading(results: dict[str, Any]) -> str:
+    """Machine, versions and settings in a few lines."""
+    machine, limits = results["machine"], results["limits"]
+    versions = machine["versions"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    return (
+        f"{where}, {machine['threads']} threads; Python {versions['python']}, "
+        f"torch {versions['torch']}, fmrec_fast {versions['fmrec_fast']} "
+        f"({machine['revision'] or 'no revision'}); allocator: {machine['allocator']['setting']}; "
+        f"{results['date'][:10]}{'; quick sizes' if results['settings']['quick'] else ''}.\n"
+        f"Histories: {results['settings']['histories']}.\n"
+        f"Measured limits: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, float32 product "
+        f"{limits['matmul_flops_per_s'] / 1e9:.4g} GFLOP/s."
+    )
+
+
+def end_to_end(results: dict[str, Any]) -> str:
+    """Sampling and training: a row per case and variant, and how many times ours it takes."""
+    rows = []
+    for record in results["records"]:
+        if record["op"] not in END_TO_END:
+            continue
+        for name, variant in record["variants"].items():
+            rows.append(
+                (
+                    record["case"],
+                    name,
+                    spread(variant),
+                    str(variant["rounds"]),
+                    "" if variant["p99_s"] is None else seconds(variant["p99_s"]),
+                    f"{variant['times_ours']:.2f}x",
+                    count(variant["flops"]),
+                    count(variant.get("flops_per_recommendation")),
+                    percent(variant.get("fraction_of_matmul_rate")),
+                )
+            )
+    header = (
+        *("case", "variant", "median (quartiles)", "rounds", "p99", "times ours", "FLOPs"),
+        *("FLOPs each", "of matmul rate"),
+    )
+    return grid(header, rows) if rows else ""
+
+
+def ops(results: dict[str, Any]) -> str:
+    """The single ops: a row per case and variant, and the fraction of the machine's limit."""
+    rows = []
+    for record in results["records"]:
+        if record["op"] in END_TO_END:
+            continue
+        for name, variant in record["variants"].items():
+            mark = " (ours)" if name == record["ours"] else ""
+            rows.append(
+                (
+                    record["op"],
+                    record["case"],
+                    name + mark,
+                    spread(variant),
+                    str(variant["rounds"]),
+                    f"{variant['times_ours']:.2f}x",
+                    percent(variant.get("fraction_of_limit")),
+                )
+            )
+    header = (
+        *("op", "case", "variant", "median (quartiles)", "rounds", "times ours"),
+        "of the limit",
+    )
+    return grid(header, rows) if rows else ""
+
+
+def readme_table(folder: Path = RESULTS) -> str:
+    """The README's table: the newest full record of each allocator setting in `folder`."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*-full-*.json")):
+        results = read_results(path)
+        newest[results["machine"]["allocator"]["setting"]] = results
+    parts = []
+    for setting, results in sorted(newest.items()):
+        names = ("published", "tuned", "compiled", "ours")
+        rows = []
+        for record in results["records"]:
+            if record["op"] not in END_TO_END:
+                continue
+            found = record["variants"]
+            medians = [seconds(found[n]["median_s"]) if n in found else "" for n in names]
+            ratios = [
+                f"{found[n]['times_ours']:.1f}x" if n in found else ""
+                for n in ("published", "compiled")
+            ]
+            rows.append([record["case"], *medians, *ratios])
+        header = ("", "published", "tuned eager", "torch.compile", "fmrec_fast")
+        table = grid([*header, "vs published", "vs torch.compile"], rows)
+        machine = results["machine"]
+        where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        parts.append(
+            f"Median seconds, {where}, torch {machine['versions']['torch']}, "
+            f"V = {results['settings']['sizes']['items']:,}, allocator settings {setting} "
+            f"({results['date'][:10]}):\n\n{table}"
+        )
+    return "\n\n".join(parts)
+
+
+def write_readme(path: Path) -> None:
+    """Put the table between the README's markers."""
+    text = path.read_text()
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    path.write_text(f"{before}{BEGIN}\n{readme_table()}\n{END}{after}")
+
+
+def left_out(results: dict[str, Any]) -> str:
+    """What was not timed, and why."""
+    lines = {
+        f"- {record['op']}: {name} left out: {reason}"
+        for record in results["records"]
+        for name, reason in record["left_out"].items()
+    }
+    return "\n".join(sorted(lines))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole record."""
+    parts = (heading(results), end_to_end(results), ops(results), left_out(results))
+    return "\n\n".join(part for part in parts if part)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables of the files named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="records (JSON)")
+    parser.add_argument(
+        "--readme", type=Path, metavar="README", help="write its table, from the committed records"
+    )
+    parser.add_argument(
+        "--only", choices=("end-to-end", "ops"), help="one of the tables, with its heading"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.readme is not None:
+        write_readme(chosen.readme)
+    elif not chosen.files:
+        parser.error("name a FILE, or --readme README")
+    for path in chosen.files:
+        results = read_results(path)
+        if chosen.only is None:
+            print(markdown(results), end="\n\n")
+        else:
+            body = end_to_end(results) if chosen.only == "end-to-end" else ops(results)
+            print(heading(results), body, sep="\n\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
