@@ -74,8 +74,8 @@ FMREC_INLINE void gelu(float* h, int64_t h_row, int64_t rows, int64_t columns) {
         for (int64_t j = 0; j < columns; j += FLOATS) {
             const f32v x = load(h + i * h_row + j);
             const f32v t = x * (x * x * cubic + linear_term);
-            const f32v bounded = t > 100.0f ? broadcast(100.0f) : t;
-            store(h + i * h_row + j, x * reciprocal(exponential2(bounded) + 1.0f));
+            const f32v e = exponential2(smaller(t, broadcast(100.0f)));
+            store(h + i * h_row + j, x * reciprocal(e + 1.0f));
         }
     }
 }
@@ -85,10 +85,8 @@ void feed_forward(const Encoder* e, const PackedBlock* b, float* x, int64_t rows
                   float* inner) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t inner_row = INNER + UNIT;
-    for (int64_t i = 0; i < rows; ++i) {
-        layer_norm(x + i * stride, b->norm2.weight, b->norm2.bias, e->channels, padded,
-                   normed + i * stride);
-    }
+    const LayerNorm norm = {b->norm2.weight, b->norm2.bias, e->channels, padded};
+    layer_norm(&norm, x, normed, stride, rows);
     const int64_t features = b->inner.columns, all = round_up(features, UNIT);
     for (int64_t first = 0; first < features; first += INNER) {
         const int64_t columns = all - first < INNER ? all - first : INNER;
@@ -190,10 +188,8 @@ FMREC_INLINE void mean_value(const Encoder* e, const float* value, float* out) {
 void block(const Encoder* e, const PackedBlock* b, Workspace* w, float* x, const float* mask) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t length = e->length;
-    for (int64_t i = 0; i < length; ++i) {
-        layer_norm(x + i * stride, b->norm1.weight, b->norm1.bias, e->channels, padded,
-                   w->normed + i * stride);
-    }
+    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded};
+    layer_norm(&norm, x, w->normed, stride, length);
     linear(w->normed, stride, &b->key, false, w->key, stride, length);
     linear(w->normed, stride, &b->value, false, w->value, stride, length);
     // Queries of the left padding are zeros and share one result.
@@ -239,12 +235,10 @@ void run(const Encoder* e, float* x, const float* mask, int64_t count, float* la
     }
     // Of the last block only the last position's query, output and feed-forward.
     const PackedBlock* b = e->blocks + e->num_blocks - 1;
+    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded};
     for (int64_t s = 0; s < count; ++s) {
         const float* rows = x + s * sequence;
-        for (int64_t i = 0; i < length; ++i) {
-            layer_norm(rows + i * stride, b->norm1.weight, b->norm1.bias, e->channels, padded,
-                       w.normed + i * stride);
-        }
+        layer_norm(&norm, rows, w.normed, stride, length);
         linear(w.normed, stride, &b->key, false, w.key, stride, length);
         linear(w.normed, stride, &b->value, false, w.value, stride, length);
         linear(w.normed + (length - 1) * stride, stride, &b->query, false, w.query, stride, 1);

@@ -63,6 +63,7 @@ void run(const EulerSampler* a, int64_t begin, int64_t end, float* memory) {
             if (a->trajectory) a->out[at] = a->z0[at];
         }
     }
+    const LayerNorm norm = {weight, bias, channels, padded};
     for (int64_t step = 0; step < a->steps; ++step) {
         const float* tau = a->taus + step * channels;
         for (int64_t s = 0; s < count; ++s) {
@@ -82,7 +83,7 @@ void run(const EulerSampler* a, int64_t begin, int64_t end, float* memory) {
         FMREC_ISA::encoder.run(encoder, x, a->mask + begin * length, count, last, nullptr, rest);
         float* out = a->out + (a->trajectory ? (step + 1) * a->batch * channels : 0);
         for (int64_t s = 0; s < count; ++s) {
-            layer_norm(last + s * stride, weight, bias, channels, padded, prediction);
+            layer_norm(&norm, last + s * stride, prediction, stride, 1);
             const float* z0 = a->z0 + (begin + s) * channels;
             float* z = state + s * stride;
             // As published: the difference from the start, not from where the flow has come to.

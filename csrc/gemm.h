@@ -57,17 +57,28 @@ void tile(const Product* p, int64_t row, int64_t column) {
         a += a_depth;
         b += b_row;
     }
-    float* c = p->c + row * p->c_row + column;
+    // Read once: a store could change what p points to, for all that the compiler knows.
+    const int64_t c_row = p->c_row;
+    float* c = p->c + row * c_row + column;
+    if (p->scale) {
+        const float* scale = p->scale + row;
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; ++v) sums[i][v] *= broadcast(scale[i]);
+        }
+    }
+    if (p->add) {
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; ++v) sums[i][v] += load(c + i * c_row + v * FLOATS);
+        }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) {
-            f32v result = sums[i][v];
-            if (p->scale) result *= broadcast(p->scale[row + i]);
-            float* target = c + i * p->c_row + v * FLOATS;
-            if (p->add) result += load(target);
-            store(target, result);
-        }
+        for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * FLOATS, sums[i][v]);
     }
 }
 

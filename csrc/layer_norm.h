@@ -1,4 +1,4 @@
-// Layer norm of a row in the cache. Included by kernel translation units only.
+// Layer norm of rows in the cache. Included by kernel translation units only.
 #pragma once
 
 #include "vector.h"
@@ -6,29 +6,59 @@
 namespace fmrec {
 namespace {
 
-// out = (x - mean) / sqrt(var + 1e-12) * weight + bias over the first `channels` of `padded`
-// columns, a multiple of 16; weight and bias are zero in the padding, and so is out.
-FMREC_INLINE void layer_norm(const float* x, const float* weight, const float* bias,
-                             int64_t channels, int64_t padded, float* out) {
-    f32v total = broadcast(0.0f), squares = broadcast(0.0f);
-    for (int64_t j = 0; j < padded; j += FLOATS) total += load(x + j);
-    const float mean = sum(total) / (float)channels;
-    const f32v means = broadcast(mean);
-    int64_t j = 0;
-    for (; j + FLOATS <= channels; j += FLOATS) {
-        const f32v d = load(x + j) - means;
-        squares += d * d;
+struct LayerNorm {
+    const float* weight;  // [padded], zero beyond `channels`
+    const float* bias;    // [padded], zero beyond `channels`
+    int64_t channels, padded;
+};
+
+template <int ROWS>
+FMREC_INLINE void layer_norm_rows(const LayerNorm* n, const float* x, float* out, int64_t stride) {
+    const int64_t channels = n->channels, padded = n->padded;
+    const float share = 1.0f / (float)channels;
+    f32v means[ROWS], factors[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) means[r] = factors[r] = broadcast(0.0f);
+    for (int64_t j = 0; j < padded; j += FLOATS) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) means[r] += load(x + r * stride + j);
     }
-    float variance = sum(squares);
-    for (; j < channels; ++j) {
-        const float d = x[j] - mean;
-        variance += d * d;
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) means[r] = broadcast(sum(means[r]) * share);
+    int64_t whole = 0;
+    for (; whole + FLOATS <= channels; whole += FLOATS) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const f32v d = load(x + r * stride + whole) - means[r];
+            factors[r] += d * d;
+        }
     }
-    const float root = __builtin_sqrtf(variance / (float)channels + 1e-12f);
-    const f32v factors = broadcast(1.0f / root);
-    for (j = 0; j < padded; j += FLOATS) {
-        store(out + j, (load(x + j) - means) * factors * load(weight + j) + load(bias + j));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+        float squares = sum(factors[r]);
+        for (int64_t j = whole; j < channels; ++j) {
+            const float d = x[r * stride + j] - means[r][0];
+            squares += d * d;
+        }
+        factors[r] = broadcast(1.0f / __builtin_sqrtf(squares * share + 1e-12f));
     }
+    for (int64_t j = 0; j < padded; j += FLOATS) {
+        const f32v weight = load(n->weight + j), bias = load(n->bias + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const f32v d = load(x + r * stride + j) - means[r];
+            store(out + r * stride + j, d * factors[r] * weight + bias);
+        }
+    }
+}
+
+// out = (x - mean) / sqrt(var + 1e-12) * weight + bias for rows `stride` apart, whose padding
+// holds zeros. Four at a time, because the sums of one row wait for each other.
+static inline void layer_norm(const LayerNorm* n, const float* x, float* out, int64_t stride,
+                              int64_t rows) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) layer_norm_rows<4>(n, x + i * stride, out + i * stride, stride);
+    for (; i < rows; ++i) layer_norm_rows<1>(n, x + i * stride, out + i * stride, stride);
 }
 
 }  // namespace

@@ -78,12 +78,34 @@ FMREC_INLINE f32v reciprocal(f32v x) {
 #endif
 }
 
-FMREC_INLINE f32v larger(f32v a, f32v b) { return a > b ? a : b; }
+// The second where one is NaN. As instructions: of a > b ? a : b GCC makes two.
+FMREC_INLINE f32v larger(f32v a, f32v b) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (f32v)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
-// 2^x to about an ulp; 2^-126 below and 2^126 above those bounds. NaN gives some number.
+FMREC_INLINE f32v smaller(f32v a, f32v b) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (f32v)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// 2^x to about an ulp for x <= 126, 2^-126 for x below -126. NaN gives some number.
 FMREC_INLINE f32v exponential2(f32v x) {
-    x = x < -126.0f ? broadcast(-126.0f) : x;
-    x = x > 126.0f ? broadcast(126.0f) : x;
+    x = larger(x, broadcast(-126.0f));
     // 1.5 * 2^23: the addition rounds to an integer, which the low bits then hold.
     const f32v shifted = x + 12582912.0f;
     const f32v f = x - (shifted - 12582912.0f);
