@@ -143,12 +143,12 @@ def use_backend(backend: Backend | str) -> Iterator[None]:
         ValueError: no such backend.
         BackendError: the backend is not installed.
     """
-    backend = _parse(Backend, backend, "backend")
-    if backend is Backend.TRITON and importlib.util.find_spec("triton") is None:
+    chosen: Backend = _parse(Backend, backend, "backend")
+    if chosen is Backend.TRITON and importlib.util.find_spec("triton") is None:
         raise BackendError(f"backend 'triton' was asked for, but {availability(backend)}")
-    if backend is Backend.CPP and not extension.available():
+    if chosen is Backend.CPP and not extension.available():
         raise BackendError(f"backend 'cpp' was asked for, but {availability(backend)}")
-    token = _backend.set(backend)
+    token = _backend.set(chosen)
     try:
         yield
     finally:

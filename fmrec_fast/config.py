@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +15,10 @@ ATTENTIONS = ("published", "causal")
 TRAJECTORIES = ("straight", "cosine")
 TARGETS = ("data", "velocity")
 OPTIMIZERS = ("Adam", "SGD")
+_NUMBERS = (
+    "dropout emb_dropout lambda_uncertainty eps eps_reverse m_logNorm s_logNorm s_modsamp "
+    "mask_ratio Loss_Alpha Loss_Beta lr weight_decay gamma"
+).split()
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -103,8 +108,24 @@ class FMRecConfig:
 
     def __post_init__(self) -> None:
         for name in ("decoder_dims", "metric_ks"):
-            object.__setattr__(self, name, tuple(int(x) for x in getattr(self, name)))
-        _require(self.item_num >= 0, "item_num", self.item_num, "at least 0")
+            values = getattr(self, name)
+            whole = isinstance(values, (tuple, list)) and all(type(x) is int for x in values)
+            _require(whole, name, values, "a list of integers")
+            object.__setattr__(self, name, tuple(values))
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            number = type(value) in (int, float) and math.isfinite(value)
+            _require(number, name, value, "a finite number")
+        _require(
+            self.momentum is None or 0 <= self.momentum < 1,
+            "momentum",
+            self.momentum,
+            "None or in [0, 1)",
+        )
+        ok = type(self.random_seed) is int and 0 <= self.random_seed < 2**63
+        _require(ok, "random_seed", self.random_seed, "an integer in 0 .. 2**63 - 1")
+        ok = type(self.item_num) is int and self.item_num >= 0
+        _require(ok, "item_num", self.item_num, "an integer of at least 0")
         for name in (
             "hidden_size max_len num_blocks num_heads sample_N batch_size decay_step "
             "epochs eval_interval patience"
@@ -120,10 +141,10 @@ class FMRecConfig:
         )
         _require(self.hidden_size % 2 == 0, "hidden_size", self.hidden_size, "even")
         _require(
-            0 <= self.last < self.num_blocks,
+            type(self.last) is int and 0 <= self.last < self.num_blocks,
             "last",
             self.last,
-            f"at least 0 and less than num_blocks = {self.num_blocks}",
+            f"an integer of at least 0 and less than num_blocks = {self.num_blocks}",
         )
         _require(
             len(self.decoder_dims) == 2 and min(self.decoder_dims) >= 1,
@@ -151,9 +172,7 @@ class FMRecConfig:
             ("target", TARGETS),
             ("optimizer", OPTIMIZERS),
         ):
-            _require(
-                getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}"
-            )
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
         metrics = [f"{m}@{k}" for m in ("HR", "NDCG", "MRR") for k in self.metric_ks]
         _require(
             self.early_stopping_metric in (*metrics, "any"),

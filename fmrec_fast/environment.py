@@ -48,7 +48,8 @@ def processor() -> str:
 
 def report() -> dict[str, Any]:
     """Facts about the installation, as plain values."""
-    versions, missing = {"torch": torch.__version__}, {}
+    versions: dict[str, str] = {"torch": str(torch.__version__)}
+    missing: dict[str, str] = {}
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             missing[module] = f"not installed ({purpose})"

@@ -14,7 +14,12 @@ from fmrec_fast.config import SCHEDULES, TRAJECTORIES
 
 
 def time_schedule(
-    u: Tensor, method: str, *, eps: float, s_modsamp: float = 1.0, normal: Tensor | None = None
+    u: Tensor | None,
+    method: str,
+    *,
+    eps: float,
+    s_modsamp: float = 1.0,
+    normal: Tensor | None = None,
 ) -> Tensor:
     """Training times from uniform draws `u` [B] (eq. 9 and its alternatives), in [eps, 1].
 
@@ -28,18 +33,20 @@ def time_schedule(
     Raises:
         ValueError: unknown schedule, or 'logit_normal' without `normal`.
     """
-    if method == "uniform":
-        t = u
-    elif method == "mode":
-        t = 1 - u - s_modsamp * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-    elif method == "cosmap":
-        t = 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
-    elif method == "logit_normal":
+    if method not in SCHEDULES:
+        raise ValueError(f"sampling_method must be one of {SCHEDULES}, got {method!r}")
+    if method == "logit_normal":
         if normal is None:
             raise ValueError("the schedule 'logit_normal' needs normal draws, got None")
         t = torch.sigmoid(normal)
+    elif u is None:
+        raise ValueError(f"the schedule {method!r} needs uniform draws, got None")
+    elif method == "uniform":
+        t = u
+    elif method == "mode":
+        t = 1 - u - s_modsamp * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     else:
-        raise ValueError(f"sampling_method must be one of {SCHEDULES}, got {method!r}")
+        t = 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
     return t * (1 - eps) + eps
 
 

@@ -39,11 +39,20 @@ class Use(IntEnum):
     TIME = 2
     DROPOUT = 3
     CELLS = 4
+    STEP = 5
 
 
 def derive_seed(seed: Tensor, use: Use) -> Tensor:
     """The seed of one use: ``seed + use * 0x9E3779B97F4A7C15`` modulo 2^64."""
     return seed + _signed(int(use) * SEED_STRIDE % 2**64)
+
+
+def step_seed(seed: Tensor, step: int) -> Tensor:
+    """The seed of one sampler step that has draws besides lam: two words of Philox at counter
+    (step, 0, 0, 0), so that neighbouring seeds share no step."""
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    low, high, _, _ = philox_4x32((zero + step, zero, zero, zero), derive_seed(seed, Use.STEP))
+    return (high << 32) | low
 
 
 def _signed(word: int) -> int:
@@ -121,26 +130,20 @@ def to_normal_pair(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def _grid(rows: Tensor, steps: Tensor, positions: Tensor, channels: int) -> tuple[Tensor, ...]:
-    groups = torch.arange((channels + 3) // 4, device=rows.device)
-    return (
-        groups,
-        (positions & MASK32)[:, None],
-        (steps & MASK32)[:, None, None, None],
-        (rows & MASK32)[:, None, None],
-    )
-
-
 def words(
     seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int
 ) -> tuple[Tensor, ...]:
     """The stream's raw words: four int64 tensors [S, B, P, ceil(channels / 4)]."""
-    return philox_4x32(_grid(rows, steps, positions, channels), seed)
+    counter = (
+        torch.arange((channels + 3) // 4, device=rows.device),
+        (positions & MASK32)[:, None],
+        (steps & MASK32)[:, None, None, None],
+        (rows & MASK32)[:, None, None],
+    )
+    return philox_4x32(counter, seed)
 
 
-def normals(
-    seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int
-) -> Tensor:
+def normals(seed: Tensor, rows: Tensor, steps: Tensor, positions: Tensor, channels: int) -> Tensor:
     """Standard normals of the stream.
 
     Args:

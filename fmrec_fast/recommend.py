@@ -34,10 +34,19 @@ def pad_lists(lists: Sequence[Sequence[int]], device: torch.device | str) -> Ten
     ).reshape(len(lists), width)
 
 
-def rank_items(model: FMRecommender, rep: Tensor, k: int, exclude: Tensor) -> Recommendations:
-    """The k best real items for representations [B, D]; padding is never among them."""
+def check_k(model: FMRecommender, k: int) -> None:
+    """`k` must be between 1 and the number of real items.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not 1 <= k < model.item_num:
         raise ValueError(f"k must be in 1 .. {model.item_num - 1} (number of items), got {k}")
+
+
+def rank_items(model: FMRecommender, rep: Tensor, k: int, exclude: Tensor) -> Recommendations:
+    """The k best real items for representations [B, D]; padding is never among them."""
+    check_k(model, k)
     padding = exclude.new_full((len(rep), 1), PADDING)
     best = item_topk(
         rep, model.item_embeddings.weight, k, exclude=torch.cat((exclude, padding), dim=1)
@@ -76,6 +85,7 @@ def recommend(
         ValueError: an empty history, an id out of range, k out of range, or `exclude` of another
             length; the message names the row and the value.
     """
+    check_k(model, k)
     device = model.item_embeddings.weight.device
     sequences = pad_histories(histories, model.config.max_len, model.item_num, device)
     if exclude is not None and len(exclude) != len(histories):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmrec_fast import noise as stream
-from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops._checks import check_shape, request_rows
+from fmrec_fast.ops._checks import check_shape
+from fmrec_fast.randomness import random_source
 
 METHODS = ("euler", "rk45")
 # Rows sampled together on a CPU: more of them and the activations leave the caches.
@@ -30,13 +29,15 @@ def sample(
     """Sample the next item's embedding for each history (eq. 23).
 
     With one `seed` a row's result depends on its history and its name in `rows` alone, not on the
-    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off.
+    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off. (Not so for
+    'rk45', whose step sizes depend on all rows that it integrates together.)
 
     Args:
         model: the joint model.
         sequences: int64 [B, L], left-padded with 0.
-        steps: q; None is the model's ``fm.sample_N``.
-        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation).
+        steps: q; None is the model's ``fm.sample_N``. Not for 'rk45'.
+        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation,
+            so that its effort grows with ``lambda_uncertainty``).
         seed: keys the noise stream; None draws one from torch's generator.
         rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
         z0: explicit start [B, D].
@@ -58,42 +59,42 @@ def sample(
     q = model.fm.sample_N if steps is None else steps
     if z0 is not None:
         check_shape("z0", z0, "B D", {"B": batch, "D": width})
+    if method == "rk45" and (noise is not None or steps is not None):
+        given = "noise" if steps is None else f"steps = {steps}"
+        raise ValueError(f"method 'rk45' draws lam and chooses its steps itself, got {given}")
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        rows = request_rows(rows, batch, device)
-        published = current_rng() is Rng.PUBLISHED and seed is None
-        key = None if published else stream.as_seed(seed, device)
+        source = random_source(batch, device, seed=seed, rows=rows)
         if z0 is None:
-            z0 = (
-                torch.randn(batch, width, device=device)
-                if published
-                else stream.start(key, rows, width)
-            )
+            z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
-        piece = CPU_ROWS if device.type == "cpu" and not published else max(batch, 1)
+        piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
         out = torch.empty(batch, width, device=device)
         for first in range(0, batch, piece):
             part = slice(first, first + piece)
             e, mask = model.embed(sequences[part])
             if method == "rk45":
-                out[part] = model.fm.rk45_sampler(e, mask, z0[part])[0]
+                out[part] = model.fm.rk45_sampler(
+                    e, mask, z0[part], seed=source.seed, rows=source.rows[part]
+                )[0]
             else:
                 out[part] = model.fm.integrate(
                     e,
                     mask,
                     z0[part],
                     steps=q,
-                    seed=key,
-                    rows=rows[part],
+                    seed=source.seed,
+                    rows=source.rows[part],
                     noise=None if noise is None else noise[:, part],
                 )
         return out
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

@@ -371,7 +371,9 @@ def core_by_definition(rows, min_user, min_item):
         rows = kept
 
 
-@pytest.mark.parametrize(("min_user", "min_item"), [(2, 0), (0, 0), (3, 3), (5, 4), (1, 6), (2, 6), (8, 0)])
+@pytest.mark.parametrize(
+    ("min_user", "min_item"), [(2, 0), (0, 0), (3, 3), (5, 4), (1, 6), (2, 6), (8, 0)]
+)
 def test_core_against_python(tmp_path, min_user, min_item):
     rng = np.random.default_rng(1)
     draws = rng.geometric(0.06, size=(400, 2))

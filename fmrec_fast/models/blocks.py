@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fmrec_fast.ops import encoder
+from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights, Drop, no_drop
 
 
@@ -69,14 +69,16 @@ class TransformerBlock(nn.Module):
     def weights(self) -> BlockWeights:
         """The parameters, in the order that the ops read."""
         parts: list[Tensor] = []
-        for layer in (
+        projections: list[nn.Linear] = list(self.attention.linear_layers)  # type: ignore[arg-type]
+        layers: tuple[LayerNorm | nn.Linear, ...] = (
             self.input_sublayer.norm,
-            *self.attention.linear_layers,
+            *projections,
             self.attention.w_layer,
             self.output_sublayer.norm,
             self.feed_forward.w_1,
             self.feed_forward.w_2,
-        ):
+        )
+        for layer in layers:
             parts += (layer.weight, layer.bias)
         return BlockWeights(*parts)
 
@@ -93,7 +95,8 @@ class TransformerStack(nn.Module):
 
     def weights(self) -> list[BlockWeights]:
         """The parameters of all blocks."""
-        return [block.weights() for block in self.transformer_blocks]
+        blocks: list[TransformerBlock] = list(self.transformer_blocks)  # type: ignore[arg-type]
+        return [block.weights() for block in blocks]
 
     def forward(
         self,

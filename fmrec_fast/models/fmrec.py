@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrec_fast import flow, noise
-from fmrec_fast.backend import Rng, current_rng
+from fmrec_fast import flow
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
-from fmrec_fast.ops import (
-    StreamDropout,
-    TorchDropout,
-    draw_lam,
-    euler_sampler,
-    history_loss,
-    item_cross_entropy,
-    noise_fusion,
-)
-from fmrec_fast.ops._checks import check_integer, check_range, check_shape, request_rows
+from fmrec_fast.ops import euler_sampler, history_loss, item_cross_entropy, noise_fusion
+from fmrec_fast.ops._checks import check_integer, check_range, check_shape
 from fmrec_fast.ops.euler_sampler import SamplerWeights
+from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
+from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
 
 
@@ -79,58 +74,33 @@ class XStartModel(nn.Module):
         x_t: Tensor,
         t: Tensor,
         mask_seq: Tensor,
-        *,
+        source: RandomSource,
         noise: Tensor | None = None,
-        seed: Tensor | None = None,
-        rows: Tensor | None = None,
-        drop: Drop | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The prediction and what the decoder reads, both [B, D]; arguments as `forward`."""
-        published = current_rng() is Rng.PUBLISHED
-        batch, length, width = item_rep.shape
-        if noise is None and published:
-            noise = draw_lam(batch, length, width, self.lambda_uncertainty, item_rep.device)
-        seed, rows, drop = self.randomness(item_rep, seed, rows, drop)
+        length = item_rep.shape[1]
+        if noise is None:
+            noise = source.lam(item_rep.shape, self.lambda_uncertainty)
         fused = noise_fusion(
             item_rep,
             x_t,
             self.embed_time(t),
             delta=self.lambda_uncertainty,
-            seed=seed,
-            rows=rows,
+            seed=source.seed,
+            rows=source.rows,
             lam=noise,
         )
-        p = self.dropout.p
+        drop = source.dropout() if self.training else no_drop
+        # As published, every position of the last block and of the final dropout draws a mask,
+        # though only the last position is read.
+        prune = source.prunes or not self.training
         last, tapped = self.att(
-            fused,
-            mask_seq,
-            tap=self.tap,
-            drop=drop,
-            p=p,
-            # As published every position of the last block draws its dropout.
-            prune=not (published and drop is not no_drop),
+            fused, mask_seq, tap=self.tap, drop=drop, p=self.dropout.p, prune=prune
         )
         site = dropout_sites(len(self.att.transformer_blocks))[0]
-        if published and drop is not no_drop:
-            # The published dropout covers all positions, though only the last one is read.
-            last = drop(last[:, None].repeat(1, length, 1), p, site)[:, -1]
-        else:
-            last = drop(last[:, None], p, site, position_offset=length - 1)[:, 0]
-        return self.norm_fm_rep(last), tapped
-
-    def randomness(
-        self, like: Tensor, seed: Tensor | None, rows: Tensor | None, drop: Drop | None
-    ) -> tuple[Tensor | None, Tensor, Drop]:
-        """Fill in what the caller left open: the seed, the rows' names, the dropout."""
-        rows = request_rows(rows, like.shape[0], like.device)
-        published = current_rng() is Rng.PUBLISHED
-        if seed is None and not published:
-            seed = noise.draw_seed(like.device)
-        if not self.training:
-            drop = no_drop
-        elif drop is None:
-            drop = TorchDropout() if published else StreamDropout(seed, rows)
-        return seed, rows, drop
+        x = last[:, None] if prune else last[:, None].repeat(1, length, 1)
+        x = drop(x, self.dropout.p, site, position_offset=length - x.shape[1])
+        return self.norm_fm_rep(x[:, -1]), tapped
 
     def forward(
         self,
@@ -140,9 +110,8 @@ class XStartModel(nn.Module):
         mask_seq: Tensor,
         *,
         noise: Tensor | None = None,
-        seed: Tensor | None = None,
+        seed: int | Tensor | None = None,
         rows: Tensor | None = None,
-        drop: Drop | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict the data end of the trajectory, and decode the history.
 
@@ -157,14 +126,18 @@ class XStartModel(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V]).
         """
-        x0, tapped = self.predict(
-            item_rep, x_t, t, mask_seq, noise=noise, seed=seed, rows=rows, drop=drop
-        )
+        source = random_source(len(item_rep), item_rep.device, seed=seed, rows=rows)
+        x0, tapped = self.predict(item_rep, x_t, t, mask_seq, source, noise)
         return x0, self.decoder(tapped)
 
     def decoder_hidden(self, tapped: Tensor) -> Tensor:
         """Input of the decoder's last layer: [B, D] -> [B, Hd]."""
         return self.decoder[:-1](tapped)
+
+    def decoder_output(self) -> tuple[Tensor, Tensor]:
+        """Weight [V, Hd] and bias [V] of the decoder's last layer."""
+        layer: nn.Linear = self.decoder[-1]  # type: ignore[assignment]
+        return layer.weight, layer.bias
 
 
 class FMRec(nn.Module):
@@ -204,18 +177,13 @@ class FMRec(nn.Module):
         """The factor 1/eps - 1 (999) between t and the time embedding's argument."""
         return 1 / self.eps - 1
 
-    def _times(self, batch: int, device: torch.device, seed: Tensor | None, rows: Tensor) -> Tensor:
+    def _times(self, source: RandomSource) -> Tensor:
         """Training times [B] by the schedule in force."""
-        normal = None
+        normal = u = None
         if self.sampling_method == "logit_normal":
-            if seed is None:
-                normal = torch.randn(batch, device=device)
-            else:
-                normal = noise.time_normals(seed, rows)
-            normal = self.m_logNorm + self.s_logNorm * normal
-            u = normal
+            normal = self.m_logNorm + self.s_logNorm * source.normals()
         else:
-            u = torch.rand(batch, device=device) if seed is None else noise.uniforms(seed, rows)
+            u = source.uniforms()
         return flow.time_schedule(
             u, self.sampling_method, eps=self.eps, s_modsamp=self.s_modsamp, normal=normal
         )
@@ -225,37 +193,15 @@ class FMRec(nn.Module):
         item_rep: Tensor,
         item_tag: Tensor,
         mask_seq: Tensor,
-        *,
-        draws: TrainingDraws | None = None,
-        seed: Tensor | None = None,
-        rows: Tensor | None = None,
-        drop: Drop | None = None,
+        source: RandomSource,
+        draws: TrainingDraws,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One training evaluation: (prediction, decoder's input, t, z0, x_t)."""
-        draws = draws or TrainingDraws()
-        rows = request_rows(rows, item_tag.shape[0], item_tag.device)
-        published = current_rng() is Rng.PUBLISHED
-        if seed is None and not published:
-            seed = noise.draw_seed(item_tag.device)
-        z0, t = draws.z0, draws.t
-        if z0 is None:
-            z0 = (
-                torch.randn_like(item_tag)
-                if published
-                else noise.start(seed, rows, item_tag.shape[1])
-            )
-        if t is None:
-            t = self._times(len(rows), item_tag.device, seed, rows)
+        z0 = source.start(item_tag.shape[1]) if draws.z0 is None else draws.z0
+        t = self._times(source) if draws.t is None else draws.t
         x_t = flow.interpolate(item_tag, z0, t[:, None], self.trajectory)
         prediction, tapped = self.xstart_model.predict(
-            item_rep,
-            x_t,
-            t * self.time_scale,
-            mask_seq,
-            noise=draws.noise,
-            seed=seed,
-            rows=rows,
-            drop=drop,
+            item_rep, x_t, t * self.time_scale, mask_seq, source, draws.noise
         )
         return prediction, tapped, t, z0, x_t
 
@@ -266,7 +212,7 @@ class FMRec(nn.Module):
         mask_seq: Tensor,
         *,
         draws: TrainingDraws | None = None,
-        seed: Tensor | None = None,
+        seed: int | Tensor | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One training evaluation with the decoder run in full, as published.
@@ -277,8 +223,9 @@ class FMRec(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V], t repeated [B, D], t [B], z0 [B, D]).
         """
+        source = random_source(len(item_tag), item_tag.device, seed=seed, rows=rows)
         x0, tapped, t, z0, _ = self.flow_step(
-            item_rep, item_tag, mask_seq, draws=draws, seed=seed, rows=rows
+            item_rep, item_tag, mask_seq, source, draws or TrainingDraws()
         )
         decoded = self.xstart_model.decoder(tapped)
         return x0, decoded, t[:, None].repeat(1, self.hidden_size), t, z0
@@ -323,30 +270,26 @@ class FMRec(nn.Module):
         z0: Tensor,
         *,
         steps: int | None = None,
-        seed: Tensor | None = None,
+        seed: int | Tensor | None = None,
         rows: Tensor | None = None,
         noise: Tensor | None = None,
         return_trajectory: bool = False,
     ) -> Tensor:
         """q Euler steps (eq. 23) from z0 [B, D]; see `ops.euler_sampler`.
 
-        A network in training mode samples through its dropouts, as published: that path goes
-        step by step through the whole network.
+        A network in training mode samples through its dropouts, as published: step by step
+        through the whole network.
         """
         network = self.xstart_model
         times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
-        seed, rows, drop = network.randomness(item_rep, seed, rows, None)
-        if drop is not no_drop:
+        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        if network.training:
             return self._integrate_with_dropout(
-                item_rep, mask_seq, z0, times, noise, return_trajectory
+                item_rep, mask_seq, z0, times, source, noise, return_trajectory
             )
         lam_of_step = None
-        if noise is None and current_rng() is Rng.PUBLISHED:
-            delta = network.lambda_uncertainty
-
-            def lam_of_step() -> Tensor:
-                return draw_lam(*item_rep.shape, delta, item_rep.device)
-
+        if noise is None and isinstance(source, PublishedSource):
+            lam_of_step = partial(source.lam, item_rep.shape, network.lambda_uncertainty)
         return euler_sampler(
             item_rep,
             mask_seq,
@@ -354,8 +297,8 @@ class FMRec(nn.Module):
             network.embed_time(times * self.time_scale),
             self.sampler_weights(),
             times=times,
-            seed=seed,
-            rows=rows,
+            seed=source.seed,
+            rows=source.rows,
             noise=noise,
             lam_of_step=lam_of_step,
             trajectory=self.trajectory,
@@ -369,23 +312,20 @@ class FMRec(nn.Module):
         mask_seq: Tensor,
         z0: Tensor,
         times: Tensor,
-        lam: Tensor | None,
+        source: RandomSource,
+        noise: Tensor | None,
         return_trajectory: bool,
     ) -> Tensor:
-        from fmrec_fast.reference.euler_sampler import euler_sampler as definition
-
         scaled = times * self.time_scale
 
         def step_network(x: Tensor, i: int) -> Tensor:
-            return self.xstart_model.predict(
-                item_rep,
-                x,
-                scaled[i].expand(len(x)),
-                mask_seq,
-                noise=None if lam is None else lam[i],
-            )[0]
+            # A step's dropouts and lam are its own: the stream gets a seed derived from the step.
+            own = source.at_step(i)
+            t = scaled[i].expand(len(x))
+            lam = None if noise is None else noise[i]
+            return self.xstart_model.predict(item_rep, x, t, mask_seq, own, lam)[0]
 
-        return definition(
+        return reference_sampler.euler_sampler(
             z0,
             step_network,
             lambda pred, x, i: self.velocity(pred, z0, times[i]),
@@ -408,7 +348,15 @@ class FMRec(nn.Module):
         return self.integrate(item_rep, mask_seq, z0)
 
     @torch.no_grad()
-    def rk45_sampler(self, item_rep: Tensor, mask_seq: Tensor, z0: Tensor) -> tuple[Tensor, int]:
+    def rk45_sampler(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         """Adaptive Runge-Kutta 4(5) from eps to 1 (scipy ``solve_ivp``, rtol = atol = 1e-5).
 
         Every evaluation draws its own lam, as published.
@@ -421,10 +369,15 @@ class FMRec(nn.Module):
         """
         from scipy.integrate import solve_ivp
 
+        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        evaluations = itertools.count()
+
         def derivative(t: float, flat: Any) -> Any:
             x = torch.as_tensor(flat, dtype=z0.dtype, device=z0.device).reshape(z0.shape)
             at = torch.full((len(x),), t, dtype=z0.dtype, device=z0.device)
-            prediction, _ = self.xstart_model.predict(item_rep, x, at * self.time_scale, mask_seq)
+            prediction, _ = self.xstart_model.predict(
+                item_rep, x, at * self.time_scale, mask_seq, source.at_step(next(evaluations))
+            )
             return self.velocity(prediction, z0, at[:, None]).cpu().numpy().reshape(-1)
 
         solution = solve_ivp(
@@ -478,13 +431,22 @@ class FMRecommender(nn.Module):
             raise ValueError(f"sequence must have L >= 1, got shape {tuple(sequence.shape)}")
         check_range("item id in sequence", sequence, 0, self.item_num)
 
-    def embed(
-        self, sequence: Tensor, drop: Drop | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def check_tag(self, tag: Tensor | None, batch: int) -> Tensor:
+        """`tag` must be int64 [B, 1] with ids 1 .. V-1 (ids are looked at on CPU only).
+
+        Raises:
+            TypeError, ValueError: names what was given.
+        """
+        if tag is None:
+            raise TypeError("training needs targets [B, 1], got None")
+        check_shape("tag", tag, "B 1", {"B": batch, "1": 1})
+        check_integer("tag", tag)
+        check_range("target", tag, 1, self.item_num)
+        return tag
+
+    def embed(self, sequence: Tensor, drop: Drop = no_drop) -> tuple[Tensor, Tensor]:
         """(embedded history [B, L, D], mask [B, L])."""
-        e = self.item_embeddings(sequence)
-        if drop is not None:
-            e = drop(e, self.embed_dropout.p, EMBEDDING_SITE)
+        e = drop(self.item_embeddings(sequence), self.embed_dropout.p, EMBEDDING_SITE)
         return self.LayerNorm(e), (sequence > 0).to(e.dtype)
 
     def forward(
@@ -516,24 +478,20 @@ class FMRecommender(nn.Module):
             TypeError, ValueError: dtypes or shapes are off, or (on CPU) an id is out of range.
         """
         self.check_sequence(sequence)
-        batch, device = sequence.shape[0], sequence.device
-        published = current_rng() is Rng.PUBLISHED
-        rows = request_rows(rows, batch, device)
-        seed = None if published and seed is None else noise.as_seed(seed, device)
+        source = random_source(len(sequence), sequence.device, seed=seed, rows=rows)
         draws = draws or TrainingDraws()
+        drop = source.dropout() if self.training else no_drop
         if not train_flag:
-            return self._infer(sequence, draws, seed, rows)
-        check_shape("tag", tag, "B 1", {"B": batch, "1": 1})
-        check_integer("tag", tag)
-        check_range("target", tag, 1, self.item_num)
-        drop: Drop | None = None
-        if self.training:
-            drop = TorchDropout() if published else StreamDropout(seed, rows)
+            e, mask = self.embed(sequence, drop)
+            z0 = source.start(self.emb_dim) if draws.z0 is None else draws.z0
+            x1 = self.fm.integrate(
+                e, mask, z0, seed=source.seed, rows=source.rows, noise=draws.noise
+            )
+            return None, x1, None, None, None, z0
+        tag = self.check_tag(tag, len(sequence))
         e, mask = self.embed(sequence, drop)
         item_tag = self.item_embeddings(tag[:, 0])
-        prediction, tapped, t, z0, x_t = self.fm.flow_step(
-            e, item_tag, mask, draws=draws, seed=seed, rows=rows, drop=drop
-        )
+        prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)
         if self.fm.target == "velocity":
             at = t[:, None]
             wanted = flow.velocity(item_tag, z0, at, self.fm.trajectory)
@@ -543,34 +501,17 @@ class FMRecommender(nn.Module):
             loss_fm = self.loss_FM_mse(prediction, item_tag)
             x0 = prediction
         network = self.fm.xstart_model
+        weight, bias = network.decoder_output()
         loss_recon = history_loss(
             network.decoder_hidden(tapped),
-            network.decoder[-1].weight,
-            network.decoder[-1].bias,
+            weight,
+            bias,
             sequence,
             mask_ratio=self.loss_recon_mask_ratio,
             cells=draws.cells,
-            seed=seed,
+            seed=source.seed,
         )
         return loss_recon, x0, t[:, None].repeat(1, self.emb_dim), t, loss_fm, z0
-
-    def _infer(
-        self, sequence: Tensor, draws: TrainingDraws, seed: Tensor | None, rows: Tensor
-    ) -> tuple:
-        drop: Drop | None = None
-        if self.training:
-            drop = TorchDropout() if seed is None else StreamDropout(seed, rows)
-        e, mask = self.embed(sequence, drop)
-        z0 = draws.z0
-        if z0 is None:
-            shape = (sequence.shape[0], self.emb_dim)
-            z0 = (
-                torch.randn(shape, device=sequence.device)
-                if seed is None
-                else noise.start(seed, rows, self.emb_dim)
-            )
-        x1 = self.fm.integrate(e, mask, z0, seed=seed, rows=rows, noise=draws.noise)
-        return None, x1, None, None, None, z0
 
     def fm_rep_pre(self, rep: Tensor) -> Tensor:
         """Scores of all items: [B, D] -> [B, V]."""

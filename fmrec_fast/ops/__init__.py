@@ -6,12 +6,11 @@ from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import item_topk, target_rank
-from fmrec_fast.ops.noise_fusion import draw_lam, noise_fusion
+from fmrec_fast.ops.noise_fusion import noise_fusion
 
 __all__ = [
     "StreamDropout",
     "TorchDropout",
-    "draw_lam",
     "dropout",
     "encoder",
     "euler_sampler",

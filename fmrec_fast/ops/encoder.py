@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import BlockWeights, Drop, no_drop
@@ -46,10 +47,11 @@ def encoder(
         drop: dropout, with probability `p`; none by default.
 
     Returns:
-        ([B, D], [B, D] of block `tap` or None). Differentiable.
+        ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
+        gradient is needed.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, heads or `tap` are off.
+        TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
         BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
@@ -62,6 +64,8 @@ def encoder(
         raise ValueError("blocks must hold at least one block, got none")
     if num_heads < 1 or sizes["D"] % num_heads:
         raise ValueError(f"num_heads must divide D = {sizes['D']}, got {num_heads}")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
     parameters = [tensor for block in blocks for tensor in block]

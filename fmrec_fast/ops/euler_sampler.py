@@ -115,9 +115,7 @@ def euler_sampler(
             num_heads=weights.num_heads,
             attention=weights.attention,
         )
-        return F.layer_norm(
-            last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS
-        )
+        return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
         if target == "velocity":

@@ -40,8 +40,8 @@ def history_loss(
             cell is a zero.
         mask_ratio: drawn zeros per one.
         cells: given (row, column) cells instead of the draw, int64 [N, 2].
-        seed: int64 scalar tensor keying the draw; None draws one. Under
-            ``use_rng('published')`` the cells come from ``torch.randint`` instead.
+        seed: int64 scalar tensor keying the draw; None draws one, or under
+            ``use_rng('published')`` takes the cells from ``torch.randint`` instead.
 
     Returns:
         Scalar; differentiable in `hidden`, `weight` and `bias`.
@@ -67,7 +67,7 @@ def history_loss(
         check_range("columns of cells", cells[:, 1], 0, sizes["V"])
     if sequence.numel() == 0:
         return (hidden.sum() + weight.sum() + bias.sum()) * 0.0
-    published = current_rng() is Rng.PUBLISHED
+    published = seed is None and current_rng() is Rng.PUBLISHED
     used = reference.history_cells(
         sequence,
         sizes["V"],

@@ -64,14 +64,6 @@ def noise_fusion(
     return _NoiseFusion.apply(e, shift, rows, seed, step, delta, backend)
 
 
-def draw_lam(
-    batch: int, length: int, channels: int, delta: float, device: torch.device | str
-) -> Tensor:
-    """lam as the published program draws it: ``torch.normal`` on the host, then copied."""
-    full = torch.full((batch, length, channels), delta)
-    return torch.normal(mean=full, std=full).to(device)
-
-
 def _reference_lam(e: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float) -> Tensor:
     return noise.lam(seed, rows, step, e.shape[1], e.shape[2], delta).to(e.dtype)
 

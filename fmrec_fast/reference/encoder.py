@@ -105,7 +105,7 @@ def attention(
     lq = queries_from.shape[1]
 
     def heads(x: Tensor) -> Tensor:  # [B, H, L, D/H]
-        return x.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
+        return x.view(*x.shape[:2], num_heads, width // num_heads).transpose(1, 2)
 
     q = heads(F.linear(queries_from, w.query_weight, w.query_bias) * query_mask[..., None])
     k = heads(F.linear(keys_from, w.key_weight, w.key_bias))

@@ -107,7 +107,9 @@ def history_cells(
         rows, columns = zero_cells(index, ids, count, num_items)
         use = torch.ones_like(index, dtype=torch.bool)
     else:
-        slots = int(batch * length * mask_ratio)
+        if seed is None:
+            raise ValueError("drawing from the stream needs a seed, got None")
+        slots = int(min(batch * length * mask_ratio, batch * num_items))
         index = noise.wide_words(seed, slots) % num_zeros.clamp(min=1)
         rows, columns = zero_cells(index, ids, count, num_items)
         use = torch.arange(slots, device=sequence.device) < draws

@@ -252,7 +252,7 @@ class PublishedRecommender(nn.Module):
     ) -> tuple:
         e = self.LayerNorm(self.embed_dropout(self.item_embeddings(sequence)))
         mask = (sequence > 0).float()
-        if train_flag:
+        if train_flag and tag is not None:
             item_tag = self.item_embeddings(tag.squeeze(-1))
             x0, decoded, expanded, t, z0 = self.fm(e, item_tag, mask, z0, t, lam)
             loss_fm = ((x0 - item_tag) ** 2).mean()
@@ -271,6 +271,8 @@ class PublishedRecommender(nn.Module):
     def training_loss(self, sequence: Tensor, tag: Tensor, **draws: Tensor) -> Tensor:
         """loss_fm + alpha * loss_ce + beta * loss_recon."""
         recon, x0, _, _, loss_fm, _ = self(sequence, tag, **draws)
-        return loss_fm + self.args.Loss_Alpha * self.loss_fm_ce(x0, tag) + (
-            self.args.Loss_Beta * recon
+        return (
+            loss_fm
+            + self.args.Loss_Alpha * self.loss_fm_ce(x0, tag)
+            + (self.args.Loss_Beta * recon)
         )
