@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +90,14 @@ def euler_sampler(
     if noise is not None:
         tensors.append(noise)
     declined = ""
-    if weights.attention != "published" or trajectory != "straight" or target != "data":
+    if (weights.attention, trajectory, target) != ("published", "straight", "data"):
         declined = (
-            "its kernel has the published attention, the straight trajectory and the target "
-            f"'data' only, got {weights.attention!r}, {trajectory!r} and {target!r}"
+            "its kernel has 'published' attention, 'straight' trajectory and target 'data' only, "
+            f"got {weights.attention!r}, {trajectory!r} and {target!r}"
         )
-    elif lam_of_step is not None and noise is None:
+    elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
-    elif taus.shape[0] == 0:
+    elif sizes["q"] == 0:
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
@@ -138,10 +139,11 @@ def _euler_sampler_cpp(
     noise: Tensor | None,
     return_trajectory: bool,
 ) -> Tensor:
-    def array(tensor: Tensor):
+    def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
 
-    out = z0.new_empty(taus.shape[0] + 1, *z0.shape) if return_trajectory else z0.new_empty(z0.shape)
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
         pack(weights.blocks, weights.num_heads),
         array(weights.norm_weight),
