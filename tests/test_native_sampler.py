@@ -394,7 +394,8 @@ def test_a_model_that_sampled_copies_pickles_and_is_collected(small_model):
 
 
 def test_threads_of_python(small_model):
-    models = [small_model(seed) for seed in (0, 1)]
+    # In evaluation mode: `sample` switches a training model's dropouts off and on again.
+    models = [small_model(seed).eval() for seed in (0, 1)]
     expected = [sampled(model) for model in models]
     wrong = []
 
