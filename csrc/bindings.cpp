@@ -496,9 +496,8 @@ const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
     {"w2_bias", "[D]"},
 };
 
-std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int64_t heads,
-                                            int num_threads) {
-    check_threads(num_threads);
+std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
+                                            std::int64_t heads) {
     if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
     std::vector<py::array> kept;  // the arrays, for as long as they are read
     std::vector<BlockArrays> arrays;
@@ -539,7 +538,7 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int
     }
     py::gil_scoped_release release;
     return std::unique_ptr<PackedEncoder>(
-        new PackedEncoder(arrays, channels, features, heads, num_threads));
+        new PackedEncoder(arrays, channels, features, heads));
 }
 
 Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
@@ -750,7 +749,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
-             py::arg("num_threads"), "blocks: the arrays of each block, as BlockWeights.")
+             "blocks: the arrays of each block, as BlockWeights.")
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),

@@ -2,6 +2,7 @@
 
 #include "gemm.h"
 #include "layer_norm.h"
+#include "transpose.h"
 
 namespace fmrec {
 namespace {
@@ -104,32 +105,12 @@ void feed_forward(const Encoder* e, const PackedBlock* b, float* x, int64_t rows
     }
 }
 
-typedef float f32x4 __attribute__((vector_size(16)));
-typedef int32_t i32x4 __attribute__((vector_size(16)));
-
-FMREC_INLINE f32x4 load4(const float* source) {
-    f32x4 value;
-    __builtin_memcpy(&value, source, sizeof value);
-    return value;
-}
-
 // out[j, i] = in[i, j] * factor[i]; rows are rounded up to 4, columns too.
 FMREC_INLINE void transpose_scaled(const float* in, int64_t in_row, int64_t rows, int64_t columns,
                                    const float* factor, float* out, int64_t out_row) {
-    const i32x4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
     for (int64_t i = 0; i < rows; i += 4) {
-        const f32x4 factors = load4(factor + i);
         for (int64_t j = 0; j < columns; j += 4) {
-            const float* source = in + i * in_row + j;
-            const f32x4 r0 = load4(source), r1 = load4(source + in_row),
-                        r2 = load4(source + 2 * in_row), r3 = load4(source + 3 * in_row);
-            const f32x4 a = __builtin_shuffle(r0, r1, low), b = __builtin_shuffle(r0, r1, high);
-            const f32x4 c = __builtin_shuffle(r2, r3, low), d = __builtin_shuffle(r2, r3, high);
-            float* target = out + j * out_row + i;
-            store(target, __builtin_shuffle(a, c, first) * factors);
-            store(target + out_row, __builtin_shuffle(a, c, second) * factors);
-            store(target + 2 * out_row, __builtin_shuffle(b, d, first) * factors);
-            store(target + 3 * out_row, __builtin_shuffle(b, d, second) * factors);
+            transpose4(in + i * in_row + j, in_row, factor + i, out + j * out_row + i, out_row);
         }
     }
 }

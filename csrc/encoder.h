@@ -12,7 +12,9 @@ namespace fmrec {
 // one narrower: in a panel the columns of one row are consecutive, and row follows row.
 constexpr int64_t UNIT = 16, PANEL = 64;
 
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+FMREC_INLINE constexpr int64_t round_up(int64_t size, int64_t unit) {
+    return (size + unit - 1) / unit * unit;
+}
 
 // A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units.
 struct PackedLinear {
@@ -37,8 +39,8 @@ struct Encoder {
     int64_t tap;  // the block whose output is tapped, or -1
 };
 
-// The same for every instruction set.
-constexpr int64_t row_stride(int64_t channels) {
+// Of the rows of activations.
+FMREC_INLINE constexpr int64_t row_stride(int64_t channels) {
     // A unit more than needed: rows at a power of two would meet in a few sets of the cache.
     return round_up(channels, UNIT) + UNIT;
 }

@@ -34,7 +34,7 @@ class PackedEncoder {
   public:
     // `blocks` at least one; `features` is the feed-forward's inner width.
     PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
-                  std::int64_t features, std::int64_t heads, int num_threads);
+                  std::int64_t features, std::int64_t heads);
 
     const std::vector<PackedBlock>& blocks() const { return blocks_; }
     std::int64_t channels() const { return channels_; }

@@ -514,7 +514,7 @@ def test_bad_weights_are_refused():
         ),
     ):
         with pytest.raises(error, match=message):
-            C.PackedEncoder(change, heads, 1)
+            C.PackedEncoder(change, heads)
 
 
 def test_encoder_boundary():

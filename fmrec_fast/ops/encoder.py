@@ -98,7 +98,7 @@ def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
     (``parameter.data``, a numpy view).
     """
     arrays = [tuple(tensor.detach().contiguous().numpy() for tensor in block) for block in blocks]
-    return extension.load().PackedEncoder(arrays, num_heads, torch.get_num_threads())
+    return extension.load().PackedEncoder(arrays, num_heads)
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
