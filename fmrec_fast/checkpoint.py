@@ -31,7 +31,7 @@ from fmrec_fast.models.fmrec import FMRecommender
 FORMAT = "fmrec_fast checkpoint"
 VERSION = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
-_TENSOR_KEY = "$tensor"
+_TENSOR_KEY, _DICT_KEY = "$tensor", "$dict"
 
 
 class CheckpointError(ValueError):
@@ -41,12 +41,16 @@ class CheckpointError(ValueError):
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`tree` with every tensor moved to `tensors` and replaced by its key."""
     if isinstance(tree, Tensor):
+        while path in tensors:  # {0: ..., "0": ...} and {"a/b": ...} beside {"a": {"b": ...}}
+            path += "'"
         tensors[path] = tree.detach().contiguous().cpu()
         return {_TENSOR_KEY: path}
     if isinstance(tree, dict):
         # JSON keys are strings, an optimizer's are parameter numbers: both are kept as pairs.
         return {
-            "$dict": [[key, _split(value, f"{path}/{key}", tensors)] for key, value in tree.items()]
+            _DICT_KEY: [
+                [key, _split(value, f"{path}/{key}", tensors)] for key, value in tree.items()
+            ]
         }
     if isinstance(tree, list | tuple):
         return [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
@@ -58,7 +62,9 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if _TENSOR_KEY in tree:
             return tensors[tree[_TENSOR_KEY]]
-        return {key: _join(value, tensors) for key, value in tree["$dict"]}
+        if _DICT_KEY not in tree:
+            raise ValueError(f"expected {_DICT_KEY!r} or {_TENSOR_KEY!r}, got {list(tree)}")
+        return {key: _join(value, tensors) for key, value in tree[_DICT_KEY]}
     if isinstance(tree, list):
         return [_join(value, tensors) for value in tree]
     return tree
@@ -74,7 +80,7 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: it holds the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
@@ -88,14 +94,16 @@ def save(run: str | Path, name: str, role: str, state: dict[str, Any]) -> Path:
 
     Args:
         run: directory of the run, created where needed.
-        name: unique name of this checkpoint, e.g. 'last-00000120'.
+        name: name of this checkpoint, e.g. 'last-00000120'; numbered where it is taken.
         role: 'last' or 'best'; the role's earlier checkpoint is removed afterwards.
     """
     run = Path(run)
-    target = run / "checkpoints" / name
-    temporary = run / "checkpoints" / f".{name}.{os.getpid()}"
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
+    target, again = run / "checkpoints" / name, 0
+    while target.exists():  # it may be the run's only good one, so it stays until this one is
+        again += 1
+        target = target.with_name(f"{name}.{again}")
+    temporary = target.with_name(f".{name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     tree = {"format": FORMAT, "version": VERSION, "state": _split(state, "", tensors)}
@@ -104,7 +112,8 @@ def save(run: str | Path, name: str, role: str, state: dict[str, Any]) -> Path:
     for part in (temporary / TENSORS, temporary / STATE, temporary):
         _flush(part)
     os.replace(temporary, target)
-    write_text(run / f"{role}.json", json.dumps({"checkpoint": name}))
+    _flush(target.parent)
+    write_text(run / f"{role}.json", json.dumps({"checkpoint": target.name}))
     for old in target.parent.iterdir():
         if old.name.lstrip(".").startswith(f"{role}-") and old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -120,11 +129,16 @@ def locate(run: str | Path, role: str = "best") -> Path:
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"{run} is not a directory; expected that of a training run")
-    for candidate in (role, "last") if role == "best" else (role,):
+    candidates = (role, "last") if role == "best" else (role,)
+    for candidate in candidates:
         pointer = run / f"{candidate}.json"
         if pointer.is_file():
-            return run / "checkpoints" / str(_read_json(pointer)["checkpoint"])
-    raise CheckpointError(f"{run} holds no {role}.json; expected the directory of a training run")
+            found = _read_json(pointer)
+            if not isinstance(found, dict) or not isinstance(found.get("checkpoint"), str):
+                raise CheckpointError(f"{pointer}: expected a 'checkpoint' name, got {found!r}")
+            return run / "checkpoints" / found["checkpoint"]
+    missing = " and no ".join(f"{candidate}.json" for candidate in candidates)
+    raise CheckpointError(f"{run} holds no {missing}; expected the directory of a training run")
 
 
 def _read_json(path: Path) -> Any:
@@ -151,6 +165,8 @@ def load(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory / STATE}: expected version {VERSION}, got {tree.get('version')!r}"
         )
+    if "state" not in tree:
+        raise CheckpointError(f"{directory / STATE} is damaged: it has no 'state'")
     try:
         tensors = load_file(directory / TENSORS)
     except FileNotFoundError:
@@ -161,6 +177,8 @@ def load(directory: str | Path) -> dict[str, Any]:
         return _join(tree["state"], tensors)
     except KeyError as error:
         raise CheckpointError(f"{directory / TENSORS} lacks the tensor {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE} is damaged: {error}") from None
 
 
 def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FMRecommender:

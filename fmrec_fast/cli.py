@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,36 +12,31 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import backend, checkpoint, noise, training
+from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
     LatestHistories,
     read_dataset,
-    synthetic_dataset,
 )
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
 from fmrec_fast.sampler import sample
 
-SYNTHETIC = "synthetic"
-# The demo's settings: small enough to learn something within two minutes on two cores.
-DEMO_CONFIG = FMRecConfig(
-    hidden_size=64,
-    max_len=20,
-    num_blocks=4,
-    decoder_dims=(128, 256),
-    batch_size=256,
-    epochs=6,
-    eval_interval=1,
-)
-DEMO_DATA = {"num_users": 2000, "num_items": 500, "num_clusters": 20, "mean_length": 20, "seed": 0}
+OUTPUTS = (".parquet", ".csv", ".jsonl")
 
 
 class UserError(Exception):
     """A mistake in what was asked for; printed without a traceback."""
+
+
+# ValueError and its like carry the value and what was expected; OSError names the file.
+MISTAKES = (
+    *(UserError, ValueError, TypeError, ArithmeticError, OSError, ImportError),
+    backend.BackendError,
+)
 
 
 def build_parser():
@@ -57,20 +51,27 @@ def build_parser():
 
     parser = ArgumentParser(
         prog="fmrec-fast",
+        version=__version__,
         description="Train, evaluate and run FMRec, the flow-matching sequential recommender.",
     )
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Train on a dataset into a run directory.")
-    train.add_argument("data", help=f"dataset file, or '{SYNTHETIC}'")
+    train.add_argument("data", help=f"dataset file, or '{demo.SYNTHETIC}'")
     train.add_argument("--out", required=True, help="run directory")
-    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out, if any")
     _add_reading(train)
     _add_device(train)
-    train.add_argument("--checkpoint_seconds", type=float, default=60.0)
-    train.add_argument("--checkpoint_steps", type=int | None, default=None)
+    train.add_argument(
+        "--checkpoint_seconds", type=float, default=60.0, help="time between checkpoints"
+    )
+    train.add_argument(
+        "--checkpoint_steps", type=int | None, default=None, help="instead, steps between them"
+    )
     train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
-    train.add_argument("--config", action="config", help="YAML file of the settings below")
+    train.add_argument(
+        "--config", action="config", help="YAML file of the settings below; flags after it win"
+    )
     train.add_class_arguments(FMRecConfig, None, skip={"item_num"})
     commands.add_subcommand("train", train, help="train a model")
 
@@ -81,9 +82,13 @@ def build_parser():
     _add_device(test)
     _add_checkpoint(test)
     test.add_argument("--split", choices=("val", "test"), default="test")
-    test.add_argument("--ks", type=list[int], default=[5, 10, 20], help="K of the metrics")
+    test.add_argument(
+        "--ks", type=list[int], default=[5, 10, 20], help="K of the metrics, as in [1,10]"
+    )
     test.add_argument("--seeds", type=int, default=1, help="number of sampling seeds, from 0")
-    test.add_argument("--exclude_seen", action="store_true", help="do not rank seen items")
+    test.add_argument(
+        "--exclude_seen", action="store_true", help="leave seen items out of the ranking"
+    )
     test.add_argument(
         "--averaging",
         choices=("user", "published"),
@@ -105,29 +110,40 @@ def build_parser():
     best.add_argument("-k", type=int, default=10, help="items per user")
     best.add_argument("--exclude_seen", action="store_true", help="leave out seen items")
     best.add_argument("--seed", type=int, default=0, help="sampling seed")
-    best.add_argument("--out", default=None, help=".parquet, .csv or .jsonl; default: print")
+    best.add_argument("--out", default=None, help="file .parquet, .csv or .jsonl; default: print")
     commands.add_subcommand("recommend", best, help="recommend from a run")
 
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("env", env, help="report the installation")
 
-    demo = ArgumentParser(
+    tour = ArgumentParser(
         description="Train on synthetic data, compare with popularity, recommend, time."
     )
-    demo.add_argument("--out", default="runs/demo", help="run directory (replaced)")
-    demo.add_argument("--epochs", type=int, default=DEMO_CONFIG.epochs)
-    commands.add_subcommand("demo", demo, help="the whole tour on synthetic data")
+    tour.add_argument("--out", default="runs/demo", help="run directory (replaced)")
+    tour.add_argument("--epochs", type=int, default=demo.CONFIG.epochs)
+    commands.add_subcommand("demo", tour, help="the whole tour on synthetic data")
     return parser
 
 
 def _add_reading(parser: Any) -> None:
-    parser.add_argument("--format", type=str | None, default=None, help="pkl, inter, csv, ...")
-    parser.add_argument("--user_column", type=str | None, default=None)
-    parser.add_argument("--item_column", type=str | None, default=None)
-    parser.add_argument("--time_column", type=str | None, default=None)
-    parser.add_argument("--min_user", type=int | None, default=None, help="k-core: per user")
-    parser.add_argument("--min_item", type=int, default=0, help="k-core: per item")
+    parser.add_argument(
+        "--format",
+        type=str | None,
+        default=None,
+        help="pkl, inter, csv, tsv or parquet; default: by the suffix",
+    )
+    for role in ("user", "item", "time"):
+        parser.add_argument(
+            f"--{role}_column", type=str | None, default=None, help="default: by the usual names"
+        )
+    for role in ("user", "item"):
+        parser.add_argument(
+            f"--min_{role}",
+            type=int | None,
+            default=None,
+            help=f"keep a {role} only with so many interactions (k-core)",
+        )
 
 
 def _add_device(parser: Any) -> None:
@@ -148,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[options.command]
         backend.keep_freed_memory()
         command(options[options.command])
-    except (UserError, ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
-        # ValueError and its like carry the value and what was expected; OSError names the file.
+    except MISTAKES as error:
         print(f"fmrec-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -160,16 +175,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _device(options: Any) -> torch.device:
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def _reading(options: Any, path: str) -> dict[str, Any]:
     """The arguments of `read_dataset`, as kept with a run."""
-    if path == SYNTHETIC:
-        return {"path": SYNTHETIC}
+    if path == demo.SYNTHETIC:
+        return {"path": demo.SYNTHETIC}
     chosen = {
         "format": options.format,
         "user": options.user_column,
@@ -182,8 +202,8 @@ def _reading(options: Any, path: str) -> dict[str, Any]:
 
 
 def _read(source: dict[str, Any]) -> Dataset:
-    if source["path"] == SYNTHETIC:
-        return synthetic_dataset(**DEMO_DATA)
+    if source["path"] == demo.SYNTHETIC:
+        return demo.dataset()
     return read_dataset(**source)
 
 
@@ -194,41 +214,54 @@ def _show(dataset: Dataset) -> None:
 class _Console(training.Listener):
     """Progress bars, and TensorBoard curves when its extra is installed."""
 
-    def __init__(self, run: Path, batch_size: int) -> None:
+    def __init__(self, run: Path) -> None:
         from tqdm import tqdm
 
-        self._tqdm, self._bar, self._batch_size = tqdm, None, batch_size
-        self._writer = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._tqdm = tqdm
+        self._events = run / "tensorboard"
+        self._bar: Any = None
+        self._writer: Any = None
 
-            self._writer = SummaryWriter(run / "tensorboard")
-
-    def epoch_started(self, epoch: int, steps: int, done: int) -> None:
+    def _open(self, what: str, unit: str, total: int, done: int = 0) -> None:
+        self._close()
         self._bar = self._tqdm(
-            total=steps * self._batch_size,
-            initial=done * self._batch_size,
-            desc=f"epoch {epoch}",
-            unit="samples",
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
             unit_scale=True,
             dynamic_ncols=True,
         )
+
+    def epoch_started(self, epoch: int, samples: int, done: int) -> None:
+        self._open(f"epoch {epoch}", "samples", samples, done)
 
     def step_done(self, losses: dict[str, float] | None, samples: int) -> None:
         if losses is not None:
             self._bar.set_postfix({"loss": f"{losses['total']:.4f}"}, refresh=False)
         self._bar.update(samples)
 
-    def validating(self, users: int) -> None:
-        self._close()
+    def evaluation_started(self, split: str, users: int) -> None:
+        self._open({"val": "validation"}.get(split, split), "users", users)
+
+    def evaluated(self, users: int) -> None:
+        self._bar.update(users)
 
     def epoch_done(self, record: dict[str, Any]) -> None:
         self._close()
         epoch, found = record["epoch"], record.get("validation", {})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if "@10" in name)
         print(f"epoch {epoch}: loss {record['loss']['total']:.4f}  {shown}", file=sys.stderr)
+        self._write_events(epoch, record["loss"], found)
+
+    def _write_events(self, epoch: int, loss: dict[str, float], found: dict[str, float]) -> None:
+        # Opened with the first epoch, so that a refused run leaves no file behind.
+        if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._events)
         if self._writer is not None:
-            for name, value in record["loss"].items():
+            for name, value in loss.items():
                 self._writer.add_scalar(f"loss/{name}", value, epoch)
             for name, value in found.items():
                 self._writer.add_scalar(f"validation/{name}", value, epoch)
@@ -252,21 +285,26 @@ def _config(options: Any) -> FMRecConfig:
 
 def _train(options: Any) -> None:
     config, source = _config(options), _reading(options, options.data)
+    device = _device(options)
     dataset = _read(source)
     _show(dataset)
     run = Path(options.out)
+    console = _Console(run)
     trainer = training.Trainer(
         dataset,
         config,
         run,
-        device=_device(options),
+        device=device,
         checkpoint_seconds=options.checkpoint_seconds,
         checkpoint_steps=options.checkpoint_steps,
         max_steps=options.max_steps,
         source=source,
-        listener=_Console(run, config.batch_size),
+        listener=console,
     )
-    result = trainer.fit(resume=options.resume)
+    try:
+        result = trainer.fit(resume=options.resume)
+    finally:
+        console.finished()
     print(f"test, {result.users} users:")
     _print_metrics({"model": result.mean})
 
@@ -361,7 +399,9 @@ def _evaluate(options: Any) -> None:
             "per_seed": found.per_seed,
             "popularity": baseline,
         }
-        checkpoint.write_text(Path(options.json), json.dumps(facts, indent=1))
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
@@ -372,6 +412,8 @@ def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
 
 
 def _recommend(options: Any) -> None:
+    if options.out is not None and Path(options.out).suffix not in OUTPUTS:
+        raise UserError(f"--out must end in one of {OUTPUTS}, got {options.out!r}")
     model, state = _load(options)
     item_ids = state["item_ids"]
     if options.history is not None:
@@ -451,8 +493,6 @@ def _write(out: str | None, users: list, best: Recommendations, item_ids: list) 
         ".csv": pyarrow.csv.write_csv,
         ".jsonl": _write_json_lines,
     }
-    if path.suffix not in writers:
-        raise UserError(f"--out must end in one of {sorted(writers)}, got {out!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     writers[path.suffix](pa.table(columns), temporary)
@@ -474,51 +514,10 @@ def _env(options: Any) -> None:
 
 
 def _demo(options: Any) -> None:
-    import shutil
-
-    from fmrec_fast.reference.published import PublishedRecommender
-
     run = Path(options.out)
     if run.exists() and not (run / "last.json").exists():
         raise UserError(f"--out {run} exists and is not a run directory; name another")
-    shutil.rmtree(run, ignore_errors=True)
-    dataset, config = synthetic_dataset(**DEMO_DATA), DEMO_CONFIG.replace(epochs=options.epochs)
-    print(f"1. data: {dataset!r}")
-    print(f"2. train {config.epochs} epochs into {run}")
-    trainer = training.Trainer(
-        dataset, config, run, source={"path": SYNTHETIC}, listener=_Console(run, config.batch_size)
-    )
-    result = trainer.fit()
-    samples = EvaluationSamples(dataset, "test", config.max_len)
-    popularity = metrics_from_ranks(popularity_ranks(dataset, samples), config.metric_ks)
-    print(f"3. test on {result.users} users, all {dataset.item_num - 1} items ranked")
-    _print_metrics({"model": result.mean, "popularity": popularity})
-    model = checkpoint.build_model(checkpoint.load(checkpoint.locate(run)))
-    print("4. recommend for three users and for a made-up history")
-    histories = [dataset.history(row).tolist() for row in range(3)] + [[1, 2, 3]]
-    best = recommend(model, histories, 5, exclude_seen=True, seed=0)
-    for history, ids in zip(histories, best.ids.tolist(), strict=True):
-        print(f"   ... {history[-5:]} -> {ids}")
-    print("5. speed: 128 users, 30 steps, seconds (median of 3, in turns)")
-    published = PublishedRecommender.from_config(model.config)
-    published.load_state_dict(model.state_dict(), strict=True)
-    published.eval()
-    sequences, _ = samples.batch(torch.arange(min(128, len(samples))))
-    times: dict[str, list[float]] = {"published program": [], "fmrec_fast": []}
-    with torch.no_grad():
-        for _ in range(3):
-            for name, call in (
-                ("published program", lambda: published(sequences, None, train_flag=False)),
-                ("fmrec_fast", lambda: sample(model, sequences)),
-            ):
-                began = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - began)
-    medians = {name: sorted(values)[1] for name, values in times.items()}
-    for name, value in medians.items():
-        print(f"   {name:20} {value:8.3f}")
-    ratio = medians["published program"] / medians["fmrec_fast"]
-    print(f"   {ratio:.1f} times as fast; next: fmrec-fast evaluate {run}")
+    demo.run_demo(run, options.epochs, _Console(run), _print_metrics)
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {

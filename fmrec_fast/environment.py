@@ -46,6 +46,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(module: str) -> str:
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(module, module))
+    except importlib.metadata.PackageNotFoundError:  # some builds go by another name
+        return "of an unknown version"
+
+
 def report() -> dict[str, Any]:
     """Facts about the installation, as plain values."""
     versions: dict[str, str] = {"torch": str(torch.__version__)}
@@ -54,7 +61,7 @@ def report() -> dict[str, Any]:
         if importlib.util.find_spec(module) is None:
             missing[module] = f"not installed ({purpose})"
         else:
-            versions[module] = importlib.metadata.version(DISTRIBUTIONS.get(module, module))
+            versions[module] = _version(module)
     facts: dict[str, Any] = {
         "fmrec_fast": __version__,
         "python": platform.python_version(),
@@ -72,16 +79,16 @@ def report() -> dict[str, Any]:
         "rng": str(current_rng().value),
         "triton interpreter": triton_interpreted(),
     }
-    reason = extension.reason()
-    if reason is None:
+    try:
         native = extension.load()
+    except ImportError as error:  # not built, or built for another torch or machine
+        facts["extension"] = str(error)
+    else:
         facts["extension"] = {
             "isa": native.isa(),
             "supported": native.supported_isas(),
             **native.build_info(),
         }
-    else:
-        facts["extension"] = reason
     facts["ops"] = {op: _backends_of(op) for op in OPS}
     return facts
 

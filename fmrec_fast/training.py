@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmrec_fast import checkpoint
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
-from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.data.dataset import HELD_OUT, Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models.fmrec import FMRecommender
@@ -44,13 +46,15 @@ class Progress:
 class Listener:
     """What a run reports to; the command line shows progress bars and writes TensorBoard."""
 
-    def epoch_started(self, epoch: int, steps: int, done: int) -> None: ...
+    def epoch_started(self, epoch: int, samples: int, done: int) -> None: ...
 
     def step_done(self, losses: dict[str, float] | None, samples: int) -> None: ...
 
     def epoch_done(self, record: dict[str, Any]) -> None: ...
 
-    def validating(self, users: int) -> None: ...
+    def evaluation_started(self, split: str, users: int) -> None: ...
+
+    def evaluated(self, users: int) -> None: ...
 
     def finished(self) -> None: ...
 
@@ -121,6 +125,8 @@ class Trainer:
         self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._saved_at = time.monotonic()
+        self._rng = checkpoint.rng_state()
+        self._histories = zlib.crc32(dataset.items.tobytes(), zlib.crc32(dataset.offsets.tobytes()))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,22 +146,23 @@ class Trainer:
         """
         started = (self.run / "last.json").exists()
         if started and not resume:
-            raise FileExistsError(f"{self.run} already holds a run; resume it or name another")
+            raise FileExistsError(
+                f"{self.run} already holds a run; continue it with --resume (resume=True), "
+                f"or name another directory"
+            )
         if started:
             self._restore()
         else:
+            checkpoint.restore_rng(self._rng)
             self._save()
         self._write_history()
         while not self._over():
             self._train_epoch()
-        self._save()
-        role = "best" if (self.run / "best.json").exists() else "last"
+        role = "best" if self.progress.evaluations else "last"
         tested = checkpoint.build_model(
             checkpoint.load(checkpoint.locate(self.run, role)), self.device
         )
-        result = evaluate(
-            tested, self.dataset, ks=self.config.metric_ks, seeds=(self.config.random_seed,)
-        )
+        result = self._evaluate(tested, "test")
         checkpoint.write_text(
             self.run / "result.json",
             json.dumps(
@@ -176,10 +183,15 @@ class Trainer:
         p = self.progress
         return p.stopped or p.epoch >= self.config.epochs
 
+    def _used_up(self) -> bool:
+        return self.max_steps is not None and self.progress.global_step >= self.max_steps
+
     def _train_epoch(self) -> None:
         p, config = self.progress, self.config
         order = self.samples.epoch_order(config.random_seed, p.epoch)
-        self.listener.epoch_started(p.epoch, self.steps_per_epoch, p.step_in_epoch)
+        total = len(self.samples)
+        done = min(p.step_in_epoch * config.batch_size, total)
+        self.listener.epoch_started(p.epoch, total, done)
         began, first_step = time.monotonic(), p.step_in_epoch
         self.model.train()
         while p.step_in_epoch < self.steps_per_epoch:
@@ -189,12 +201,13 @@ class Trainer:
             p.step_in_epoch += 1
             p.global_step += 1
             self._report_step(len(index))
-            if self.max_steps is not None and p.global_step >= self.max_steps:
+            if self._used_up():
                 p.stopped = True
                 break
-            if self._due():
+            # After the last step, the end of the epoch saves.
+            if p.step_in_epoch < self.steps_per_epoch and self._due():
                 self._save()
-        self._check_finite()
+        self._check_finite(parameters=True)
         self._end_epoch(time.monotonic() - began, p.step_in_epoch - first_step)
 
     def _train_step(self, index: Tensor) -> None:
@@ -222,11 +235,17 @@ class Trainer:
         means = self.sums / max(self.progress.step_in_epoch, 1)
         return dict(zip(LOSSES, means.tolist(), strict=True))
 
-    def _check_finite(self) -> None:
-        bad = int(self.bad_step)
+    def _check_finite(self, *, parameters: bool = False) -> None:
+        what, bad = "loss was", int(self.bad_step)
+        if bad < 0 and parameters:
+            # A finite loss may have had a gradient that is not; the next loss would show it, but
+            # a checkpoint must not hold it.
+            finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
+            if not finite.all():
+                what, bad = "parameters were", self.progress.global_step - 1
         if bad >= 0:
             raise DivergedError(
-                f"the loss was not finite at step {bad} (epoch {self.progress.epoch}); "
+                f"the {what} not finite at step {bad} (epoch {self.progress.epoch}); "
                 f"the last good checkpoint is {checkpoint.locate(self.run, 'last')}"
             )
 
@@ -257,14 +276,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         p, config = self.progress, self.config
-        self.listener.validating(self.dataset.num_users)
-        found = evaluate(
-            self.model,
-            self.dataset,
-            "val",
-            ks=config.metric_ks,
-            seeds=(config.random_seed,),
-        ).mean
+        found = self._evaluate(self.model, "val").mean
         p.evaluations += 1
         deciding = (
             list(found) if config.early_stopping_metric == "any" else [config.early_stopping_metric]
@@ -279,6 +291,18 @@ class Trainer:
             p.best[name] = max(value, p.best.get(name, -math.inf))
         return found
 
+    def _evaluate(self, model: FMRecommender, split: str) -> Evaluation:
+        lengths = np.diff(self.dataset.offsets)
+        self.listener.evaluation_started(split, int((lengths > HELD_OUT[split] + 1).sum()))
+        return evaluate(
+            model,
+            self.dataset,
+            split,
+            ks=self.config.metric_ks,
+            seeds=(self.config.random_seed,),
+            progress=self.listener.evaluated,
+        )
+
     def _model_state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
@@ -290,8 +314,9 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        self._check_finite()
+        self._check_finite(parameters=True)
         state = self._model_state() | {
+            "histories": self._histories,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": checkpoint.rng_state(),
@@ -303,6 +328,15 @@ class Trainer:
 
     def _restore(self) -> None:
         state = checkpoint.load(checkpoint.locate(self.run, "last"))
+        then_ids, now_ids = state["item_ids"], self.dataset.item_ids
+        if then_ids != now_ids:
+            new, gone = set(now_ids) - set(then_ids), set(then_ids) - set(now_ids)
+            named = [repr(i) for i in (*now_ids, *then_ids) if i in new or i in gone][:3]
+            raise checkpoint.CheckpointError(
+                f"{self.run} was trained on other items ({len(then_ids)}, now {len(now_ids)}: "
+                f"{len(new)} new, {len(gone)} gone{', such as ' if named else ', in another order'}"
+                f"{', '.join(named)})"
+            )
         free = {"epochs", "patience", "eval_interval"}
         then, now = state["config"], self.config.to_dict()
         changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
@@ -311,16 +345,18 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{self.run} was trained with other settings: {'; '.join(changed)}"
             )
-        if state["item_ids"] != self.dataset.item_ids:
+        if state.get("histories", self._histories) != self._histories:
             raise checkpoint.CheckpointError(
-                f"{self.run} was trained on other items "
-                f"({len(state['item_ids'])}, now {len(self.dataset.item_ids)})"
+                f"{self.run} was trained on other histories of the same items"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = p = Progress(**state["progress"])
+        # Asked anew: patience may have been raised, or `max_steps`.
+        p.stopped = p.without_improvement >= self.config.patience or self._used_up()
         self.sums = state["sums"].to(self.device)
+        self.bad_step.fill_(-1)
         checkpoint.restore_rng(state["rng"])
 
     def _write_history(self) -> None:

@@ -197,3 +197,10 @@ def test_bad_inputs_of_topk_are_named(change, error, message):
 def test_bad_targets_are_named(target, error, message):
     with pytest.raises(error, match=message):
         target_rank(torch.zeros(2, 4), torch.zeros(7, 4), target)
+
+
+def test_nan_counts_against_the_target(place):
+    items = torch.tensor([[1.0], [2.0], [torch.nan], [0.5]])
+    with place.forced("item_ranking"):
+        ranks = target_rank(*place.put(torch.ones(3, 1), items, torch.tensor([1, 2, 3])))
+    assert ranks.tolist() == [2, 4, 4]

@@ -61,7 +61,7 @@ def target_rank(
 
         1 + (scores > scores[target]).sum() + ((scores == scores[target]) & (id < target)).sum()
 
-    over the items that are not excluded.
+    over the items that are not excluded. Scores that are NaN count against the target.
 
     Args:
         rep: [B, D]; item_weight: [V, D]; target: int64 [B]; exclude: as in `item_topk`.

@@ -38,11 +38,15 @@ def item_topk(
 def target_rank(
     rep: Tensor, item_weight: Tensor, target: Tensor, *, exclude: Tensor | None = None
 ) -> Tensor:
-    """1 + number of items before the target, in the order of `item_topk`."""
+    """1 + number of items before the target, in the order of `item_topk`.
+
+    What does not compare (NaN) counts as before, so that a broken model does not rank well.
+    """
     scores = _scores(rep, item_weight)
     of_target = scores.gather(1, target[:, None])
     ids = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > of_target) | ((scores == of_target) & (ids < target[:, None]))
+    behind = (scores < of_target) | ((scores == of_target) & (ids > target[:, None]))
+    before = ~behind & (ids != target[:, None])
     if exclude is not None:
         before &= ~_excluded(exclude, scores.shape[1])
     return before.sum(1) + 1

@@ -1,0 +1,83 @@
+"""Every command and every example of the README runs."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmrec_fast.data import synthetic_dataset
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_python_examples_run_in_order(tmp_path):
+    examples = blocks("python")
+    assert len(examples) >= 4
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(examples))
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'encoder', 'reference'" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the README's ratings.csv; item ids go to 100, so that 12,45,7 exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    data = synthetic_dataset(num_users=60, num_items=100, num_clusters=5, mean_length=8)
+    rows = ["user,item,timestamp"]
+    for user in range(data.num_users):
+        rows += [f"{user},{item},{at}" for at, item in enumerate(data.history(user).tolist())]
+    (folder / "ratings.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_command_line_examples_run_in_order(workplace):
+    executable = shutil.which("fmrec-fast", path=str(Path(sys.executable).parent))
+    assert executable, "the console script is not installed beside the interpreter"
+    examples = [line for line in commands() if line.startswith("fmrec-fast")]
+    assert len(examples) >= 6
+    for line in examples:
+        done = subprocess.run(
+            [executable, *shlex.split(line)[1:]],
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (workplace / "recs.parquet").exists()
+
+
+def test_the_other_commands_are_those_that_ci_runs():
+    others = [line for line in commands() if not line.startswith("fmrec-fast")]
+    ci = (ROOT / ".ci" / "run").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for line in others:
+        if line.startswith("make "):
+            assert line in ci, line
+        else:  # the editable install, with more extras
+            assert line.startswith("pip install -e '.[cli") and "-e '.[cli" in makefile, line
+
+
+def test_speed_table_is_the_one_made_from_the_results():
+    from benchmarks.table import readme_table
+
+    table = re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.DOTALL).group(1)
+    assert table.strip() == readme_table().strip()
