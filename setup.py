@@ -15,9 +15,15 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp"]
+HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp"]
 # One op, one stem.
-KERNEL_SOURCES = ["csrc/noise_fusion.cpp", "csrc/dropout.cpp", "csrc/history_loss.cpp"]
+KERNEL_SOURCES = [
+    "csrc/noise_fusion.cpp",
+    "csrc/dropout.cpp",
+    "csrc/history_loss.cpp",
+    "csrc/encoder.cpp",
+    "csrc/euler_sampler.cpp",
+]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 # -fno-trapping-math lets selections become masks; NaN and infinity keep their meaning.

@@ -7,6 +7,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -15,11 +16,15 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "dropout.h"
+#include "encoder.h"
+#include "euler_sampler.h"
 #include "history_loss.h"
 #include "isa.h"
 #include "noise_fusion.h"
+#include "packed_encoder.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -31,6 +36,10 @@ namespace {
 constexpr std::int64_t GRAIN_NOISE = 1 << 14;
 constexpr std::int64_t GRAIN_DROPOUT = 1 << 15;
 constexpr std::int64_t GRAIN_HISTORY = 1 << 17;
+
+// Sequences in a group: at most this many, and at most this many floats of activations.
+constexpr std::int64_t MOST_IN_GROUP = 8;
+constexpr std::int64_t GROUP_FLOATS = 1 << 16;
 
 std::string text(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
 
@@ -473,6 +482,205 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
     }
 }
 
+// What parameter of a block is called, and its shape in D (channels) and F (features).
+struct BlockArrayName {
+    const char* name;
+    const char* shape;
+};
+const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
+    {"norm1_weight", "[D]"},     {"norm1_bias", "[D]"}, {"query_weight", "[D, D]"},
+    {"query_bias", "[D]"},       {"key_weight", "[D, D]"}, {"key_bias", "[D]"},
+    {"value_weight", "[D, D]"},  {"value_bias", "[D]"}, {"output_weight", "[D, D]"},
+    {"output_bias", "[D]"},      {"norm2_weight", "[D]"}, {"norm2_bias", "[D]"},
+    {"w1_weight", "[F, D]"},     {"w1_bias", "[F]"},    {"w2_weight", "[D, F]"},
+    {"w2_bias", "[D]"},
+};
+
+std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
+                                            std::int64_t heads) {
+    if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
+    std::vector<py::array> kept;  // the arrays, for as long as they are read
+    std::vector<BlockArrays> arrays;
+    py::ssize_t channels = 0, features = 0;
+    for (std::size_t n = 0; n < py::len(blocks); ++n) {
+        const py::sequence block = blocks[n];
+        if (py::len(block) != BLOCK_ARRAYS) {
+            throw py::value_error("blocks[" + std::to_string(n) + "] must hold " +
+                                  std::to_string(BLOCK_ARRAYS) + " arrays, got " +
+                                  std::to_string(py::len(block)));
+        }
+        BlockArrays pointers{};
+        for (int i = 0; i < BLOCK_ARRAYS; ++i) {
+            const std::string name =
+                "blocks[" + std::to_string(n) + "]." + BLOCK_ARRAY_NAMES[i].name;
+            const std::string shape = BLOCK_ARRAY_NAMES[i].shape;
+            const bool matrix = shape.find(',') != std::string::npos;
+            const py::array array =
+                input<float>(block[static_cast<std::size_t>(i)], name.c_str(), matrix ? 2 : 1);
+            if (n == 0 && i == NORM1_WEIGHT) channels = array.shape(0);
+            if (n == 0 && i == INNER_WEIGHT) features = array.shape(0);
+            const py::ssize_t first = shape[1] == 'F' ? features : channels;
+            const py::ssize_t second = shape[matrix ? 4 : 1] == 'F' ? features : channels;
+            if (matrix) {
+                check_shape(array, name.c_str(), shape.c_str(), {first, second});
+            } else {
+                check_shape(array, name.c_str(), shape.c_str(), {first});
+            }
+            pointers.array[i] = data<float>(array);
+            kept.push_back(array);
+        }
+        arrays.push_back(pointers);
+    }
+    if (channels < 1 || features < 1) throw py::value_error("D and F must be at least 1, got 0");
+    if (heads < 1 || channels % heads != 0) {
+        throw py::value_error("num_heads must divide D = " + std::to_string(channels) + ", got " +
+                              std::to_string(heads));
+    }
+    py::gil_scoped_release release;
+    return std::unique_ptr<PackedEncoder>(
+        new PackedEncoder(arrays, channels, features, heads));
+}
+
+Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
+    if (length < 1) throw py::value_error("there must be at least one position, got L = 0");
+    Encoder encoder{};
+    encoder.blocks = packed.blocks().data();
+    encoder.num_blocks = static_cast<std::int64_t>(packed.blocks().size());
+    encoder.channels = packed.channels();
+    encoder.heads = packed.heads();
+    encoder.length = length;
+    encoder.tap = -1;
+    return encoder;
+}
+
+// Sequences that go through the stack together: as many as share a block's weights while their
+// activations stay in the cache, and as few as give every thread the same number of groups.
+std::int64_t group_size(const Encoder& encoder, std::int64_t batch, std::int64_t num_threads) {
+    const std::int64_t sequence = encoder.length * row_stride(encoder.channels);
+    std::int64_t most = GROUP_FLOATS / sequence;
+    most = most < 1 ? 1 : most > MOST_IN_GROUP ? MOST_IN_GROUP : most;
+    const std::int64_t rounds = (batch + num_threads * most - 1) / (num_threads * most);
+    return (batch + num_threads * rounds - 1) / (num_threads * rounds);
+}
+
+// Runs all sequences, group by group: a thread takes the next group when it is done with one.
+// A sequence's result does not depend on its group.
+template <typename Kernels, typename Arguments>
+void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
+    const std::int64_t size = group_size(a.encoder, batch, num_threads);
+    const std::int64_t groups = (batch + size - 1) / size;
+    const std::int64_t slabs = groups < num_threads ? groups : num_threads;
+    const std::int64_t slab_size = round_up(kernels.scratch(&a, size), UNIT);
+    const Floats memory = allocate_floats(slabs * slab_size, true);
+    std::atomic<std::int64_t> next_group{0}, next_slab{0};
+    parallel_items(num_threads, num_threads, groups > 1, [&](std::int64_t, std::int64_t) {
+        std::int64_t group = next_group.fetch_add(1);
+        if (group >= groups) return;
+        float* slab = memory.get() + next_slab.fetch_add(1) * slab_size;
+        for (; group < groups; group = next_group.fetch_add(1)) {
+            const std::int64_t begin = group * size;
+            kernels.run(&a, begin, begin + size < batch ? begin + size : batch, slab);
+        }
+    });
+}
+
+void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
+                     std::int64_t tap, const py::object& out_, const py::object& tapped_,
+                     int num_threads) {
+    const py::array x = input<float>(x_, "x", 3), mask = input<float>(mask_, "mask", 2);
+    py::array out = output<float>(out_, "out", 2);
+    check_threads(num_threads);
+    EncoderBatch a{};
+    a.encoder = make_encoder(packed, x.shape(1));
+    const std::int64_t batch = x.shape(0), channels = packed.channels();
+    check_shape(x, "x", "[B, L, D]", {batch, x.shape(1), channels});
+    check_shape(mask, "mask", "[B, L]", {batch, x.shape(1)});
+    check_shape(out, "out", "[B, D]", {batch, channels});
+    check_overlap(out, "out", x, "x", false);
+    check_overlap(out, "out", mask, "mask", false);
+    if (!tapped_.is_none()) {
+        py::array tapped = output<float>(tapped_, "tapped", 2);
+        check_shape(tapped, "tapped", "[B, D]", {batch, channels});
+        check_overlap(tapped, "tapped", x, "x", false);
+        check_overlap(tapped, "tapped", mask, "mask", false);
+        check_overlap(tapped, "tapped", out, "out", false);
+        if (tap < 0 || tap >= a.encoder.num_blocks) {
+            throw py::value_error("tap must be in 0 .. " +
+                                  std::to_string(a.encoder.num_blocks - 1) + ", got " +
+                                  std::to_string(tap));
+        }
+        a.encoder.tap = tap;
+        a.tapped = target(tapped);
+    }
+    const EncoderBatchKernels& kernels = FMREC_TABLE(encoder_batch);
+    if (is_empty(out)) return;
+    a.x = data<float>(x);
+    a.mask = data<float>(mask);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    run_groups(kernels, a, batch, num_threads);
+}
+
+void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
+                   const py::object& norm_bias_, const py::object& e_, const py::object& mask_,
+                   const py::object& z0_, const py::object& taus_, const py::object& noise_,
+                   const py::object& rows_, const py::object& seed, double delta,
+                   const py::object& out_, int num_threads) {
+    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
+                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
+                    e = input<float>(e_, "e", 3), mask = input<float>(mask_, "mask", 2),
+                    z0 = input<float>(z0_, "z0", 2), taus = input<float>(taus_, "taus", 2);
+    check_threads(num_threads);
+    EulerSampler a{};
+    a.encoder = make_encoder(packed, e.shape(1));
+    a.batch = e.shape(0);
+    a.steps = taus.shape(0);
+    const std::int64_t channels = packed.channels(), length = e.shape(1);
+    // All points, or the last one, by the number of dimensions.
+    a.trajectory = py::isinstance<py::array>(out_) && py::cast<py::array>(out_).ndim() == 3;
+    py::array out = output<float>(out_, "out", a.trajectory ? 3 : 2);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(e, "e", "[B, L, D]", {a.batch, length, channels});
+    check_shape(mask, "mask", "[B, L]", {a.batch, length});
+    check_shape(z0, "z0", "[B, D]", {a.batch, channels});
+    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    if (a.trajectory) {
+        check_shape(out, "out", "[q + 1, B, D]", {a.steps + 1, a.batch, channels});
+    } else {
+        check_shape(out, "out", "[B, D]", {a.batch, channels});
+    }
+    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "z0", "taus"};
+    const py::array* const inputs[] = {&norm_weight, &norm_bias, &e, &mask, &z0, &taus};
+    for (int i = 0; i < 6; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
+    py::array noise, rows;
+    if (!noise_.is_none()) {
+        noise = input<float>(noise_, "noise", 4);
+        check_shape(noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
+        check_overlap(out, "out", noise, "noise", false);
+        a.noise = data<float>(noise);
+    } else {
+        rows = input<std::int64_t>(rows_, "rows", 1);
+        check_shape(rows, "rows", "[B]", {a.batch});
+        check_overlap(out, "out", rows, "rows", false);
+        a.rows = data<std::int64_t>(rows);
+        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    }
+    a.delta = static_cast<float>(delta);
+    const EulerSamplerKernels& kernels = FMREC_TABLE(euler_sampler);
+    if (is_empty(out)) return;
+    a.norm_weight = data<float>(norm_weight);
+    a.norm_bias = data<float>(norm_bias);
+    a.e = data<float>(e);
+    a.mask = data<float>(mask);
+    a.z0 = data<float>(z0);
+    a.taus = data<float>(taus);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    run_groups(kernels, a, a.batch, num_threads);
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;
@@ -538,6 +746,19 @@ PYBIND11_MODULE(_C, m) {
           py::arg("d_hidden").none(true), py::arg("d_weight").none(true),
           py::arg("d_bias").none(true), py::arg("num_threads"),
           "Adjoint of the residuals: writes d_hidden, adds to d_weight and d_bias.");
+    py::class_<PackedEncoder>(m, "PackedEncoder",
+                              "The weights of a transformer stack, copied and packed.")
+        .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
+             "blocks: the arrays of each block, as BlockWeights.")
+        .def_property_readonly("nbytes", &PackedEncoder::bytes);
+    m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
+          py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),
+          "The last position's output, and that of block tap where tapped is given.");
+    m.def("euler_sampler", &euler_sampler, py::arg("packed"), py::arg("norm_weight"),
+          py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("z0"), py::arg("taus"),
+          py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");
     m.def("supported_isas", &supported_isas, "Instruction sets built in and supported here.");

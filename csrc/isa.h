@@ -1,8 +1,7 @@
 // Which instruction set the kernels run with.
 //
-// Every kernel source (noise_fusion.cpp, dropout.cpp, history_loss.cpp) is compiled once per
-// instruction set, each time with -DFMREC_ISA=<name>, which names the namespace its functions
-// lie in. This header is shared by those translation units and by the host ones, so it holds
+// Every kernel source (KERNEL_SOURCES in setup.py) is compiled once per instruction set, each
+// time with -DFMREC_ISA=<name>, which names the namespace its functions lie in. This header is shared by those translation units and by the host ones, so it holds
 // declarations only: an inline function or a template instantiated under AVX-512 flags could be
 // the copy that the linker keeps for everybody.
 #pragma once

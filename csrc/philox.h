@@ -1,28 +1,15 @@
 // Philox4x32-10 and Box-Muller in vector registers: the noise stream of fmrec_fast/noise.py.
 //
 // Included by kernel translation units only; everything here has internal linkage, so that each
-// instruction set keeps its own copy. The vectors are the compiler's vector extension, as wide as
-// the instruction set (FMREC_VECTOR_BYTES), and every choice below follows from one fact: x86
-// multiplies 32 x 32 -> 64 bits only in 64-bit lanes. A counter word therefore lives in a 64-bit
-// lane of its own. The upper half of a lane holds whatever the last step left there: the multiply
-// ignores it, so nothing ever has to mask it.
+// instruction set keeps its own copy. Every choice below follows from one fact: x86 multiplies
+// 32 x 32 -> 64 bits only in 64-bit lanes. A counter word therefore lives in a 64-bit lane of its
+// own. The upper half of a lane holds whatever the last step left there: the multiply ignores it,
+// so nothing ever has to mask it.
 #pragma once
 
 #include <stdint.h>
 
-#include "isa.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define FMREC_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define FMREC_VECTOR_BYTES 32
-#else
-#define FMREC_VECTOR_BYTES 16
-#endif
+#include "vector.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "two words packed into a 64-bit lane are read back as little-endian"
@@ -30,11 +17,6 @@
 
 namespace fmrec {
 namespace {
-
-typedef uint64_t u64v __attribute__((vector_size(FMREC_VECTOR_BYTES)));
-typedef uint32_t u32v __attribute__((vector_size(FMREC_VECTOR_BYTES)));
-typedef int32_t i32v __attribute__((vector_size(FMREC_VECTOR_BYTES)));
-typedef float f32v __attribute__((vector_size(FMREC_VECTOR_BYTES)));
 
 // Counters in one vector, and vectors in flight: one Philox round waits 7 cycles for itself, so
 // several independent counters must be under way to keep the multipliers busy.
@@ -50,19 +32,6 @@ FMREC_INLINE u64v multiply_low_halves(u64v a, u64v b) {
     return (u64v)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
     return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
-#endif
-}
-
-FMREC_INLINE f32v square_root(f32v x) {
-#if defined(__AVX512F__)
-    return (f32v)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-    return (f32v)_mm256_sqrt_ps((__m256)x);
-#elif defined(__SSE2__)
-    return (f32v)_mm_sqrt_ps((__m128)x);
-#else
-    for (int i = 0; i < LANES * 2; ++i) x[i] = __builtin_sqrtf(x[i]);
-    return x;
 #endif
 }
 
@@ -103,14 +72,6 @@ FMREC_INLINE u64v interleave_high64(u64v a, u64v b) { return u64v{a[1], b[1]}; }
 FMREC_INLINE f32v interleave_low32(f32v a, f32v b) { return f32v{a[0], b[0], a[1], b[1]}; }
 FMREC_INLINE f32v interleave_high32(f32v a, f32v b) { return f32v{a[2], b[2], a[3], b[3]}; }
 #endif
-
-FMREC_INLINE u64v broadcast64(uint64_t x) { return u64v{} + x; }
-FMREC_INLINE f32v broadcast(float x) { return f32v{} + x; }
-
-template <typename Vector, typename Scalar>
-FMREC_INLINE void store(Scalar* target, Vector value) {
-    __builtin_memcpy(target, &value, sizeof value);
-}
 
 // Ten rounds over IN_FLIGHT vectors of counters c0..c3, in place. The key is one pair of words.
 FMREC_INLINE void philox(u64v c0[IN_FLIGHT], u64v c1[IN_FLIGHT], u64v c2[IN_FLIGHT],

@@ -55,9 +55,7 @@ _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
-    ("encoder", Backend.CPP): _NO_KERNEL,
     ("euler_sampler", Backend.TRITON): _COMPOSED,
-    ("euler_sampler", Backend.CPP): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
     ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,
@@ -138,7 +136,8 @@ def use_backend(backend: Backend | str) -> Iterator[None]:
 
     A backend named here must run wherever an op has it: if it cannot (not installed, tensors on
     another device, a dtype it does not take), the op raises `BackendError`. An op that is declared
-    not to have it (`MISSING`) runs its definition, and the dispatch log says so.
+    not to have it (`MISSING`), or not for such a call (an option, a gradient), runs its definition,
+    and the dispatch log says so.
 
     Raises:
         ValueError: no such backend.
@@ -182,8 +181,12 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         _log.reset(token)
 
 
-def choose(op: str, *tensors: Tensor) -> Backend:
+def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
+
+    Args:
+        declined: why the op's kernels do not cover this call, if they do not: the definition then
+            runs, also where a backend was named, and the log says why.
 
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
@@ -193,10 +196,11 @@ def choose(op: str, *tensors: Tensor) -> Backend:
     chosen = Backend.REFERENCE
     if wanted is Backend.AUTO:
         candidate = Backend.TRITON if device.type == "cuda" else Backend.CPP
-        reason = MISSING.get((op, candidate)) or _obstacle(candidate, device, tensors) or ""
+        reason = MISSING.get((op, candidate)) or declined
+        reason = reason or _obstacle(candidate, device, tensors) or ""
         chosen = Backend.REFERENCE if reason else candidate
     elif wanted is not Backend.REFERENCE:
-        reason = MISSING.get((op, wanted)) or ""
+        reason = MISSING.get((op, wanted)) or declined
         if not reason:
             obstacle = _obstacle(wanted, device, tensors)
             if obstacle:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fmrec_fast.backend import choose
+from fmrec_fast import extension
+from fmrec_fast.backend import Backend, choose
 from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import encoder as reference
@@ -43,7 +47,8 @@ def encoder(
         drop: dropout, with probability `p`; none by default.
 
     Returns:
-        ([B, D], [B, D] of block `tap` or None). Differentiable.
+        ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
+        gradient is needed.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
@@ -63,7 +68,10 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
-    choose("encoder", x)
+    parameters = [tensor for block in blocks for tensor in block]
+    declined = _declined(x, parameters, attention, drop, p)
+    if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
+        return _encoder_cpp(x, mask, blocks, num_heads, tap)
     return reference.encoder(
         x,
         mask,
@@ -75,3 +83,47 @@ def encoder(
         p=p,
         prune=prune,
     )
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd would record a use of `tensors` now."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
+    """The blocks' parameters, copied into the order that the C++ kernels read.
+
+    Packed anew for every call and never kept: that takes less than a network evaluation of one
+    sequence, and no note of a tensor's address and version sees every way to write to it
+    (``parameter.data``, a numpy view).
+    """
+    arrays = [tuple(tensor.detach().contiguous().numpy() for tensor in block) for block in blocks]
+    return extension.load().PackedEncoder(arrays, num_heads)
+
+
+def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
+    """Why the C++ kernel does not cover a call; empty where it does."""
+    if attention != "published":
+        return f"its kernel has the published attention only, got {attention!r}"
+    if drop is not no_drop and p > 0:
+        return "its kernel has no dropout"
+    if needs_gradient(x, *parameters):
+        return "its kernel has no backward pass, and a gradient is needed"
+    return ""
+
+
+def _encoder_cpp(
+    x: Tensor, mask: Tensor, blocks: list[BlockWeights], num_heads: int, tap: int | None
+) -> tuple[Tensor, Tensor | None]:
+    out = x.new_empty(x.shape[0], x.shape[2])
+    tapped = None if tap is None else torch.empty_like(out)
+    extension.load().encoder_forward(
+        pack(blocks, num_heads),
+        x.detach().contiguous().numpy(),
+        mask.detach().contiguous().numpy(),
+        -1 if tap is None else tap,
+        out.numpy(),
+        None if tapped is None else tapped.numpy(),
+        torch.get_num_threads(),
+    )
+    return out, tapped

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrec_fast import flow
-from fmrec_fast.backend import choose
-from fmrec_fast.ops._checks import check_float, check_shape
-from fmrec_fast.ops.encoder import encoder
+from fmrec_fast import extension, flow
+from fmrec_fast import noise as stream
+from fmrec_fast.backend import Backend, choose
+from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
@@ -59,8 +62,8 @@ def euler_sampler(
         e: item embeddings [B, L, D]; mask: [B, L]; z0: [B, D].
         taus: time embeddings of the q steps [q, D].
         times: the q times in [0, 1], read only by the options that are not published.
-        seed, rows: key the stream's lam; `noise` gives lam explicitly [q, B, L, D];
-            `lam_of_step` is called once a step for it (the published host draws).
+        seed, rows: key the stream's lam (a seed of None is drawn); `noise` gives lam explicitly
+            [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
 
@@ -69,6 +72,7 @@ def euler_sampler(
 
     Raises:
         TypeError, ValueError: dtypes or shapes do not agree.
+        BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
     check_shape("e", e, "B L D", sizes)
@@ -78,7 +82,27 @@ def euler_sampler(
     check_float(e=e, mask=mask, z0=z0, taus=taus, noise=noise)
     if noise is not None:
         check_shape("noise", noise, "q B L D", sizes)
-    choose("euler_sampler", e)
+    elif lam_of_step is None:
+        seed = stream.as_seed(seed, e.device)
+        rows = request_rows(rows, e.shape[0], e.device)
+    tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
+    tensors += [tensor for block in weights.blocks for tensor in block]
+    if noise is not None:
+        tensors.append(noise)
+    declined = ""
+    if (weights.attention, trajectory, target) != ("published", "straight", "data"):
+        declined = (
+            "its kernel has 'published' attention, 'straight' trajectory and target 'data' only, "
+            f"got {weights.attention!r}, {trajectory!r} and {target!r}"
+        )
+    elif noise is None and lam_of_step is not None:
+        declined = "its kernel does not draw lam as published"
+    elif sizes["q"] == 0:
+        declined = "there is no step to take"
+    elif needs_gradient(*tensors):
+        declined = "its kernel has no backward pass, and a gradient is needed"
+    if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
+        return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
 
     def step_network(x: Tensor, i: int) -> Tensor:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
@@ -102,3 +126,37 @@ def euler_sampler(
     return reference.euler_sampler(
         z0, step_network, velocity_of, taus.shape[0], return_trajectory=return_trajectory
     )
+
+
+def _euler_sampler_cpp(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    return_trajectory: bool,
+) -> Tensor:
+    def array(tensor: Tensor) -> Any:
+        return tensor.detach().contiguous().numpy()
+
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
+    extension.load().euler_sampler(
+        pack(weights.blocks, weights.num_heads),
+        array(weights.norm_weight),
+        array(weights.norm_bias),
+        array(e),
+        array(mask),
+        array(z0),
+        array(taus),
+        None if noise is None else array(noise),
+        None if rows is None else array(rows),
+        None if seed is None else int(seed),
+        weights.delta,
+        out.numpy(),
+        torch.get_num_threads(),
+    )
+    return out

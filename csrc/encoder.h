@@ -1,0 +1,74 @@
+// The transformer stack, last position out, over weights packed once for the matrix kernel.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa.h"
+
+namespace fmrec {
+
+// Rows of activations are padded to whole units of columns, whatever the instruction set, and the
+// padding holds zeros. A packed matrix [depth, columns] lies in panels of PANEL columns, the last
+// one narrower: in a panel the columns of one row are consecutive, and row follows row.
+constexpr int64_t UNIT = 16, PANEL = 64;
+
+FMREC_INLINE constexpr int64_t round_up(int64_t size, int64_t unit) {
+    return (size + unit - 1) / unit * unit;
+}
+
+// A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units.
+struct PackedLinear {
+    const float* weight;
+    const float* bias;
+    int64_t depth, columns;
+};
+
+struct PackedNorm {
+    const float* weight;
+    const float* bias;
+};
+
+struct PackedBlock {
+    PackedNorm norm1, norm2;
+    PackedLinear query, key, value, output, inner, outer;
+};
+
+struct Encoder {
+    const PackedBlock* blocks;
+    int64_t num_blocks, channels, heads, length;
+    int64_t tap;  // the block whose output is tapped, or -1
+};
+
+// Of the rows of activations.
+FMREC_INLINE constexpr int64_t row_stride(int64_t channels) {
+    // A unit more than needed: rows at a power of two would meet in a few sets of the cache.
+    return round_up(channels, UNIT) + UNIT;
+}
+
+// Sequences go through the stack in groups, so that a block's weights serve all of a group while
+// they are in the cache. run() works in place: x [count, L, row_stride], mask [count, L];
+// last and tapped (or null) [count, row_stride] hold the outputs at the last position.
+struct EncoderKernels {
+    int64_t (*scratch)(const Encoder*, int64_t count);  // floats
+    void (*run)(const Encoder*, float* x, const float* mask, int64_t count, float* last,
+                float* tapped, float* scratch);
+};
+
+// All of x [batch, L, D]: out and tapped (or null) are [batch, D].
+struct EncoderBatch {
+    Encoder encoder;
+    const float* x;
+    const float* mask;
+    float* out;
+    float* tapped;
+};
+
+struct EncoderBatchKernels {
+    int64_t (*scratch)(const EncoderBatch*, int64_t count);  // floats
+    void (*run)(const EncoderBatch*, int64_t begin, int64_t end, float* scratch);
+};
+
+FMREC_DECLARE_TABLE(EncoderKernels, encoder)
+FMREC_DECLARE_TABLE(EncoderBatchKernels, encoder_batch)
+
+}  // namespace fmrec

@@ -1,0 +1,91 @@
+#include "packed_encoder.h"
+
+#include <cstring>
+#include <new>
+
+#include "transpose.h"
+
+namespace fmrec {
+
+Floats allocate_floats(std::int64_t count, bool zeroed) {
+    void* memory = nullptr;
+    const std::size_t size = static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(float);
+    if (posix_memalign(&memory, 64, size) != 0) throw std::bad_alloc();
+    if (zeroed) std::memset(memory, 0, size);
+    return Floats(static_cast<float*>(memory));
+}
+
+namespace {
+
+std::int64_t linear_size(std::int64_t depth, std::int64_t columns) {
+    return (depth + 1) * round_up(columns, UNIT);
+}
+
+// `width` columns of weight [columns, depth] into one panel, zeros beyond the matrix.
+void pack_panel(const float* weight, std::int64_t depth, std::int64_t columns, std::int64_t width,
+                float* out) {
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    const std::int64_t present = columns < width ? columns : width;
+    const std::int64_t deep = depth / 4 * 4, wide = present / 4 * 4;
+    for (std::int64_t k = 0; k < deep; k += 4) {
+        for (std::int64_t j = 0; j < wide; j += 4) {
+            transpose4(weight + j * depth + k, depth, ones, out + k * width + j, width);
+        }
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+        for (std::int64_t j = k < deep ? wide : 0; j < width; ++j) {
+            out[k * width + j] = j < present ? weight[j * depth + k] : 0.0f;
+        }
+    }
+}
+
+const float* pad(const float* vector, std::int64_t columns, float** memory) {
+    float* out = *memory;
+    const std::int64_t padded = round_up(columns, UNIT);
+    for (std::int64_t j = 0; j < padded; ++j) out[j] = j < columns ? vector[j] : 0.0f;
+    *memory += padded;
+    return out;
+}
+
+PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
+                  std::int64_t columns, float** memory) {
+    PackedLinear linear{*memory, nullptr, depth, columns};
+    const std::int64_t padded = round_up(columns, UNIT);
+    for (std::int64_t j = 0; j < padded; j += PANEL) {
+        const std::int64_t width = padded - j < PANEL ? padded - j : PANEL;
+        pack_panel(weight + j * depth, depth, columns - j, width, *memory);
+        *memory += width * depth;
+    }
+    linear.bias = pad(bias, columns, memory);
+    return linear;
+}
+
+}  // namespace
+
+PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
+                             std::int64_t features, std::int64_t heads)
+    : blocks_(blocks.size()), channels_(channels), heads_(heads) {
+    const std::int64_t d = channels, f = features;
+    const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * linear_size(d, d) +
+                                    linear_size(d, f) + linear_size(f, d);
+    const std::int64_t count = static_cast<std::int64_t>(blocks.size());
+    bytes_ = count * block_size * static_cast<std::int64_t>(sizeof(float));
+    memory_ = allocate_floats(count * block_size, false);
+    float* memory = memory_.get();
+    for (std::size_t n = 0; n < blocks.size(); ++n) {
+        const float* const* a = blocks[n].array;
+        PackedBlock& b = blocks_[n];
+        b.norm1.weight = pad(a[NORM1_WEIGHT], d, &memory);
+        b.norm1.bias = pad(a[NORM1_BIAS], d, &memory);
+        b.norm2.weight = pad(a[NORM2_WEIGHT], d, &memory);
+        b.norm2.bias = pad(a[NORM2_BIAS], d, &memory);
+        b.query = pack(a[QUERY_WEIGHT], a[QUERY_BIAS], d, d, &memory);
+        b.key = pack(a[KEY_WEIGHT], a[KEY_BIAS], d, d, &memory);
+        b.value = pack(a[VALUE_WEIGHT], a[VALUE_BIAS], d, d, &memory);
+        b.output = pack(a[OUTPUT_WEIGHT], a[OUTPUT_BIAS], d, d, &memory);
+        b.inner = pack(a[INNER_WEIGHT], a[INNER_BIAS], d, f, &memory);
+        b.outer = pack(a[OUTER_WEIGHT], a[OUTER_BIAS], f, d, &memory);
+    }
+}
+
+}  // namespace fmrec

@@ -1,0 +1,50 @@
+// The weights of a transformer stack, packed: see PackedLinear. Host code.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "encoder.h"
+
+namespace fmrec {
+
+// Memory of floats at a multiple of 64 bytes, freed with its owner. Not copyable.
+struct FreeFloats {
+    void operator()(float* memory) const { std::free(memory); }
+};
+typedef std::unique_ptr<float[], FreeFloats> Floats;
+
+// Throws std::bad_alloc.
+Floats allocate_floats(std::int64_t count, bool zeroed);
+
+// Parameters of one block as they lie in memory: Linear weights are [out, in].
+enum BlockArray {
+    NORM1_WEIGHT, NORM1_BIAS, QUERY_WEIGHT, QUERY_BIAS, KEY_WEIGHT, KEY_BIAS,
+    VALUE_WEIGHT, VALUE_BIAS, OUTPUT_WEIGHT, OUTPUT_BIAS, NORM2_WEIGHT, NORM2_BIAS,
+    INNER_WEIGHT, INNER_BIAS, OUTER_WEIGHT, OUTER_BIAS, BLOCK_ARRAYS
+};
+
+struct BlockArrays {
+    const float* array[BLOCK_ARRAYS];
+};
+
+class PackedEncoder {
+  public:
+    // `blocks` at least one; `features` is the feed-forward's inner width.
+    PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
+                  std::int64_t features, std::int64_t heads);
+
+    const std::vector<PackedBlock>& blocks() const { return blocks_; }
+    std::int64_t channels() const { return channels_; }
+    std::int64_t heads() const { return heads_; }
+    std::int64_t bytes() const { return bytes_; }
+
+  private:
+    Floats memory_;
+    std::vector<PackedBlock> blocks_;
+    std::int64_t channels_, heads_, bytes_;
+};
+
+}  // namespace fmrec
