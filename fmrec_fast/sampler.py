@@ -10,8 +10,8 @@ from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
 
 METHODS = ("euler", "rk45")
-# Rows sampled together on a CPU: more of them and the activations leave the caches.
-CPU_ROWS = 32
+# Rows embedded together on a CPU; a batch of any size then needs little memory.
+CPU_ROWS = 512
 
 
 @torch.no_grad()
@@ -31,6 +31,9 @@ def sample(
     With one `seed` a row's result depends on its history and its name in `rows` alone, not on the
     batch it is in, the backend, or how the batch is cut into pieces. Dropout is off. (Not so for
     'rk45', whose step sizes depend on all rows that it integrates together.)
+
+    A model in training mode is switched to evaluation mode meanwhile, so threads should share one
+    that is in evaluation mode already.
 
     Args:
         model: the joint model.

@@ -511,8 +511,8 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("place", ["alone", "train", "item", "extra"])
-def test_a_malicious_pickle_runs_nothing(tmp_path, protocol, place):
+@pytest.mark.parametrize("where", ["alone", "train", "item", "extra"])
+def test_a_malicious_pickle_runs_nothing(tmp_path, protocol, where):
     import os
 
     mark = tmp_path / "ran"
@@ -522,7 +522,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, protocol, place):
         "train": lambda bad: content(train=bad),
         "item": lambda bad: content(train={1: [bad], 2: [1]}),
         "extra": lambda bad: content(extra=bad),
-    }[place](Malicious(os.system, command))
+    }[where](Malicious(os.system, command))
     path = write_pickle(tmp_path, value, protocol)
     # The file would do it, were it loaded plainly: otherwise this test shows nothing.
     pickle.loads(path.read_bytes())

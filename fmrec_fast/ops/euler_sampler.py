@@ -19,6 +19,9 @@ from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
 
+# Rows that the definition takes together on a CPU: more, and the activations leave the caches.
+CPU_ROWS = 32
+
 
 @dataclass(frozen=True)
 class SamplerWeights:
@@ -103,6 +106,47 @@ def euler_sampler(
         declined = "its kernel has no backward pass, and a gradient is needed"
     if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+
+    pieces = [slice(None)]
+    if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
+        pieces = [slice(i, i + CPU_ROWS) for i in range(0, len(e), CPU_ROWS)] or pieces
+    parts = [
+        _composed(
+            e[piece],
+            mask[piece],
+            z0[piece],
+            taus,
+            weights,
+            times,
+            seed,
+            None if rows is None else rows[piece],
+            None if noise is None else noise[:, piece],
+            lam_of_step,
+            trajectory,
+            target,
+            return_trajectory,
+        )
+        for piece in pieces
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _composed(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    times: Tensor,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    lam_of_step: Callable[[], Tensor] | None,
+    trajectory: str,
+    target: str,
+    return_trajectory: bool,
+) -> Tensor:
+    """The definition over the ops noise_fusion and encoder."""
 
     def step_network(x: Tensor, i: int) -> Tensor:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
