@@ -244,6 +244,14 @@ def on_backend(op: str, backend: Backend, function: Callable[[], Any]) -> Callab
     return run
 
 
+def declined_by(op: str, backend: Backend, function: Callable[[], Any]) -> str:
+    """Why `op` runs its definition for this call though `backend` was named; empty if it does
+    not."""
+    with use_backend(backend), dispatch_log() as log:
+        function()
+    return next((entry.reason for entry in log if entry.op == op), "")
+
+
 def automatic_backend(op: str, function: Callable[[], Any]) -> Backend:
     """The backend that `op` runs on when the caller asks for none."""
     if current_backend() is not Backend.AUTO:

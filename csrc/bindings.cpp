@@ -253,7 +253,7 @@ void noise_fusion_backward(const py::object& grad_, const py::object& rows_, con
 void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
              const py::object& seed, const py::object& site, const py::object& position_offset,
              const py::object& position_stride, double p, const py::object& out_,
-             int num_threads) {
+             int num_threads, bool gelu, const py::object& gelu_at_) {
     const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -274,6 +274,14 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
         check_overlap(out, "out", residual, "residual", true);
         a.residual = data<float>(residual);
     }
+    py::array gelu_at;
+    if (!gelu_at_.is_none()) {
+        gelu_at = input<float>(gelu_at_, "gelu_at", 3);
+        check_shape(gelu_at, "gelu_at", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(out, "out", gelu_at, "gelu_at", true);
+        a.gelu_at = data<float>(gelu_at);
+    }
+    a.gelu = gelu;
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
     a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
     a.position_offset = static_cast<std::uint64_t>(read_int64(position_offset, "position_offset"));
@@ -736,7 +744,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("dropout", &dropout, py::arg("x"), py::arg("residual").none(true), py::arg("rows"),
           py::arg("seed"), py::arg("site"), py::arg("position_offset"),
           py::arg("position_stride"), py::arg("p"), py::arg("out"), py::arg("num_threads"),
-          "out = residual + where(word >= round(p * 2**32), x / (1 - p), 0). out may be x.");
+          py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
+          "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
+          "tanh-GELU (gelu), or x * gelu'(gelu_at). out may be x.");
     m.def("history_loss_forward", &history_loss_forward, py::arg("hidden"), py::arg("weight"),
           py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("label"), py::arg("use"),
           py::arg("residual"), py::arg("num_threads"),

@@ -1,5 +1,6 @@
 #include "dropout.h"
 
+#include "gelu.h"
 #include "philox.h"
 
 namespace fmrec {
@@ -15,8 +16,45 @@ int64_t chunks_per_row(const Dropout* a) {
 
 int64_t chunks(const Dropout* a) { return a->batch * chunks_per_row(a); }
 
+FMREC_INLINE f32v activated(const Dropout* a, int64_t at) {
+    const f32v x = load(a->x + at);
+    return a->gelu_at ? x * gelu_derivative(load(a->gelu_at + at)) : gelu(x);
+}
+
+// The same for the last few elements, which fill no vector.
+void activated_tail(const Dropout* a, int64_t at, int64_t n, float* out) {
+    float x[FLOATS] = {}, pre[FLOATS] = {};
+    __builtin_memcpy(x, a->x + at, (size_t)n * sizeof(float));
+    if (a->gelu_at) __builtin_memcpy(pre, a->gelu_at + at, (size_t)n * sizeof(float));
+    const f32v value = a->gelu_at ? load(x) * gelu_derivative(load(pre)) : gelu(load(x));
+    store(out, value);
+}
+
+void apply_run_activated(const Dropout* a, const uint32_t* words, int64_t at, int64_t n) {
+    const uint32_t threshold = a->threshold;
+    const float scale = a->scale;
+    float values[FLOATS];
+    for (int64_t i = 0; i < n; i += FLOATS) {
+        const int64_t rest = n - i, count = rest < FLOATS ? rest : (int64_t)FLOATS;
+        if (count == FLOATS) {
+            store(values, activated(a, at + i));
+        } else {
+            activated_tail(a, at + i, count, values);
+        }
+        for (int64_t j = 0; j < count; ++j) {
+            const float scaled = values[j] * scale;
+            const float kept = words[i + j] >= threshold ? scaled : 0.0f;
+            a->out[at + i + j] = a->residual ? a->residual[at + i + j] + kept : kept;
+        }
+    }
+}
+
 // A dropped element is selected away, not multiplied by 0: NaN and infinity drop too.
 FMREC_INLINE void apply_run(const Dropout* a, const uint32_t* words, int64_t at, int64_t n) {
+    if (a->gelu || a->gelu_at) {
+        apply_run_activated(a, words, at, n);
+        return;
+    }
     const uint32_t threshold = a->threshold;
     const float scale = a->scale;
     const float* x = a->x + at;

@@ -1,4 +1,5 @@
-// Counter-based dropout, with an optional residual added: out = residual + mask * x / (1 - p).
+// Counter-based dropout, with an optional residual added: out = residual + mask * f(x) / (1 - p).
+// f is the identity or tanh-GELU; for the backward pass of the latter, f(x) = x * gelu'(gelu_at).
 #pragma once
 
 #include <stdint.h>
@@ -10,6 +11,8 @@ namespace fmrec {
 struct Dropout {
     const float* x;         // [B, P, C]
     const float* residual;  // [B, P, C] or null
+    const float* gelu_at;   // [B, P, C] or null
+    bool gelu;
     float* out;             // [B, P, C]; may be x
     const int64_t* rows;    // [B]
     int64_t batch, positions, channels;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmrec_fast import noise
 from fmrec_fast.ops import StreamDropout, TorchDropout, dropout
+from fmrec_fast.reference import dropout as reference
 from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("dropout")
@@ -202,3 +203,46 @@ def test_bad_inputs_are_named(change, error, message):
     arguments = {"x": torch.zeros(2, 3, 4), "p": 0.1, "seed": SEED}
     with pytest.raises(error, match=message):
         dropout(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (1, 1, 5), (5, 7, 33), (2, 50, 96)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gelu_before_dropping(place, shape, with_residual):
+    generator = torch.Generator().manual_seed(5)
+    x, residual, grad = (4 * torch.randn(shape, generator=generator) for _ in range(3))
+    seed = torch.tensor(77)
+
+    def run(x, residual, grad, function):
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        added = {"residual": residual} if with_residual else {}
+        out = function(x, added)
+        inputs = [x, residual] if with_residual else [x]
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    def of_definition(x, added):
+        kept = reference.dropout_mask(x.shape, 0.3, seed=seed, rows=torch.arange(shape[0]), site=3)
+        dropped = torch.where(kept, F.gelu(x, approximate="tanh") / (1 - 0.3), 0)
+        return dropped + added.get("residual", 0)
+
+    with place.forced("dropout"):
+        got = run(
+            *place.put(x.clone(), residual.clone(), grad),
+            lambda x, added: dropout(
+                x, 0.3, seed=seed.to(x.device), site=3, activation="gelu", **added
+            ),
+        )
+    plain = run(x.clone(), residual.clone(), grad, of_definition)
+    truth = run(x.double(), residual.double(), grad.double(), of_definition)
+    for mine, same, right in zip(got, plain, truth, strict=True):
+        assert_close_to_truth(mine.cpu(), same, right)
+
+
+def test_gelu_without_dropping_is_gelu():
+    x = torch.randn(2, 3, 5)
+    out = dropout(x, 0.0, seed=torch.tensor(1), activation="gelu")
+    assert torch.equal(out, F.gelu(x, approximate="tanh"))
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="activation must be None or 'gelu', got 'relu'"):
+        dropout(torch.ones(1, 1, 4), 0.5, seed=torch.tensor(1), activation="relu")

@@ -20,6 +20,7 @@ def dropout(
     rows: Tensor | None = None,
     site: int = 0,
     residual: Tensor | None = None,
+    activation: str | None = None,
     position_offset: int = 0,
     position_stride: int = 1,
 ) -> Tensor:
@@ -28,7 +29,9 @@ def dropout(
     Equivalent PyTorch::
 
         kept = fmrec_fast.reference.dropout.dropout_mask(x.shape, p, seed=seed, rows=rows, ...)
-        residual + torch.where(kept, x / (1 - p), 0)
+        residual + torch.where(kept, f(x) / (1 - p), 0)
+
+    where f is the identity or, with ``activation='gelu'``, ``F.gelu(x, approximate='tanh')``.
 
     An element is kept with probability 1 - p (to 2^-32), whatever the batch, the backend, or the
     part of the tensor that is computed: position i of `x` has the stream's position
@@ -41,6 +44,7 @@ def dropout(
         rows: int64 [B]; None is 0 .. B-1.
         site: which of the network's dropouts this is.
         residual: [B, P, C], added after dropping.
+        activation: None or 'gelu', applied before dropping.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or p are off.
@@ -53,7 +57,8 @@ def dropout(
     check_float(x=x, residual=residual)
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
-    if p == 0:
+    if p == 0 or activation not in (None, "gelu"):
+        x = reference.activate(x, activation)
         return x if residual is None else residual + x
     rows = request_rows(rows, x.shape[0], x.device)
     backend = choose("dropout", x)
@@ -65,13 +70,24 @@ def dropout(
             rows=rows,
             site=site,
             residual=residual,
+            activation=activation,
             position_offset=position_offset,
             position_stride=position_stride,
         )
-    return _Dropout.apply(x, residual, rows, seed, (site, position_offset, position_stride, p))
+    constants = (site, position_offset, position_stride, p)
+    return _Dropout.apply(x, residual, rows, seed, constants, activation == "gelu")
 
 
-def _run(x: Tensor, residual: Tensor | None, rows: Tensor, seed: Tensor, constants) -> Tensor:
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    rows: Tensor,
+    seed: Tensor,
+    constants: tuple,
+    *,
+    gelu: bool = False,
+    gelu_at: Tensor | None = None,
+) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     extension.load().dropout(
@@ -82,6 +98,8 @@ def _run(x: Tensor, residual: Tensor | None, rows: Tensor, seed: Tensor, constan
         *constants,
         out.numpy(),
         torch.get_num_threads(),
+        gelu,
+        None if gelu_at is None else gelu_at.contiguous().detach().numpy(),
     )
     return out
 
@@ -90,17 +108,19 @@ class _Dropout(torch.autograd.Function):
     """The C++ kernel; masks are regenerated in the backward pass, not stored."""
 
     @staticmethod
-    def forward(ctx, x, residual, rows, seed, constants):
-        ctx.save_for_backward(rows, seed)
+    def forward(ctx, x, residual, rows, seed, constants, gelu):
+        ctx.save_for_backward(rows, seed, x if gelu else None)
         ctx.constants = constants
-        return _run(x, residual, rows, seed, constants)
+        return _run(x, residual, rows, seed, constants, gelu=gelu)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, seed = ctx.saved_tensors
-        dx = _run(grad, None, rows, seed, ctx.constants) if ctx.needs_input_grad[0] else None
-        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None
+        rows, seed, gelu_at = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at)
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 class StreamDropout:
@@ -116,6 +136,7 @@ class StreamDropout:
         site: int,
         *,
         residual: Tensor | None = None,
+        activation: str | None = None,
         position_offset: int = 0,
         position_stride: int = 1,
     ) -> Tensor:
@@ -126,6 +147,7 @@ class StreamDropout:
             rows=self.rows,
             site=site,
             residual=residual,
+            activation=activation,
             position_offset=position_offset,
             position_stride=position_stride,
         )
@@ -135,7 +157,14 @@ class TorchDropout:
     """``F.dropout`` from torch's default generator, in the order of calls (as published)."""
 
     def __call__(
-        self, x: Tensor, p: float, site: int, *, residual: Tensor | None = None, **_: int
+        self,
+        x: Tensor,
+        p: float,
+        site: int,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        **_: int,
     ) -> Tensor:
-        dropped = F.dropout(x, p)
+        dropped = F.dropout(reference.activate(x, activation), p)
         return dropped if residual is None else residual + dropped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast import noise
@@ -32,6 +33,15 @@ def dropout_mask(
     return words[0].flatten(-2)[..., :channels] >= threshold(p)
 
 
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """`x` itself, or its tanh-GELU ('gelu')."""
+    if activation is None:
+        return x
+    if activation != "gelu":
+        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
+    return F.gelu(x, approximate="tanh")
+
+
 def dropout(
     x: Tensor,
     p: float,
@@ -40,10 +50,12 @@ def dropout(
     rows: Tensor,
     site: int,
     residual: Tensor | None = None,
+    activation: str | None = None,
     position_offset: int = 0,
     position_stride: int = 1,
 ) -> Tensor:
-    """residual + where(kept, x / (1 - p), 0); x [B, P, C]."""
+    """residual + where(kept, activation(x) / (1 - p), 0); x [B, P, C]."""
+    x = activate(x, activation)
     kept = dropout_mask(
         x.shape,
         p,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrec_fast.reference.dropout import activate
+
 NORM_EPS = 1e-12
 SITES_PER_BLOCK = 5
 EMBEDDING_SITE = 0
@@ -44,13 +46,23 @@ class Drop(Protocol):
         site: int,
         *,
         residual: Tensor | None = None,
+        activation: str | None = None,
         position_offset: int = 0,
         position_stride: int = 1,
     ) -> Tensor: ...
 
 
-def no_drop(x: Tensor, p: float, site: int, *, residual: Tensor | None = None, **_: int) -> Tensor:
+def no_drop(
+    x: Tensor,
+    p: float,
+    site: int,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    **_: int,
+) -> Tensor:
     """The `Drop` of evaluation."""
+    x = activate(x, activation)
     return x if residual is None else residual + x
 
 
@@ -103,17 +115,23 @@ def attention(
     """
     batch, length, width = keys_from.shape
     lq = queries_from.shape[1]
+    query_scale = query_mask * (width // num_heads) ** -0.5
 
     def heads(x: Tensor) -> Tensor:  # [B, H, L, D/H]
         return x.view(*x.shape[:2], num_heads, width // num_heads).transpose(1, 2)
 
-    q = heads(F.linear(queries_from, w.query_weight, w.query_bias) * query_mask[..., None])
-    k = heads(F.linear(keys_from, w.key_weight, w.key_bias))
-    v = heads(F.linear(keys_from, w.value_weight, w.value_bias))
+    # One product for all projections of the same input.
+    names = ("query", "key", "value") if lq == length else ("key", "value")
+    weight = torch.cat([getattr(w, f"{name}_weight") for name in names])
+    projection_bias = torch.cat([getattr(w, f"{name}_bias") for name in names])
+    parts = F.linear(keys_from, weight, projection_bias).split(width, dim=-1)
+    k, v = heads(parts[-2]), heads(parts[-1])
+    q = parts[0] if lq == length else F.linear(queries_from, w.query_weight, w.query_bias)
+    q = heads(q * query_scale[..., None])
     if drop is no_drop or p == 0:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     else:
-        scores = q @ k.transpose(-1, -2) * (width // num_heads) ** -0.5
+        scores = q @ k.transpose(-1, -2)
         probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1)
         # A position of the mask's stream is head * L + query; the last Lq queries of each head.
         probabilities = drop(
@@ -163,8 +181,8 @@ def block(
     )
     x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
     normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
-    inner = F.gelu(F.linear(normed, w.w1_weight, w.w1_bias), approximate="tanh")
-    inner = drop(inner, p, sites[2], position_offset=start)
+    inner = F.linear(normed, w.w1_weight, w.w1_bias)
+    inner = drop(inner, p, sites[2], activation="gelu", position_offset=start)
     x = drop(
         F.linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start
     )

@@ -1,0 +1,30 @@
+// tanh-GELU: 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3). It equals x s with
+// s = 1 / (1 + e) and e = exp(-2 u), in which nothing cancels.
+#pragma once
+
+#include "vector.h"
+
+namespace fmrec {
+namespace {
+
+// exp(-2 u), at most 2^100: s is then as good as 0.
+FMREC_INLINE f32v gelu_exponential(f32v x) {
+    // -2 sqrt(2 / pi) log2(e), and 0.044715 times that.
+    const f32v linear_term = broadcast(-2.302208198f), cubic = broadcast(-0.1029432397f);
+    const f32v t = x * (x * x * cubic + linear_term);
+    return exponential2(smaller(t, broadcast(100.0f)));
+}
+
+FMREC_INLINE f32v gelu(f32v x) { return x * reciprocal(gelu_exponential(x) + 1.0f); }
+
+// s + x s (1 - s) d(2 u)/dx, where 1 - s = e s.
+FMREC_INLINE f32v gelu_derivative(f32v x) {
+    // 2 sqrt(2 / pi), and 3 * 0.044715 times that.
+    const f32v linear_term = broadcast(1.595769122f), quadratic = broadcast(0.2140644888f);
+    const f32v e = gelu_exponential(x);
+    const f32v s = reciprocal(e + 1.0f);
+    return s + x * s * (e * s) * (x * x * quadratic + linear_term);
+}
+
+}  // namespace
+}  // namespace fmrec
