@@ -23,6 +23,7 @@ KERNEL_SOURCES = [
     "csrc/history_loss.cpp",
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
+    "csrc/linear.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -23,6 +23,7 @@
 #include "euler_sampler.h"
 #include "history_loss.h"
 #include "isa.h"
+#include "linear.h"
 #include "noise_fusion.h"
 #include "packed_encoder.h"
 #include "parallel.h"
@@ -36,6 +37,7 @@ namespace {
 constexpr std::int64_t GRAIN_NOISE = 1 << 14;
 constexpr std::int64_t GRAIN_DROPOUT = 1 << 15;
 constexpr std::int64_t GRAIN_HISTORY = 1 << 17;
+constexpr std::int64_t GRAIN_LINEAR = 1 << 20;
 
 // Sequences in a group: at most this many, and at most this many floats of activations.
 constexpr std::int64_t MOST_IN_GROUP = 8;
@@ -313,6 +315,110 @@ Indices allocate(std::int64_t count, bool zeroed) {
                           : std::malloc(size * sizeof(std::int32_t));
     if (!memory) throw std::bad_alloc();
     return Indices(static_cast<std::int32_t*>(memory));
+}
+
+// Both widths of a linear layer must be multiples of 16.
+void check_width(std::int64_t width, const char* what) {
+    if (width < 1 || width % LINEAR_WIDTH != 0) {
+        throw py::value_error(std::string(what) + " must be a positive multiple of 16, got " +
+                              std::to_string(width));
+    }
+}
+
+// out = in B + bias with element (k, j) of B at weight[k * row + j * column].
+void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
+                    std::int64_t row, std::int64_t column, const float* bias, float* out,
+                    std::int64_t rows, std::int64_t depth, std::int64_t columns,
+                    int num_threads) {
+    const Floats panels = allocate_floats(depth * columns, false);
+    kernels.pack(weight, row, column, depth, columns, panels.get());
+    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns};
+    parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
+                   rows * depth * columns >= GRAIN_LINEAR,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
+}
+
+void linear_forward(const py::object& x_, const py::object& weight_, const py::object& bias_,
+                    const py::object& out_, int num_threads) {
+    const py::array x = input<float>(x_, "x", 2), weight = input<float>(weight_, "weight", 2);
+    const py::array bias = input<float>(bias_, "bias", 1);
+    py::array out = output<float>(out_, "out", 2);
+    check_threads(num_threads);
+    const std::int64_t rows = x.shape(0), in = x.shape(1), columns = weight.shape(0);
+    check_shape(weight, "weight", "[O, I]", {columns, in});
+    check_shape(bias, "bias", "[O]", {columns});
+    check_shape(out, "out", "[M, O]", {rows, columns});
+    check_width(in, "I");
+    check_width(columns, "O");
+    check_overlap(out, "out", x, "x", false);
+    const LinearKernels& kernels = FMREC_TABLE(linear);
+    if (is_empty(out)) return;
+    float* const to = target(out);
+    py::gil_scoped_release release;
+    linear_product(kernels, data<float>(x), data<float>(weight), 1, in, data<float>(bias), to,
+                   rows, in, columns, num_threads);
+}
+
+void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
+                     const py::object& d_x_, const py::object& d_weight_,
+                     const py::object& d_bias_, int num_threads) {
+    const py::array grad = input<float>(grad_, "grad", 2), x = input<float>(x_, "x", 2);
+    const py::array weight = input<float>(weight_, "weight", 2);
+    check_threads(num_threads);
+    const std::int64_t rows = x.shape(0), in = x.shape(1), columns = weight.shape(0);
+    check_shape(weight, "weight", "[O, I]", {columns, in});
+    check_shape(grad, "grad", "[M, O]", {rows, columns});
+    check_width(in, "I");
+    check_width(columns, "O");
+    float *d_x = nullptr, *d_weight = nullptr, *d_bias = nullptr;
+    if (!d_x_.is_none()) {
+        py::array array = output<float>(d_x_, "d_x", 2);
+        check_shape(array, "d_x", "[M, I]", {rows, in});
+        d_x = target(array);
+    }
+    if (!d_weight_.is_none()) {
+        py::array array = output<float>(d_weight_, "d_weight", 2);
+        check_shape(array, "d_weight", "[O, I]", {columns, in});
+        d_weight = target(array);
+    }
+    if (!d_bias_.is_none()) {
+        py::array array = output<float>(d_bias_, "d_bias", 1);
+        check_shape(array, "d_bias", "[O]", {columns});
+        d_bias = target(array);
+    }
+    const LinearKernels& kernels = FMREC_TABLE(linear);
+    py::gil_scoped_release release;
+    if (d_x && rows > 0) {
+        linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x, rows,
+                       columns, in, num_threads);
+    }
+    if (!d_weight && !d_bias) return;
+    const bool swapped = in < columns;  // then the sums are those of the transposed gradient
+    LinearGradient g{};
+    g.a = swapped ? data<float>(x) : data<float>(grad);
+    g.b = swapped ? data<float>(grad) : data<float>(x);
+    g.grad = data<float>(grad);
+    g.rows = rows;
+    g.narrow = swapped ? in : columns;
+    g.wide = swapped ? columns : in;
+    g.width_of_grad = columns;
+    const std::int64_t size = g.narrow * g.wide;
+    const Floats partial = allocate_floats(LINEAR_PARTS * size, true);
+    const Floats sums = allocate_floats(LINEAR_PARTS * columns, true);
+    g.partial = partial.get();
+    g.sums = sums.get();
+    parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN_LINEAR,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
+    for (std::int64_t part = 1; part < LINEAR_PARTS; ++part) {
+        for (std::int64_t n = 0; n < size; ++n) g.partial[n] += g.partial[part * size + n];
+        for (std::int64_t n = 0; n < columns; ++n) g.sums[n] += g.sums[part * columns + n];
+    }
+    for (std::int64_t o = 0; d_weight && o < columns; ++o) {
+        for (std::int64_t i = 0; i < in; ++i) {
+            d_weight[o * in + i] = g.partial[swapped ? i * columns + o : o * in + i];
+        }
+    }
+    for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = g.sums[o];
 }
 
 // The cells in use, gathered by `key` with a counting sort: bucket k holds, in their own order,
@@ -747,6 +853,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
           "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
           "tanh-GELU (gelu), or x * gelu'(gelu_at). out may be x.");
+    m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
+          py::arg("out"), py::arg("num_threads"), "out = x @ weight.T + bias.");
+    m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
+          py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
+          py::arg("num_threads"),
+          "d_x = grad @ weight, d_weight = grad.T @ x, d_bias = grad.sum(0), each unless None.");
     m.def("history_loss_forward", &history_loss_forward, py::arg("hidden"), py::arg("weight"),
           py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("label"), py::arg("use"),
           py::arg("residual"), py::arg("num_threads"),

@@ -27,6 +27,7 @@ from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
     item_cross_entropy,
+    linear,
     noise_fusion,
 )
 from fmrec_fast.ops.euler_sampler import SamplerWeights
@@ -136,6 +137,7 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
     weights = SamplerWeights([block], double[0], double[0], 1, "published", 0.1)
     calls = {
         "noise_fusion": lambda: fuse(torch.float64),
+        "linear": lambda: linear(double.repeat(64, 4), double.repeat(8, 4), double.repeat(1, 4)[0]),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
         "encoder": lambda: encoder(double[:, None], double[:, :1], [block], num_heads=1),

@@ -6,6 +6,7 @@ from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import item_topk, target_rank
+from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import noise_fusion
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "history_loss",
     "item_cross_entropy",
     "item_topk",
+    "linear",
     "noise_fusion",
     "target_rank",
 ]

@@ -11,6 +11,7 @@ from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
+from fmrec_fast.ops.linear import linear
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import BlockWeights, Drop, no_drop
 
@@ -82,6 +83,7 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
+        linear=linear,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast.reference.dropout import activate
+from fmrec_fast.reference.linear import linear as linear_definition
 
 NORM_EPS = 1e-12
 SITES_PER_BLOCK = 5
@@ -34,6 +36,9 @@ class BlockWeights(NamedTuple):
     w1_bias: Tensor
     w2_weight: Tensor
     w2_bias: Tensor
+
+
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Drop(Protocol):
@@ -101,6 +106,7 @@ def attention(
     drop: Drop,
     p: float,
     site: int,
+    linear: Linear,
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
 
@@ -124,9 +130,9 @@ def attention(
     names = ("query", "key", "value") if lq == length else ("key", "value")
     weight = torch.cat([getattr(w, f"{name}_weight") for name in names])
     projection_bias = torch.cat([getattr(w, f"{name}_bias") for name in names])
-    parts = F.linear(keys_from, weight, projection_bias).split(width, dim=-1)
+    parts = linear(keys_from, weight, projection_bias).split(width, dim=-1)
     k, v = heads(parts[-2]), heads(parts[-1])
-    q = parts[0] if lq == length else F.linear(queries_from, w.query_weight, w.query_bias)
+    q = parts[0] if lq == length else linear(queries_from, w.query_weight, w.query_bias)
     q = heads(q * query_scale[..., None])
     if drop is no_drop or p == 0:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
@@ -143,7 +149,7 @@ def attention(
         ).view(batch, num_heads, lq, length)
         mixed = probabilities @ v
     mixed = mixed.transpose(1, 2).reshape(batch, lq, width)
-    return F.linear(mixed, w.output_weight, w.output_bias)
+    return linear(mixed, w.output_weight, w.output_bias)
 
 
 def block(
@@ -157,6 +163,7 @@ def block(
     p: float = 0.0,
     index: int = 0,
     last_only: bool = False,
+    linear: Linear = linear_definition,
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
 
@@ -178,14 +185,13 @@ def block(
         drop=drop,
         p=p,
         site=sites[0],
+        linear=linear,
     )
     x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
     normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
-    inner = F.linear(normed, w.w1_weight, w.w1_bias)
+    inner = linear(normed, w.w1_weight, w.w1_bias)
     inner = drop(inner, p, sites[2], activation="gelu", position_offset=start)
-    x = drop(
-        F.linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start
-    )
+    x = drop(linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start)
     return drop(x, p, sites[4], position_offset=start)
 
 
@@ -200,6 +206,7 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    linear: Linear = linear_definition,
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -208,6 +215,7 @@ def encoder(
         tap: index of the block whose output at the last position is returned too, or None.
         drop, p: dropout; its sites are numbered by `dropout_sites`.
         prune: compute the last block at the last position only (the same function).
+        linear: computes the linear layers.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
@@ -225,6 +233,7 @@ def encoder(
             p=p,
             index=index,
             last_only=prune and index == len(blocks) - 1,
+            linear=linear,
         )
         if index == tap:
             tapped = x[:, -1]

@@ -1,0 +1,87 @@
+"""A linear layer on many rows, and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import extension
+from fmrec_fast.backend import Backend, choose
+from fmrec_fast.ops._checks import check_float, check_shape
+from fmrec_fast.reference import linear as reference
+
+# The C++ kernel's widths are multiples of it, and fewer rows than this are not worth packing for.
+WIDTH, FEWEST_ROWS = 16, 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer.
+
+    Equivalent PyTorch::
+
+        F.linear(x, weight, bias)
+
+    Args:
+        x: [..., I].
+        weight: [O, I]; bias: [O].
+
+    Returns:
+        [..., O]. Differentiable in all three. On a CPU the results do not depend on the number of
+        threads.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not agree.
+        BackendError: a named backend cannot run.
+    """
+    sizes = {"I": x.shape[-1]}
+    check_shape("weight", weight, "O I", sizes)
+    check_shape("bias", bias, "O", sizes)
+    check_float(x=x, weight=weight, bias=bias)
+    declined = ""
+    if sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
+        declined = (
+            f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
+            f"{sizes['O']}"
+        )
+    elif x.numel() < FEWEST_ROWS * sizes["I"]:
+        declined = f"its kernel is for at least {FEWEST_ROWS} rows"
+    if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
+        return _Linear.apply(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The C++ kernels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        extension.load().linear_forward(
+            x.detach().flatten(0, -2).numpy(),
+            weight.detach().numpy(),
+            bias.detach().contiguous().numpy(),
+            out.flatten(0, -2).numpy(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        d_x = torch.empty_like(x) if wants_x else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
+        d_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
+        extension.load().linear_backward(
+            grad.contiguous().flatten(0, -2).numpy(),
+            x.flatten(0, -2).numpy(),
+            weight.numpy(),
+            None if d_x is None else d_x.flatten(0, -2).numpy(),
+            None if d_weight is None else d_weight.numpy(),
+            None if d_bias is None else d_bias.numpy(),
+            torch.get_num_threads(),
+        )
+        return d_x, d_weight, d_bias

@@ -1,0 +1,142 @@
+"""linear: every backend against the definition, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmrec_fast import dispatch_log, extension, use_backend
+from fmrec_fast.backend import Backend
+from fmrec_fast.ops import linear
+from fmrec_fast.testing import assert_close_to_truth
+
+pytestmark = pytest.mark.op("linear")
+# Rows beside multiples of the kernel's blocks (48 and 96), widths beside its panels of 64.
+SHAPES = [
+    ((64,), 16, 16),
+    ((5, 51), 32, 128),
+    ((97,), 128, 80),
+    ((3, 50), 144, 48),
+    ((2, 7, 40), 16, 208),
+    ((1000,), 64, 64),
+]
+needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+
+
+def tensors(rows, inner, outer, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((*rows, inner), (outer, inner), (outer,), (*rows, outer))
+    return [torch.randn(shape, generator=g) for shape in shapes]
+
+
+def run(function, x, weight, bias, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), SHAPES)
+def test_against_the_definition(place, rows, inner, outer):
+    given = tensors(rows, inner, outer)
+    with place.forced("linear"):
+        got = run(linear, *place.put(*given))
+    same = run(F.linear, *given)
+    truth = run(F.linear, *(t.double() for t in given))
+    for mine, plain, right in zip(got, same, truth, strict=True):
+        assert_close_to_truth(mine.cpu(), plain, right)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", extension.load().supported_isas() if extension.available() else [])
+def test_instruction_sets_and_threads(isa):
+    native, threads = extension.load(), torch.get_num_threads()
+    given = tensors((200,), 96, 176)
+    truth = run(F.linear, *(t.double() for t in given))
+    before = native.isa()
+    results = []
+    try:
+        native.set_isa(isa)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with use_backend("cpp"), dispatch_log() as log:
+                results.append(run(linear, *given))
+            assert {entry.backend for entry in log} == {Backend.CPP}
+    finally:
+        native.set_isa(before)
+        torch.set_num_threads(threads)
+    for one, two, right in zip(*results, truth, strict=True):
+        assert torch.equal(one, two), "the result depends on the threads"
+        assert (one - right).abs().max() <= 2e-6 * right.abs().max()
+
+
+@needs_cpp
+def test_not_contiguous():
+    x, weight, bias, grad = tensors((80, 3), 32, 48)
+    strided = (x.transpose(0, 1).contiguous().transpose(0, 1), weight.T.contiguous().T)
+    assert not any(t.is_contiguous() for t in strided)
+    with use_backend("cpp"):
+        got = run(linear, *strided, bias, grad.expand_as(grad))
+    for mine, right in zip(got, run(F.linear, x, weight, bias, grad), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_only_the_gradients_that_are_wanted(frozen):
+    x, weight, bias, grad = tensors((70,), 32, 16)
+    leaves = [t.requires_grad_(n not in frozen) for n, t in enumerate((x, weight, bias))]
+    wanted = [t for t in leaves if t.requires_grad]
+    with use_backend("cpp"):
+        got = torch.autograd.grad(linear(*leaves), wanted, grad)
+    for mine, right in zip(got, torch.autograd.grad(F.linear(*leaves), wanted, grad), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer", "reason"),
+    [
+        ((100,), 20, 32, "multiples of 16, got 20 and 32"),
+        ((100,), 32, 10, "got 32 and 10"),
+        ((63,), 32, 32, "at least 64 rows"),
+        ((0,), 32, 32, "at least 64 rows"),
+    ],
+)
+def test_declined(rows, inner, outer, reason):
+    given = tensors(rows, inner, outer)
+    with use_backend("cpp"), dispatch_log() as log:
+        got = run(linear, *given)
+    assert [entry.backend for entry in log] == [Backend.REFERENCE]
+    assert reason in log[0].reason
+    for mine, right in zip(got, run(F.linear, *given), strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_bad_arguments():
+    x, weight, bias, _ = tensors((70,), 32, 16)
+    with pytest.raises(ValueError, match=r"weight must be \[O, I\] .*, got \(16, 48\)"):
+        linear(x, torch.ones(16, 48), bias)
+    with pytest.raises(ValueError, match=r"bias must be \[O\]"):
+        linear(x, weight, torch.ones(17))
+    with pytest.raises(TypeError, match=r"weight is torch.float64"):
+        linear(x, weight.double(), bias)
+
+
+@needs_cpp
+def test_bad_arrays():
+    native = extension.load()
+    x, weight, bias, grad = (t.numpy() for t in tensors((70,), 32, 16))
+    for change, message in (
+        ({"weight": weight[:, :16]}, "contiguous"),
+        ({"weight": weight[:15].copy()}, r"bias"),
+        ({"x": x.astype("float64")}, "float64"),
+        ({"out": grad[:69].copy()}, r"out"),
+        ({"num_threads": 0}, "num_threads"),
+    ):
+        given = {"x": x, "weight": weight, "bias": bias, "out": grad.copy(), "num_threads": 1}
+        with pytest.raises((TypeError, ValueError), match=message):
+            native.linear_forward(**given | change)
+    with pytest.raises(ValueError, match="multiple of 16, got 20"):
+        narrow = torch.ones(16, 20).numpy()
+        native.linear_forward(torch.ones(70, 20).numpy(), narrow, bias, grad.copy(), 1)
