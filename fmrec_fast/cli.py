@@ -211,27 +211,31 @@ def _show(dataset: Dataset) -> None:
     print(f"{dataset!r}\n{dataset.report}", file=sys.stderr)
 
 
+def _progress_bar(what: str, unit: str, total: int, done: int = 0) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 20.0,  # a log keeps every line
+    )
+
+
 class _Console(training.Listener):
     """Progress bars, and TensorBoard curves when its extra is installed."""
 
     def __init__(self, run: Path) -> None:
-        from tqdm import tqdm
-
-        self._tqdm = tqdm
         self._events = run / "tensorboard"
         self._bar: Any = None
         self._writer: Any = None
 
     def _open(self, what: str, unit: str, total: int, done: int = 0) -> None:
         self._close()
-        self._bar = self._tqdm(
-            total=total,
-            initial=done,
-            desc=what,
-            unit=unit,
-            unit_scale=True,
-            dynamic_ncols=True,
-        )
+        self._bar = _progress_bar(what, unit, total, done)
 
     def epoch_started(self, epoch: int, samples: int, done: int) -> None:
         self._open(f"epoch {epoch}", "samples", samples, done)
@@ -349,9 +353,7 @@ def with_items(dataset: Dataset, item_ids: list) -> Dataset:
 
 @contextmanager
 def _bar(total: int, what: str):
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="users", dynamic_ncols=True) as bar:
+    with _progress_bar(what, "users", total) as bar:
         yield bar.update
 
 
