@@ -43,6 +43,7 @@ class Rng(str, Enum):
 OPS = (
     "noise_fusion",
     "dropout",
+    "attention",
     "encoder",
     "euler_sampler",
     "item_cross_entropy",
@@ -54,6 +55,7 @@ _COMPOSED = "composed of the ops noise_fusion and encoder, which choose for them
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
+    ("attention", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
     ("euler_sampler", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
