@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp"]
 # One op, one stem.
 KERNEL_SOURCES = [
+    "csrc/attention.cpp",
     "csrc/noise_fusion.cpp",
     "csrc/dropout.cpp",
     "csrc/history_loss.cpp",

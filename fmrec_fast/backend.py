@@ -44,6 +44,7 @@ OPS = (
     "noise_fusion",
     "dropout",
     "linear",
+    "attention",
     "encoder",
     "euler_sampler",
     "item_cross_entropy",
@@ -56,6 +57,7 @@ _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
+    ("attention", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
     ("euler_sampler", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,

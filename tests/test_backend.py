@@ -22,6 +22,7 @@ from fmrec_fast.backend import (
 )
 from fmrec_fast.models.blocks import TransformerBlock
 from fmrec_fast.ops import (
+    attention,
     dropout,
     encoder,
     euler_sampler,
@@ -140,6 +141,9 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "linear": lambda: linear(double.repeat(64, 4), double.repeat(8, 4), double.repeat(1, 4)[0]),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
+        "attention": lambda: attention(
+            torch.cat([double[:, None]] * 3, -1), double[:, :1], num_heads=1
+        ),
         "encoder": lambda: encoder(double[:, None], double[:, :1], [block], num_heads=1),
         "euler_sampler": lambda: euler_sampler(
             double[:, None], double[:, :1], double, double, weights, times=double[:, 0]

@@ -1,5 +1,6 @@
 """Public functions of the hot paths: argument checks, choice of backend, autograd."""
 
+from fmrec_fast.ops.attention import attention
 from fmrec_fast.ops.dropout import StreamDropout, TorchDropout, dropout
 from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
@@ -12,6 +13,7 @@ from fmrec_fast.ops.noise_fusion import noise_fusion
 __all__ = [
     "StreamDropout",
     "TorchDropout",
+    "attention",
     "dropout",
     "encoder",
     "euler_sampler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
+from fmrec_fast.ops.attention import attention as attention_op
+from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.reference import encoder as reference
-from fmrec_fast.reference.encoder import BlockWeights, Drop, no_drop
+from fmrec_fast.reference.encoder import Attend, BlockWeights, Drop, no_drop
 
 
 def encoder(
@@ -84,6 +87,7 @@ def encoder(
         p=p,
         prune=prune,
         linear=linear,
+        attend=_attend(drop, p),
     )
 
 
@@ -101,6 +105,19 @@ def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
     """
     arrays = [tuple(tensor.detach().contiguous().numpy() for tensor in block) for block in blocks]
     return extension.load().PackedEncoder(arrays, num_heads)
+
+
+def _attend(drop: Drop, p: float) -> Attend | None:
+    """The attention op where it can draw the masks of `drop`, else None."""
+    if isinstance(drop, StreamDropout):
+        return partial(attention_op, seed=drop.seed, rows=drop.rows)
+    return _attend_without_dropout if drop is no_drop or p == 0 else None
+
+
+def _attend_without_dropout(
+    qkv: Tensor, query_scale: Tensor, *, num_heads: int, p: float, site: int
+) -> Tensor:
+    return attention_op(qkv, query_scale, num_heads=num_heads)
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:

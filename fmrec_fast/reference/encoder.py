@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrec_fast.reference.attention import mix
 from fmrec_fast.reference.dropout import activate
 from fmrec_fast.reference.linear import linear as linear_definition
 
@@ -54,6 +55,14 @@ class Drop(Protocol):
         activation: str | None = None,
         position_offset: int = 0,
         position_stride: int = 1,
+    ) -> Tensor: ...
+
+
+class Attend(Protocol):
+    """`attention` of all positions, dropout included, in the place of its definition."""
+
+    def __call__(
+        self, qkv: Tensor, query_scale: Tensor, *, num_heads: int, p: float, site: int
     ) -> Tensor: ...
 
 
@@ -107,6 +116,7 @@ def attention(
     p: float,
     site: int,
     linear: Linear,
+    attend: Attend | None = None,
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
 
@@ -118,37 +128,36 @@ def attention(
         keys_from: [B, L, D].
         query_mask: [B, Lq], 1 at real positions.
         bias: None or [B, 1, Lq, L].
+        attend: computes the whole published attention in the definition's place.
     """
-    batch, length, width = keys_from.shape
+    length, width = keys_from.shape[1:]
     lq = queries_from.shape[1]
     query_scale = query_mask * (width // num_heads) ** -0.5
-
-    def heads(x: Tensor) -> Tensor:  # [B, H, L, D/H]
-        return x.view(*x.shape[:2], num_heads, width // num_heads).transpose(1, 2)
-
     # One product for all projections of the same input.
     names = ("query", "key", "value") if lq == length else ("key", "value")
     weight = torch.cat([getattr(w, f"{name}_weight") for name in names])
     projection_bias = torch.cat([getattr(w, f"{name}_bias") for name in names])
-    parts = linear(keys_from, weight, projection_bias).split(width, dim=-1)
-    k, v = heads(parts[-2]), heads(parts[-1])
-    q = parts[0] if lq == length else linear(queries_from, w.query_weight, w.query_bias)
-    q = heads(q * query_scale[..., None])
-    if drop is no_drop or p == 0:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    projected = linear(keys_from, weight, projection_bias)
+    if attend is not None and lq == length and bias is None:
+        mixed = attend(projected, query_scale, num_heads=num_heads, p=p, site=site)
     else:
-        scores = q @ k.transpose(-1, -2)
-        probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-        # A position of the mask's stream is head * L + query; the last Lq queries of each head.
-        probabilities = drop(
-            probabilities.view(batch, num_heads * lq, length),
-            p,
-            site,
-            position_offset=length - lq,
-            position_stride=length if lq == 1 else 1,
-        ).view(batch, num_heads, lq, length)
-        mixed = probabilities @ v
-    mixed = mixed.transpose(1, 2).reshape(batch, lq, width)
+        parts = projected.split(width, dim=-1)
+        q = parts[0] if lq == length else linear(queries_from, w.query_weight, w.query_bias)
+
+        def drop_probabilities(probabilities: Tensor) -> Tensor:
+            # A position of the mask's stream is head * L + query; the last Lq of each head.
+            stride = length if lq == 1 else 1
+            return drop(probabilities, p, site, position_offset=length - lq, position_stride=stride)
+
+        mixed = mix(
+            q,
+            parts[-2],
+            parts[-1],
+            query_scale,
+            num_heads=num_heads,
+            bias=bias,
+            drop=None if drop is no_drop or p == 0 else drop_probabilities,
+        )
     return linear(mixed, w.output_weight, w.output_bias)
 
 
@@ -164,6 +173,7 @@ def block(
     index: int = 0,
     last_only: bool = False,
     linear: Linear = linear_definition,
+    attend: Attend | None = None,
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
 
@@ -186,6 +196,7 @@ def block(
         p=p,
         site=sites[0],
         linear=linear,
+        attend=attend,
     )
     x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
     normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
@@ -207,6 +218,7 @@ def encoder(
     p: float = 0.0,
     prune: bool = True,
     linear: Linear = linear_definition,
+    attend: Attend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -216,6 +228,7 @@ def encoder(
         drop, p: dropout; its sites are numbered by `dropout_sites`.
         prune: compute the last block at the last position only (the same function).
         linear: computes the linear layers.
+        attend: see `attention`.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
@@ -234,6 +247,7 @@ def encoder(
             index=index,
             last_only=prune and index == len(blocks) - 1,
             linear=linear,
+            attend=attend,
         )
         if index == tap:
             tapped = x[:, -1]

@@ -1,0 +1,254 @@
+#include "attention.h"
+
+#include "encoder.h"
+#include "gemm.h"
+#include "philox.h"
+#include "transpose.h"
+
+namespace fmrec {
+namespace {
+
+// One head of one sequence, in rows that are padded to whole units. The columns of the padding,
+// and the rows beyond the last position, are zeros: nothing ever writes to them.
+struct Head {
+    float* query;       // [keys, width], times its scale and log2(e)
+    float* key;         // [keys, width]
+    float* value;       // [keys, width]
+    float* grad;        // [keys, width]
+    float* transposed;  // [width, keys]
+    float* mixed;       // [L, width]: a result, where it cannot be written to its place at once
+    float* scores;      // [L, keys]; then the probabilities
+    float* dropped;     // [L, keys]: the probabilities after dropout
+    float* d_scores;    // [L, keys]
+    float* ones;        // [keys]
+    float* natural;     // [keys]: 1 / log2(e)
+    float* hidden;      // [keys]: 0, and -infinity at the padding
+    uint32_t* words;    // of the stream: [L, groups, 4]
+    int64_t width, keys, groups;  // padded; groups of channels
+};
+
+FMREC_INLINE float* take(float** memory, int64_t count) {
+    float* part = *memory;
+    *memory += round_up(count, UNIT);
+    return part;
+}
+
+int64_t lay_out(const Attention* a, float* memory, Head* h) {
+    float* const start = memory;
+    h->width = round_up(a->channels / a->heads, UNIT);
+    h->keys = round_up(a->length, UNIT);
+    h->groups = (a->length + 3) / 4;
+    float** const parts[] = {&h->query, &h->key, &h->value, &h->grad, &h->transposed, &h->mixed};
+    for (float** part : parts) *part = take(&memory, h->keys * h->width);
+    float** const squares[] = {&h->scores, &h->dropped, &h->d_scores};
+    for (float** square : squares) *square = take(&memory, a->length * h->keys);
+    h->ones = take(&memory, h->keys);
+    h->natural = take(&memory, h->keys);
+    h->hidden = take(&memory, h->keys);
+    // A unit more: the last row is read in whole vectors.
+    const uint64_t counters = a->drop ? (uint64_t)(a->length * h->groups) : 0;
+    h->words = (uint32_t*)take(&memory, 4 * (int64_t)round_up_counters(counters) + UNIT);
+    return memory - start;
+}
+
+int64_t scratch(const Attention* a) {
+    Head h;
+    return lay_out(a, nullptr, &h);
+}
+
+// The scratch's constants, and the walk over a head's counters.
+void prepare(const Attention* a, float* memory, Head* h, CounterWalk* walk) {
+    lay_out(a, memory, h);
+    for (int64_t j = 0; j < h->keys; ++j) {
+        h->ones[j] = 1.0f;
+        h->natural[j] = 0.69314718f;
+        h->hidden[j] = j < a->length ? 0.0f : -__builtin_inff();
+    }
+    if (a->drop) make_walk(walk, (uint64_t)h->groups, 0, 1);
+}
+
+// A head's columns of `rows` rows, as padded rows, and back.
+FMREC_INLINE void gather(const float* in, int64_t in_row, int64_t rows, int64_t columns,
+                         float* out, int64_t out_row) {
+    for (int64_t i = 0; i < rows; ++i) {
+        __builtin_memcpy(out + i * out_row, in + i * in_row, (uint64_t)columns * sizeof(float));
+    }
+}
+
+FMREC_INLINE void transpose(const Head* h, const float* in) {
+    for (int64_t i = 0; i < h->keys; i += 4) {
+        for (int64_t j = 0; j < h->width; j += 4) {
+            transpose4(in + i * h->width + j, h->width, h->ones + i,
+                       h->transposed + j * h->keys + i, h->keys);
+        }
+    }
+}
+
+// A product whose result, `rows` rows of a head's columns, goes to `out`.
+FMREC_INLINE void multiply_out(const Head* h, Product p, int64_t rows, int64_t columns, float* out,
+                               int64_t out_row) {
+    const bool whole = columns == h->width;
+    p.c = whole ? out : h->mixed;
+    p.c_row = whole ? out_row : h->width;
+    multiply(&p, rows, h->width);
+    if (!whole) gather(h->mixed, h->width, rows, columns, out, out_row);
+}
+
+// A row's scores, in base 2, into probabilities. NaN stays NaN, as it does in PyTorch.
+FMREC_INLINE void softmax_row(float* row, int64_t keys) {
+    f32v most = load(row);
+    for (int64_t j = FLOATS; j < keys; j += FLOATS) most = larger(most, load(row + j));
+    float largest = most[0];
+    for (int i = 1; i < FLOATS; ++i) largest = most[i] > largest ? most[i] : largest;
+    f32v total = broadcast(0.0f);
+    for (int64_t j = 0; j < keys; j += FLOATS) {
+        const f32v x = load(row + j) - largest, p = exponential2(x);
+        const i32v valid = x == x;
+        const f32v result = (f32v)(((i32v)p & valid) | ((i32v)x & ~valid));
+        total += result;
+        store(row + j, result);
+    }
+    const float factor = 1.0f / sum(total);
+    for (int64_t j = 0; j < keys; j += FLOATS) store(row + j, load(row + j) * factor);
+}
+
+// x where it is kept, else 0: selected, so that NaN and infinity drop too.
+FMREC_INLINE f32v kept(const Attention* a, const uint32_t* words, f32v x) {
+    u32v word;
+    __builtin_memcpy(&word, words, sizeof word);
+    return (f32v)((u32v)x & (u32v)(word >= a->threshold));
+}
+
+// Queries before the first one of a scale other than 0: their scores are all 0.
+FMREC_INLINE int64_t padding_of(const Attention* a, const float* query_scale) {
+    int64_t padding = 0;
+    while (padding < a->length && query_scale[padding] == 0.0f) ++padding;
+    return padding;
+}
+
+// Everything up to the probabilities; those of the padding's queries, all alike, are left out.
+void probabilities(const Attention* a, const Head* h, const CounterWalk* walk, int64_t sequence,
+                   int64_t head, int64_t padding) {
+    const int64_t columns = a->channels / a->heads, length = a->length, row = 3 * a->channels;
+    const float* qkv = a->qkv + sequence * length * row + head * columns;
+    const float* query_scale = a->query_scale + sequence * length;
+    for (int64_t i = padding; i < length; ++i) {
+        const float factor = query_scale[i] * 1.44269504f;
+        const float* in = qkv + i * row;
+        float* out = h->query + i * h->width;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) out[j] = in[j] * factor;
+    }
+    gather(qkv + 2 * a->channels, row, length, columns, h->value, h->width);
+    if (padding < length) {
+        gather(qkv + a->channels, row, length, columns, h->key, h->width);
+        transpose(h, h->key);
+        float* scores = h->scores + padding * h->keys;
+        const Product p = {h->query + padding * h->width, h->width, 1, h->transposed, h->keys,
+                           h->hidden, nullptr, false, scores, h->keys, columns};
+        multiply(&p, length - padding, h->keys);
+        for (int64_t i = padding; i < length; ++i) softmax_row(h->scores + i * h->keys, h->keys);
+    }
+    if (a->drop) {
+        const uint64_t counters = (uint64_t)(length * h->groups);
+        fill_words(walk, (uint64_t)head * counters, counters, a->site,
+                   (uint32_t)a->rows[sequence], a->seed, h->words);
+    }
+}
+
+// dropped = dropout of the probabilities, the padding's included.
+void drop_row(const Attention* a, const Head* h, int64_t i, bool uniform) {
+    const float share = 1.0f / (float)a->length;
+    const float* in = h->scores + i * h->keys;
+    float* out = h->dropped + i * h->keys;
+    const uint32_t* words = h->words + i * 4 * h->groups;
+    for (int64_t j = 0; j < h->keys; j += FLOATS) {
+        const f32v p = uniform ? broadcast(share) : load(in + j);
+        store(out + j, a->drop ? kept(a, words + j, p * a->scale) : p);
+    }
+}
+
+void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
+    Head h;
+    CounterWalk walk;
+    prepare(a, memory, &h, &walk);
+    const int64_t columns = a->channels / a->heads, length = a->length;
+    for (int64_t s = begin; s < end; ++s) {
+        const int64_t padding = padding_of(a, a->query_scale + s * length);
+        for (int64_t n = 0; n < a->heads; ++n) {
+            probabilities(a, &h, &walk, s, n, padding);
+            for (int64_t i = 0; i < length; ++i) drop_row(a, &h, i, i < padding);
+            const Product values = {h.dropped, h.keys, 1, h.value, h.width, nullptr, nullptr,
+                                    false, nullptr, 0, length};
+            multiply_out(&h, values, length, columns,
+                         a->out + s * length * a->channels + n * columns, a->channels);
+        }
+    }
+}
+
+// From the gradient with respect to the dropped probabilities, in place, that with respect to the
+// scores: P * (dP - sum(dP * P)).
+FMREC_INLINE void d_softmax_row(const Attention* a, const Head* h, int64_t i) {
+    const float* p = h->scores + i * h->keys;
+    float* d = h->d_scores + i * h->keys;
+    const uint32_t* words = h->words + i * 4 * h->groups;
+    f32v total = broadcast(0.0f);
+    for (int64_t j = 0; j < h->keys; j += FLOATS) {
+        const f32v d_p = a->drop ? kept(a, words + j, load(d + j) * a->scale) : load(d + j);
+        total += d_p * load(p + j);
+        store(d + j, d_p);
+    }
+    const float mean = sum(total);
+    for (int64_t j = 0; j < h->keys; j += FLOATS) {
+        store(d + j, load(p + j) * (load(d + j) - mean));
+    }
+}
+
+void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
+    Head h;
+    CounterWalk walk;
+    prepare(a, memory, &h, &walk);
+    const int64_t columns = a->channels / a->heads, length = a->length, row = 3 * a->channels;
+    const uint64_t bytes = (uint64_t)columns * sizeof(float);
+    for (int64_t s = begin; s < end; ++s) {
+        const float* query_scale = a->query_scale + s * length;
+        const int64_t padding = padding_of(a, query_scale), queries = length - padding;
+        for (int64_t n = 0; n < a->heads; ++n) {
+            float* d_query = a->out + s * length * row + n * columns;
+            float* d_key = d_query + a->channels;
+            float* d_value = d_key + a->channels;
+            probabilities(a, &h, &walk, s, n, padding);
+            for (int64_t i = 0; i < length; ++i) drop_row(a, &h, i, i < padding);
+            gather(a->grad + s * length * a->channels + n * columns, a->channels, length, columns,
+                   h.grad, h.width);
+            const Product d_values = {h.dropped, 1, h.keys, h.grad, h.width, nullptr, nullptr,
+                                      false, nullptr, 0, length};
+            multiply_out(&h, d_values, length, columns, d_value, row);
+            for (int64_t i = 0; i < padding; ++i) __builtin_memset(d_query + i * row, 0, bytes);
+            if (queries == 0) {
+                for (int64_t i = 0; i < length; ++i) __builtin_memset(d_key + i * row, 0, bytes);
+                continue;
+            }
+            transpose(&h, h.value);
+            float* d_scores = h.d_scores + padding * h.keys;
+            const Product d_dropped = {h.grad + padding * h.width, h.width, 1, h.transposed,
+                                       h.keys, nullptr, nullptr, false, d_scores, h.keys, columns};
+            multiply(&d_dropped, queries, h.keys);
+            for (int64_t i = padding; i < length; ++i) d_softmax_row(a, &h, i);
+            const Product d_queries = {d_scores, h.keys, 1, h.key, h.width, nullptr,
+                                       query_scale + padding, false, nullptr, 0, length};
+            multiply_out(&h, d_queries, queries, columns, d_query + padding * row, row);
+            const Product d_keys = {d_scores, 1, h.keys, h.query + padding * h.width, h.width,
+                                    nullptr, h.natural, false, nullptr, 0, queries};
+            multiply_out(&h, d_keys, length, columns, d_key, row);
+        }
+    }
+}
+
+}  // namespace
+
+namespace FMREC_ISA {
+extern const AttentionKernels attention = {scratch, forward, backward};
+}
+
+}  // namespace fmrec

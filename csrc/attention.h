@@ -1,0 +1,34 @@
+// Multi-head self-attention of all positions, with counter-based dropout on the probabilities:
+// out = dropout(softmax(query_scale q k^T)) v for each head, and its adjoint.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa.h"
+
+namespace fmrec {
+
+struct Attention {
+    const float* qkv;          // [B, L, 3 D]: queries, keys and values, heads side by side in each
+    const float* query_scale;  // [B, L]
+    const int64_t* rows;       // [B]
+    const float* grad;         // [B, L, D]; backward only
+    float* out;                // forward: [B, L, D]; backward: [B, L, 3 D]
+    int64_t batch, length, channels, heads;
+    uint64_t seed;
+    uint32_t site;
+    bool drop;           // else rows, seed, site, threshold and scale are not read
+    uint32_t threshold;  // kept where word >= threshold
+    float scale;
+};
+
+// Sequences [begin, end). Scratch holds zeros at the first call, and may then go on to the next.
+struct AttentionKernels {
+    int64_t (*scratch)(const Attention*);  // floats
+    void (*forward)(const Attention*, int64_t begin, int64_t end, float* scratch);
+    void (*backward)(const Attention*, int64_t begin, int64_t end, float* scratch);
+};
+
+FMREC_DECLARE_TABLE(AttentionKernels, attention)
+
+}  // namespace fmrec

@@ -1,0 +1,114 @@
+"""Multi-head self-attention after the projections, with dropout on its probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import extension
+from fmrec_fast.backend import Backend, choose
+from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.reference import attention as reference
+
+
+def attention(
+    qkv: Tensor,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    rows: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Attention of every position over all of its sequence (paper, section 4.2).
+
+    Equivalent PyTorch, for each head's columns q, k, v of the three parts of `qkv`::
+
+        probabilities = torch.softmax((query_scale[..., None] * q) @ k.transpose(-1, -2), dim=-1)
+        out = dropout(probabilities, p) @ v
+
+    No key is hidden; a query whose scale is 0 attends uniformly.
+
+    Args:
+        qkv: [B, L, 3D]: queries, keys, values; heads are consecutive columns of each.
+        query_scale: [B, L]: the mask times (D / H) ** -0.5.
+        num_heads: H, divides D.
+        p: probability of dropping, in [0, 1). The masks are those of `dropout` of the
+            probabilities as [B, H * L, L].
+        seed: int64 scalar tensor (already derived for this use); not needed at p = 0.
+        rows: int64 [B]; None is 0 .. B-1.
+        site: which of the network's dropouts this is.
+
+    Returns:
+        [B, L, D], heads side by side. Differentiable; the C++ kernel runs only where
+            `query_scale` needs no gradient.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, heads, p or a missing seed.
+        BackendError: a named backend cannot run.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("qkv", qkv, "B L 3D", sizes)
+    check_shape("query_scale", query_scale, "B L", sizes)
+    check_float(qkv=qkv, query_scale=query_scale)
+    if sizes["L"] == 0:
+        raise ValueError(f"qkv must have at least one position, got shape {tuple(qkv.shape)}")
+    width, rest = divmod(sizes["3D"], 3)
+    if rest:
+        raise ValueError(f"qkv must have three equal parts, got {sizes['3D']} channels")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide D = {width}, got {num_heads}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    if p > 0 and seed is None:
+        raise ValueError(f"seed must be given with p = {p}")
+    rows = request_rows(rows, qkv.shape[0], qkv.device)
+    declined = ""
+    if torch.is_grad_enabled() and query_scale.requires_grad:
+        declined = "its kernel has no gradient of query_scale, and one is needed"
+    if choose("attention", qkv, declined=declined) is Backend.REFERENCE:
+        return reference.attention(
+            qkv, query_scale, num_heads=num_heads, p=p, seed=seed, rows=rows, site=site
+        )
+    return _Attention.apply(qkv, query_scale, rows, seed, (site, p), num_heads)
+
+
+class _Attention(torch.autograd.Function):
+    """The C++ kernel; masks and probabilities are computed anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, qkv, query_scale, rows, seed, constants, num_heads):
+        qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
+        ctx.save_for_backward(qkv, query_scale, rows, seed)
+        ctx.constants, ctx.num_heads = constants, num_heads
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+        extension.load().attention_forward(
+            qkv.detach().numpy(),
+            query_scale.numpy(),
+            rows.numpy(),
+            0 if seed is None else int(seed),
+            *constants,
+            out.numpy(),
+            num_heads,
+            torch.get_num_threads(),
+        )
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        qkv, query_scale, rows, seed = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        extension.load().attention_backward(
+            grad.contiguous().numpy(),
+            qkv.detach().numpy(),
+            query_scale.numpy(),
+            rows.numpy(),
+            0 if seed is None else int(seed),
+            *ctx.constants,
+            d_qkv.numpy(),
+            ctx.num_heads,
+            torch.get_num_threads(),
+        )
+        return d_qkv, None, None, None, None, None

@@ -1,0 +1,72 @@
+"""Definition of `attention`: multi-head attention after the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmrec_fast.reference.dropout import dropout
+
+
+def mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    bias: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attention of the last Lq positions over all L, heads side by side: [B, Lq, D].
+
+    Args:
+        q: [B, Lq, D]; k, v: [B, L, D].
+        query_scale: [B, Lq], multiplies the queries.
+        bias: None or [B, 1, Lq, L], added to the scores.
+        drop: dropout of the probabilities as [B, H * Lq, L], or None.
+    """
+    batch, lq, width = q.shape
+    length = k.shape[1]
+
+    def heads(x: Tensor) -> Tensor:  # [B, H, L, D/H]
+        return x.view(*x.shape[:2], num_heads, width // num_heads).transpose(1, 2)
+
+    q, k, v = heads(q * query_scale[..., None]), heads(k), heads(v)
+    if drop is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    else:
+        scores = q @ k.transpose(-1, -2)
+        probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        probabilities = drop(probabilities.view(batch, num_heads * lq, length))
+        mixed = probabilities.view(batch, num_heads, lq, length) @ v
+    return mixed.transpose(1, 2).reshape(batch, lq, width)
+
+
+def attention(
+    qkv: Tensor,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    rows: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """`mix` of all positions with dropout from the stream; qkv [B, L, 3D], out [B, L, D].
+
+    A position of the mask's stream is head * L + query, its channel the key.
+    """
+    q, k, v = qkv.chunk(3, dim=-1)
+    if p == 0:
+        return mix(q, k, v, query_scale, num_heads=num_heads)
+    if seed is None or rows is None:
+        raise ValueError(f"seed and rows must be given with p = {p}")
+
+    def drop(probabilities: Tensor) -> Tensor:
+        return dropout(probabilities, p, seed=seed, rows=rows, site=site)
+
+    return mix(q, k, v, query_scale, num_heads=num_heads, drop=drop)
