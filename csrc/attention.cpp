@@ -114,10 +114,10 @@ FMREC_INLINE float softmax_row(float* row, int64_t keys) {
 }
 
 // x where it is kept, else 0: selected, so that NaN and infinity drop too.
-FMREC_INLINE f32v kept(const Attention* a, const uint32_t* words, f32v x) {
+FMREC_INLINE f32v kept(uint32_t threshold, const uint32_t* words, f32v x) {
     u32v word;
     __builtin_memcpy(&word, words, sizeof word);
-    return (f32v)((u32v)x & (u32v)(word >= a->threshold));
+    return (f32v)((u32v)x & (u32v)(word >= threshold));
 }
 
 // Queries before the first one of a scale other than 0: their scores are all 0.
@@ -201,7 +201,7 @@ void drop_row(const Attention* a, const Head* h, int64_t i, bool uniform) {
     const uint32_t* words = h->words + i * 4 * h->groups;
     for (int64_t j = 0; j < h->keys; j += FLOATS) {
         const f32v p = uniform ? broadcast(share) : load(in + j) * factor;
-        store(out + j, a->drop ? kept(a, words + j, p * a->scale) : p);
+        store(out + j, a->drop ? kept(a->threshold, words + j, p * a->scale) : p);
     }
 }
 
@@ -226,21 +226,35 @@ void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     }
 }
 
-// From the gradient with respect to the dropped probabilities, in place, that with respect to the
-// scores: P * (dP - sum(dP * P)).
+// As drop_row, and from the gradient with respect to the dropped probabilities, in place, that
+// with respect to the scores: P * (dP - sum(dP * P)).
 FMREC_INLINE void d_softmax_row(const Attention* a, const Head* h, int64_t i) {
     const float* p = h->scores + i * h->keys;
     float* d = h->d_scores + i * h->keys;
+    float* dropped = h->dropped + i * h->keys;
     const uint32_t* words = h->words + i * 4 * h->groups;
+    const int64_t keys = h->keys;
     const float factor = h->factor[i];
     f32v total = broadcast(0.0f);
-    for (int64_t j = 0; j < h->keys; j += FLOATS) {
-        const f32v d_p = a->drop ? kept(a, words + j, load(d + j) * a->scale) : load(d + j);
-        total += d_p * load(p + j);
-        store(d + j, d_p);
+    if (a->drop) {
+        const uint32_t threshold = a->threshold;
+        const float scale = a->scale;
+        for (int64_t j = 0; j < keys; j += FLOATS) {
+            const f32v share = load(p + j) * factor;
+            const f32v d_p = kept(threshold, words + j, load(d + j) * scale);
+            total += d_p * share;
+            store(dropped + j, kept(threshold, words + j, share * scale));
+            store(d + j, d_p);
+        }
+    } else {
+        for (int64_t j = 0; j < keys; j += FLOATS) {
+            const f32v share = load(p + j) * factor;
+            total += load(d + j) * share;
+            store(dropped + j, share);
+        }
     }
-    const float mean = sum(total) * factor;
-    for (int64_t j = 0; j < h->keys; j += FLOATS) {
+    const float mean = sum(total);
+    for (int64_t j = 0; j < keys; j += FLOATS) {
         store(d + j, load(p + j) * factor * (load(d + j) - mean));
     }
 }
@@ -259,12 +273,24 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
             float* d_key = d_query + a->channels;
             float* d_value = d_key + a->channels;
             probabilities(a, &h, &walk, s, n, padding);
-            for (int64_t i = 0; i < length; ++i) {
-                fetch_next(a, s, n, i);
-                drop_row(a, &h, i, i < padding);
-            }
             gather(a->grad + s * length * a->channels + n * columns, a->channels, length, columns,
                    h.grad, h.width);
+            float* d_scores = h.d_scores + padding * h.keys;
+            if (queries > 0) {
+                transpose(&h, h.value);
+                const Product d_dropped = {h.grad + padding * h.width, h.width, 1, h.transposed,
+                                           h.keys, nullptr, nullptr, false, d_scores, h.keys,
+                                           columns};
+                multiply(&d_dropped, queries, h.keys);
+            }
+            for (int64_t i = 0; i < length; ++i) {
+                fetch_next(a, s, n, i);
+                if (i < padding) {
+                    drop_row(a, &h, i, true);
+                } else {
+                    d_softmax_row(a, &h, i);
+                }
+            }
             const Product d_values = {h.dropped, 1, h.keys, h.grad, h.width, nullptr, nullptr,
                                       false, nullptr, 0, length};
             multiply_out(&h, d_values, length, columns, d_value, row);
@@ -273,12 +299,6 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
                 for (int64_t i = 0; i < length; ++i) __builtin_memset(d_key + i * row, 0, bytes);
                 continue;
             }
-            transpose(&h, h.value);
-            float* d_scores = h.d_scores + padding * h.keys;
-            const Product d_dropped = {h.grad + padding * h.width, h.width, 1, h.transposed,
-                                       h.keys, nullptr, nullptr, false, d_scores, h.keys, columns};
-            multiply(&d_dropped, queries, h.keys);
-            for (int64_t i = padding; i < length; ++i) d_softmax_row(a, &h, i);
             const Product d_queries = {d_scores, h.keys, 1, h.key, h.width, nullptr,
                                        query_scale + padding, false, nullptr, 0, length};
             multiply_out(&h, d_queries, queries, columns, d_query + padding * row, row);
