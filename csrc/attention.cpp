@@ -17,7 +17,8 @@ struct Head {
     float* grad;        // [keys, width]
     float* transposed;  // [width, keys]
     float* mixed;       // [L, width]: a result, where it cannot be written to its place at once
-    float* scores;      // [L, keys]; then the probabilities
+    float* scores;      // [L, keys]; then 2^scores, which times its factor is the probability
+    float* factor;      // [L]
     float* dropped;     // [L, keys]: the probabilities after dropout
     float* d_scores;    // [L, keys]
     float* ones;        // [keys]
@@ -45,6 +46,7 @@ int64_t lay_out(const Attention* a, float* memory, Head* h) {
     h->ones = take(&memory, h->keys);
     h->natural = take(&memory, h->keys);
     h->hidden = take(&memory, h->keys);
+    h->factor = take(&memory, h->keys);
     // A unit more: the last row is read in whole vectors.
     const uint64_t counters = a->drop ? (uint64_t)(a->length * h->groups) : 0;
     h->words = (uint32_t*)take(&memory, 4 * (int64_t)round_up_counters(counters) + UNIT);
@@ -94,29 +96,28 @@ FMREC_INLINE void multiply_out(const Head* h, Product p, int64_t rows, int64_t c
     if (!whole) gather(h->mixed, h->width, rows, columns, out, out_row);
 }
 
-// A row's scores, in base 2, into probabilities. NaN stays NaN, as it does in PyTorch.
-FMREC_INLINE void softmax_row(float* row, int64_t keys) {
+// 2^scores of a row, less its largest, in place; returns 1 / their sum. NaN stays NaN, as it does
+// in PyTorch.
+FMREC_INLINE float softmax_row(float* row, int64_t keys) {
     f32v most = load(row);
     for (int64_t j = FLOATS; j < keys; j += FLOATS) most = larger(most, load(row + j));
-    float largest = most[0];
-    for (int i = 1; i < FLOATS; ++i) largest = most[i] > largest ? most[i] : largest;
+    const float shift = largest(most);
     f32v total = broadcast(0.0f);
     for (int64_t j = 0; j < keys; j += FLOATS) {
-        const f32v x = load(row + j) - largest, p = exponential2(x);
+        const f32v x = load(row + j) - shift, p = exponential2(x);
         const i32v valid = x == x;
         const f32v result = (f32v)(((i32v)p & valid) | ((i32v)x & ~valid));
         total += result;
         store(row + j, result);
     }
-    const float factor = 1.0f / sum(total);
-    for (int64_t j = 0; j < keys; j += FLOATS) store(row + j, load(row + j) * factor);
+    return 1.0f / sum(total);
 }
 
 // x where it is kept, else 0: selected, so that NaN and infinity drop too.
-FMREC_INLINE f32v kept(const Attention* a, const uint32_t* words, f32v x) {
+FMREC_INLINE f32v kept(uint32_t threshold, const uint32_t* words, f32v x) {
     u32v word;
     __builtin_memcpy(&word, words, sizeof word);
-    return (f32v)((u32v)x & (u32v)(word >= a->threshold));
+    return (f32v)((u32v)x & (u32v)(word >= threshold));
 }
 
 // Queries before the first one of a scale other than 0: their scores are all 0.
@@ -124,6 +125,40 @@ FMREC_INLINE int64_t padding_of(const Attention* a, const float* query_scale) {
     int64_t padding = 0;
     while (padding < a->length && query_scale[padding] == 0.0f) ++padding;
     return padding;
+}
+
+// Asks for the rows that the work after this one begins with: a head's columns of a sequence are
+// short pieces far apart, which the processor does not foresee. Pieces of `out` are written.
+FMREC_INLINE void fetch_piece(const float* piece, int64_t columns, bool write) {
+    for (int64_t j = 0; j < columns; j += 16) {
+        if (write) {
+            __builtin_prefetch(piece + j, 1, 2);
+        } else {
+            __builtin_prefetch(piece + j, 0, 2);
+        }
+    }
+}
+
+FMREC_INLINE void fetch_next(const Attention* a, int64_t sequence, int64_t head, int64_t i) {
+    if (++head == a->heads) {
+        head = 0;
+        if (++sequence == a->batch) return;
+    }
+    const int64_t columns = a->channels / a->heads, at = sequence * a->length + i;
+    const int64_t first = head * columns;
+    const float* qkv = a->qkv + 3 * at * a->channels + first;
+    for (int64_t part = a->query_scale[at] == 0.0f; part < 3; ++part) {
+        fetch_piece(qkv + part * a->channels, columns, false);
+    }
+    if (!a->grad) {
+        fetch_piece(a->out + at * a->channels + first, columns, true);
+        return;
+    }
+    fetch_piece(a->grad + at * a->channels + first, columns, false);
+    const float* d_qkv = a->out + 3 * at * a->channels + first;
+    for (int64_t part = 0; part < 3; ++part) {
+        fetch_piece(d_qkv + part * a->channels, columns, true);
+    }
 }
 
 // Everything up to the probabilities; those of the padding's queries, all alike, are left out.
@@ -147,7 +182,9 @@ void probabilities(const Attention* a, const Head* h, const CounterWalk* walk, i
         const Product p = {h->query + padding * h->width, h->width, 1, h->transposed, h->keys,
                            h->hidden, nullptr, false, scores, h->keys, columns};
         multiply(&p, length - padding, h->keys);
-        for (int64_t i = padding; i < length; ++i) softmax_row(h->scores + i * h->keys, h->keys);
+        for (int64_t i = padding; i < length; ++i) {
+            h->factor[i] = softmax_row(h->scores + i * h->keys, h->keys);
+        }
     }
     if (a->drop) {
         const uint64_t counters = (uint64_t)(length * h->groups);
@@ -158,13 +195,13 @@ void probabilities(const Attention* a, const Head* h, const CounterWalk* walk, i
 
 // dropped = dropout of the probabilities, the padding's included.
 void drop_row(const Attention* a, const Head* h, int64_t i, bool uniform) {
-    const float share = 1.0f / (float)a->length;
+    const float share = 1.0f / (float)a->length, factor = h->factor[i];
     const float* in = h->scores + i * h->keys;
     float* out = h->dropped + i * h->keys;
     const uint32_t* words = h->words + i * 4 * h->groups;
     for (int64_t j = 0; j < h->keys; j += FLOATS) {
-        const f32v p = uniform ? broadcast(share) : load(in + j);
-        store(out + j, a->drop ? kept(a, words + j, p * a->scale) : p);
+        const f32v p = uniform ? broadcast(share) : load(in + j) * factor;
+        store(out + j, a->drop ? kept(a->threshold, words + j, p * a->scale) : p);
     }
 }
 
@@ -177,7 +214,10 @@ void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
         const int64_t padding = padding_of(a, a->query_scale + s * length);
         for (int64_t n = 0; n < a->heads; ++n) {
             probabilities(a, &h, &walk, s, n, padding);
-            for (int64_t i = 0; i < length; ++i) drop_row(a, &h, i, i < padding);
+            for (int64_t i = 0; i < length; ++i) {
+                fetch_next(a, s, n, i);
+                drop_row(a, &h, i, i < padding);
+            }
             const Product values = {h.dropped, h.keys, 1, h.value, h.width, nullptr, nullptr,
                                     false, nullptr, 0, length};
             multiply_out(&h, values, length, columns,
@@ -186,21 +226,36 @@ void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     }
 }
 
-// From the gradient with respect to the dropped probabilities, in place, that with respect to the
-// scores: P * (dP - sum(dP * P)).
+// As drop_row, and from the gradient with respect to the dropped probabilities, in place, that
+// with respect to the scores: P * (dP - sum(dP * P)).
 FMREC_INLINE void d_softmax_row(const Attention* a, const Head* h, int64_t i) {
     const float* p = h->scores + i * h->keys;
     float* d = h->d_scores + i * h->keys;
+    float* dropped = h->dropped + i * h->keys;
     const uint32_t* words = h->words + i * 4 * h->groups;
+    const int64_t keys = h->keys;
+    const float factor = h->factor[i];
     f32v total = broadcast(0.0f);
-    for (int64_t j = 0; j < h->keys; j += FLOATS) {
-        const f32v d_p = a->drop ? kept(a, words + j, load(d + j) * a->scale) : load(d + j);
-        total += d_p * load(p + j);
-        store(d + j, d_p);
+    if (a->drop) {
+        const uint32_t threshold = a->threshold;
+        const float scale = a->scale;
+        for (int64_t j = 0; j < keys; j += FLOATS) {
+            const f32v share = load(p + j) * factor;
+            const f32v d_p = kept(threshold, words + j, load(d + j) * scale);
+            total += d_p * share;
+            store(dropped + j, kept(threshold, words + j, share * scale));
+            store(d + j, d_p);
+        }
+    } else {
+        for (int64_t j = 0; j < keys; j += FLOATS) {
+            const f32v share = load(p + j) * factor;
+            total += load(d + j) * share;
+            store(dropped + j, share);
+        }
     }
     const float mean = sum(total);
-    for (int64_t j = 0; j < h->keys; j += FLOATS) {
-        store(d + j, load(p + j) * (load(d + j) - mean));
+    for (int64_t j = 0; j < keys; j += FLOATS) {
+        store(d + j, load(p + j) * factor * (load(d + j) - mean));
     }
 }
 
@@ -218,9 +273,24 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
             float* d_key = d_query + a->channels;
             float* d_value = d_key + a->channels;
             probabilities(a, &h, &walk, s, n, padding);
-            for (int64_t i = 0; i < length; ++i) drop_row(a, &h, i, i < padding);
             gather(a->grad + s * length * a->channels + n * columns, a->channels, length, columns,
                    h.grad, h.width);
+            float* d_scores = h.d_scores + padding * h.keys;
+            if (queries > 0) {
+                transpose(&h, h.value);
+                const Product d_dropped = {h.grad + padding * h.width, h.width, 1, h.transposed,
+                                           h.keys, nullptr, nullptr, false, d_scores, h.keys,
+                                           columns};
+                multiply(&d_dropped, queries, h.keys);
+            }
+            for (int64_t i = 0; i < length; ++i) {
+                fetch_next(a, s, n, i);
+                if (i < padding) {
+                    drop_row(a, &h, i, true);
+                } else {
+                    d_softmax_row(a, &h, i);
+                }
+            }
             const Product d_values = {h.dropped, 1, h.keys, h.grad, h.width, nullptr, nullptr,
                                       false, nullptr, 0, length};
             multiply_out(&h, d_values, length, columns, d_value, row);
@@ -229,12 +299,6 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
                 for (int64_t i = 0; i < length; ++i) __builtin_memset(d_key + i * row, 0, bytes);
                 continue;
             }
-            transpose(&h, h.value);
-            float* d_scores = h.d_scores + padding * h.keys;
-            const Product d_dropped = {h.grad + padding * h.width, h.width, 1, h.transposed,
-                                       h.keys, nullptr, nullptr, false, d_scores, h.keys, columns};
-            multiply(&d_dropped, queries, h.keys);
-            for (int64_t i = padding; i < length; ++i) d_softmax_row(a, &h, i);
             const Product d_queries = {d_scores, h.keys, 1, h.key, h.width, nullptr,
                                        query_scale + padding, false, nullptr, 0, length};
             multiply_out(&h, d_queries, queries, columns, d_query + padding * row, row);

@@ -134,5 +134,23 @@ FMREC_INLINE float sum(f32v x) {
     return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
+// Of a vector without NaN; of one with NaN, some number or NaN.
+FMREC_INLINE float largest(f32v x) {
+#if defined(__AVX512F__)
+    const __m256 y = _mm256_max_ps(_mm512_castps512_ps256((__m512)x),
+                                   _mm512_extractf32x8_ps((__m512)x, 1));
+#elif defined(__AVX2__)
+    const __m256 y = (__m256)x;
+#endif
+#if defined(__AVX2__)
+    typedef float f32x4 __attribute__((vector_size(16)));
+    const f32x4 z = (f32x4)_mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+#else
+    const f32v z = x;
+#endif
+    const float a = z[0] > z[2] ? z[0] : z[2], b = z[1] > z[3] ? z[1] : z[3];
+    return a > b ? a : b;
+}
+
 }  // namespace
 }  // namespace fmrec
