@@ -67,15 +67,20 @@ class Place(NamedTuple):
     device: str
 
     @contextmanager
-    def forced(self, op: str) -> Iterator[None]:
-        """Run on this backend, and assert that `op` did, but for calls that its kernel declines."""
+    def forced(self, op: str, *, declines: bool = False) -> Iterator[None]:
+        """Run on this backend, and assert that `op` did.
+
+        With `declines`, a call that the op's kernel does not cover: the definition runs instead,
+        and the log must say why. A backend without such limits still has to run it.
+        """
         with use_backend(self.backend), dispatch_log() as log:
             yield
         ran = [entry for entry in log if entry.op == op]
         assert ran, f"{op} did not run, only {log}"
-        # A named backend is passed over for a declared reason only (`choose`).
-        taken = {entry.backend for entry in ran if not entry.reason}
-        assert taken <= {self.backend}, ran
+        if declines and self.backend is Backend.CPP:
+            assert all(entry.backend is Backend.REFERENCE and entry.reason for entry in ran), ran
+        else:
+            assert {entry.backend for entry in ran} == {self.backend}, ran
 
     def put(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self.device) for tensor in tensors)

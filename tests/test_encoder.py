@@ -91,13 +91,18 @@ def check(place, stack, x, mask, upstream, tap):
     local.to(place.device)
     leaf = x.detach().to(place.device).requires_grad_()
     mask, upstream = place.put(mask, upstream)
-    with place.forced("encoder"):
+    truths = dict(zip(names, truth))
+    causal = stack.attention == "causal"
+    with torch.no_grad(), place.forced("encoder", declines=causal):
+        inferred = dict(zip(["out", "tapped"], local(leaf, mask, tap=tap)))
+    for name, a in zip(inferred, same):
+        assert_close_to_truth(inferred[name].cpu(), a, truths[name], name=name)
+    with place.forced("encoder", declines=True):  # its kernel has no backward pass
         outputs = local(leaf, mask, tap=tap)
         parameters = dict(local.named_parameters())
         grads = gradients(outputs, [leaf, *parameters.values()], list(upstream))
     got = dict(zip(["out", "tapped", "dx", *parameters], [*outputs, *grads]))
     assert set(got) == set(names)
-    truths = dict(zip(names, truth))
     for name, a in zip(names, same):
         scale = None
         for part in ("linear_layers.0", "linear_layers.1"):
@@ -132,8 +137,10 @@ def test_one_block(place):
 def test_empty_batch(place, attention):
     stack = make_stack(36, attention=attention).to(place.device)
     x, mask = torch.zeros(0, 5, 36, device=place.device), torch.zeros(0, 5, device=place.device)
+    with torch.no_grad(), place.forced("encoder", declines=attention == "causal"):
+        assert [t.shape for t in stack(x, mask, tap=0)] == [(0, 36), (0, 36)]
     x.requires_grad_()
-    with place.forced("encoder"):
+    with place.forced("encoder", declines=True):
         outputs = stack(x, mask, tap=0)
         grads = gradients(outputs, [x, *stack.parameters()], [torch.zeros_like(t) for t in outputs])
     assert [t.shape for t in outputs] == [(0, 36), (0, 36)]
@@ -211,12 +218,12 @@ def test_causal_padding_carries_no_information(place):
     noisy = torch.where(mask[..., None] > 0, x, 3 * x.flip(-1))
     longer = torch.cat((torch.full_like(x[:, :4], 7.0), x), 1)
     wider = torch.cat((torch.zeros_like(mask[:, :4]), mask), 1)
-    with place.forced("encoder"):
+    with place.forced("encoder", declines=True):
         expected = last_output(stack, x, mask)
         for got in (last_output(stack, noisy, mask), last_output(stack, longer, wider)):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        # As published, padding does carry information.
-        stack.attention = "published"
+    stack.attention = "published"  # in which padding does carry information
+    with place.forced("encoder"):
         assert not torch.allclose(
             last_output(stack, x, mask)[0], last_output(stack, noisy, mask)[0], atol=1e-2
         )

@@ -39,7 +39,9 @@ def run(place, model, tensors, times, **options):
     model = model.to(place.device)
     options = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v
                for k, v in options.items()}  # fmt: skip
-    with torch.no_grad(), place.forced("euler_sampler"):
+    published = options.get("trajectory", "straight"), options.get("target", "data")
+    declines = published != ("straight", "data") or "lam_of_step" in options
+    with torch.no_grad(), place.forced("euler_sampler", declines=declines):
         return euler_sampler(
             *place.put(*tensors), model.fm.sampler_weights(),
             times=times.to(place.device), **options,
