@@ -679,14 +679,19 @@ std::int64_t group_size(const Encoder& encoder, std::int64_t batch, std::int64_t
     return (batch + num_threads * rounds - 1) / (num_threads * rounds);
 }
 
-// Runs all sequences, group by group: a thread takes the next group when it is done with one.
-// A sequence's result does not depend on its group.
+// Runs all groups, from bounds[i] to bounds[i + 1]: a thread takes the next one when it is done.
 template <typename Kernels, typename Arguments>
-void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
-    const std::int64_t size = group_size(a.encoder, batch, num_threads);
-    const std::int64_t groups = (batch + size - 1) / size;
+void run_ranges(const Kernels& kernels, const Arguments& a, const std::vector<std::int64_t>& bounds,
+                int num_threads) {
+    const std::int64_t groups = static_cast<std::int64_t>(bounds.size()) - 1;
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i < groups; ++i) {
+        const std::int64_t size = bounds[static_cast<std::size_t>(i) + 1] -
+                                  bounds[static_cast<std::size_t>(i)];
+        most = size > most ? size : most;
+    }
     const std::int64_t slabs = groups < num_threads ? groups : num_threads;
-    const std::int64_t slab_size = round_up(kernels.scratch(&a, size), UNIT);
+    const std::int64_t slab_size = round_up(kernels.scratch(&a, most), UNIT);
     const Floats memory = allocate_floats(slabs * slab_size, true);
     std::atomic<std::int64_t> next_group{0}, next_slab{0};
     parallel_items(num_threads, num_threads, groups > 1, [&](std::int64_t, std::int64_t) {
@@ -694,15 +699,56 @@ void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, 
         if (group >= groups) return;
         float* slab = memory.get() + next_slab.fetch_add(1) * slab_size;
         for (; group < groups; group = next_group.fetch_add(1)) {
-            const std::int64_t begin = group * size;
-            kernels.run(&a, begin, begin + size < batch ? begin + size : batch, slab);
+            const std::size_t i = static_cast<std::size_t>(group);
+            kernels.run(&a, bounds[i], bounds[i + 1], slab);
         }
     });
 }
 
+// Runs all sequences, group by group. A sequence's result does not depend on its group.
+template <typename Kernels, typename Arguments>
+void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
+    const std::int64_t size = group_size(a.encoder, batch, num_threads);
+    std::vector<std::int64_t> bounds;
+    for (std::int64_t begin = 0; begin < batch; begin += size) bounds.push_back(begin);
+    bounds.push_back(batch);
+    run_ranges(kernels, a, bounds, num_threads);
+}
+
+// start[b]: the rows before sequence b when the padded prefix of a sequence is one token.
+std::vector<std::int64_t> tied_rows(const float* mask, std::int64_t batch, std::int64_t length) {
+    std::vector<std::int64_t> start(1, 0);
+    for (std::int64_t b = 0; b < batch; ++b) {
+        std::int64_t padding = 0;
+        while (padding < length && mask[b * length + padding] == 0.0f) ++padding;
+        start.push_back(start.back() + length - (padding > 1 ? padding - 1 : 0));
+    }
+    return start;
+}
+
+// Groups of about as many rows as each thread's equal share in a few rounds; sets group_rows.
+void run_tied(const EulerSamplerKernels& kernels, EulerSampler& a, int num_threads) {
+    const std::vector<std::int64_t> start = tied_rows(a.mask, a.batch, a.encoder.length);
+    const std::int64_t most = GROUP_FLOATS / row_stride(a.encoder.channels);
+    const std::int64_t total = start.back();
+    const std::int64_t rounds = (total + num_threads * most - 1) / (num_threads * most);
+    const std::int64_t share = (total + num_threads * rounds - 1) / (num_threads * rounds);
+    std::vector<std::int64_t> bounds(1, 0);
+    for (std::size_t b = 1; b < start.size(); ++b) {
+        const std::int64_t rows =
+            start[b] - start[static_cast<std::size_t>(bounds.back())];
+        if (rows >= share || b + 1 == start.size()) {
+            bounds.push_back(static_cast<std::int64_t>(b));
+            a.group_rows = rows > a.group_rows ? rows : a.group_rows;
+        }
+    }
+    a.start = start.data();
+    run_ranges(kernels, a, bounds, num_threads);
+}
+
 void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
                      std::int64_t tap, const py::object& out_, const py::object& tapped_,
-                     int num_threads) {
+                     int num_threads, const py::object& first_key_bias_) {
     const py::array x = input<float>(x_, "x", 3), mask = input<float>(mask_, "mask", 2);
     py::array out = output<float>(out_, "out", 2);
     check_threads(num_threads);
@@ -728,6 +774,13 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
         a.encoder.tap = tap;
         a.tapped = target(tapped);
     }
+    py::array first_key_bias;
+    if (!first_key_bias_.is_none()) {
+        first_key_bias = input<float>(first_key_bias_, "first_key_bias", 1);
+        check_shape(first_key_bias, "first_key_bias", "[B]", {batch});
+        check_overlap(out, "out", first_key_bias, "first_key_bias", false);
+        a.first_key_bias = data<float>(first_key_bias);
+    }
     const EncoderBatchKernels& kernels = FMREC_TABLE(encoder_batch);
     if (is_empty(out)) return;
     a.x = data<float>(x);
@@ -741,7 +794,7 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
                    const py::object& norm_bias_, const py::object& e_, const py::object& mask_,
                    const py::object& z0_, const py::object& taus_, const py::object& noise_,
                    const py::object& rows_, const py::object& seed, double delta,
-                   const py::object& out_, int num_threads) {
+                   const py::object& out_, int num_threads, bool tied) {
     const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
                     norm_bias = input<float>(norm_bias_, "norm_bias", 1),
                     e = input<float>(e_, "e", 3), mask = input<float>(mask_, "mask", 2),
@@ -794,7 +847,11 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
     a.taus = data<float>(taus);
     a.out = target(out);
     py::gil_scoped_release release;
-    run_groups(kernels, a, a.batch, num_threads);
+    if (tied) {
+        run_tied(kernels, a, num_threads);
+    } else {
+        run_groups(kernels, a, a.batch, num_threads);
+    }
 }
 
 // What forward and backward share, checked and filled in.
@@ -987,11 +1044,12 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),
+          py::arg("first_key_bias").none(true) = py::none(),
           "The last position's output, and that of block tap where tapped is given.");
     m.def("euler_sampler", &euler_sampler, py::arg("packed"), py::arg("norm_weight"),
           py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("z0"), py::arg("taus"),
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
-          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");

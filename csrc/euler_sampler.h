@@ -22,6 +22,11 @@ struct EulerSampler {
     float* out;                // [B, D], or the trajectory [q + 1, B, D]
     int64_t batch, steps;
     bool trajectory;
+    // Tied padding: the padded prefix of a sequence, n positions, is one token with the first
+    // position's lam and multiplicity n, so that sequence b has M = start[b + 1] - start[b] =
+    // L - n + 1 rows (as many for n = 0, which comes to the same). Null: L rows each.
+    const int64_t* start;  // [B + 1]
+    int64_t group_rows;    // of the group with most rows
 };
 
 // Works on the sequences [begin, end), together: see EncoderKernels.

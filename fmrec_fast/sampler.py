@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
@@ -25,6 +26,7 @@ def sample(
     rows: Tensor | None = None,
     z0: Tensor | None = None,
     noise: Tensor | None = None,
+    padding: str = "published",
 ) -> Tensor:
     """Sample the next item's embedding for each history (eq. 23).
 
@@ -45,6 +47,9 @@ def sample(
         rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
         z0: explicit start [B, D].
         noise: explicit lam [q, B, L, D].
+        padding: 'published'; or 'tied', where a row's padded positions share one lam and are
+            computed as one token: the same distribution at every position, and several times
+            faster on short histories. Not for 'rk45'.
 
     Returns:
         float32 [B, D].
@@ -58,6 +63,10 @@ def sample(
         raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    if method == "rk45" and padding != "published":
+        raise ValueError(f"method 'rk45' has padding 'published' only, got {padding!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
     q = model.fm.sample_N if steps is None else steps
     if z0 is not None:
@@ -93,6 +102,7 @@ def sample(
                     seed=source.seed,
                     rows=source.rows[part],
                     noise=None if noise is None else noise[:, part],
+                    padding=padding,
                 )
         return out
     finally:

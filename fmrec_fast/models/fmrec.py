@@ -274,6 +274,7 @@ class FMRec(nn.Module):
         rows: Tensor | None = None,
         noise: Tensor | None = None,
         return_trajectory: bool = False,
+        padding: str = "published",
     ) -> Tensor:
         """q Euler steps (eq. 23) from z0 [B, D]; see `ops.euler_sampler`.
 
@@ -284,6 +285,8 @@ class FMRec(nn.Module):
         times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
         source = random_source(len(z0), z0.device, seed=seed, rows=rows)
         if network.training:
+            if padding != "published":  # dropout makes padded positions differ
+                raise ValueError(f"padding={padding!r} needs a model in evaluation mode")
             return self._integrate_with_dropout(
                 item_rep, mask_seq, z0, times, source, noise, return_trajectory
             )
@@ -304,6 +307,7 @@ class FMRec(nn.Module):
             trajectory=self.trajectory,
             target=self.target,
             return_trajectory=return_trajectory,
+            padding=padding,
         )
 
     def _integrate_with_dropout(

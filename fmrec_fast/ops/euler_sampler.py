@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
 from fmrec_fast.ops.noise_fusion import noise_fusion
@@ -50,6 +52,7 @@ def euler_sampler(
     trajectory: str = "straight",
     target: str = "data",
     return_trajectory: bool = False,
+    padding: str = "published",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -69,6 +72,9 @@ def euler_sampler(
             [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
+        padding: 'published', or 'tied': the leading padded positions of a row, whose embeddings
+            must be equal (on CPU this is checked), share the lam of position 0. Being equal,
+            they are computed as one token; see `reference.euler_sampler.tie_padding`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -88,6 +94,11 @@ def euler_sampler(
     elif lam_of_step is None:
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    tied = padding == "tied"
+    if tied:
+        _check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
     tensors += [tensor for block in weights.blocks for tensor in block]
     if noise is not None:
@@ -105,7 +116,14 @@ def euler_sampler(
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
     if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
-        return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+        return _euler_sampler_cpp(
+            e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
+        )
+    if tied and e.device.type == "cpu" and lam_of_step is None and weights.attention == "published":
+        return _grouped_by_length(
+            e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
+            return_trajectory,
+        )  # fmt: skip
 
     pieces = [slice(None)]
     if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
@@ -125,6 +143,7 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            tied=tied,
         )
         for piece in pieces
     ]
@@ -145,21 +164,37 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    *,
+    tied: bool = False,
+    padded: int | None = None,
 ) -> Tensor:
-    """The definition over the ops noise_fusion and encoder."""
+    """The definition over the ops noise_fusion and encoder.
+
+    Args:
+        tied: one lam for the leading padded positions of a row.
+        padded: how many there are, the same in every row (at least 1): they become one token.
+    """
+    if padded is not None:
+        kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
+        kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
 
     def step_network(x: Tensor, i: int) -> Tensor:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
         fused = noise_fusion(
             e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
         )
-        last, _ = encoder(
-            fused,
-            mask,
-            weights.blocks,
-            num_heads=weights.num_heads,
-            attention=weights.attention,
-        )
+        options: dict[str, Any] = {
+            "num_heads": weights.num_heads,
+            "attention": weights.attention,
+        }
+        if padded is not None:
+            last, _ = encoder(
+                fused[:, kept], kept_mask, weights.blocks, first_key_bias=first_key_bias, **options
+            )
+        else:
+            if tied:
+                fused = reference.tie_padding(fused, mask)
+            last, _ = encoder(fused, mask, weights.blocks, **options)
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
@@ -172,6 +207,58 @@ def _composed(
     )
 
 
+def _check_equal_padding(e: Tensor, mask: Tensor) -> None:
+    if e.device.type != "cpu" or e.numel() == 0:  # elsewhere, looking would wait for the device
+        return
+    bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
+    different = (bits != reference.tie_padding(bits, mask)).any(-1)
+    if different.any():
+        row, position = different.nonzero()[0].tolist()
+        raise ValueError(
+            "padding='tied' needs equal embeddings e at the leading padded positions of a row, "
+            f"got another at e[{row}, {position}] than at e[{row}, 0]"
+        )
+
+
+def _grouped_by_length(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    times: Tensor,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    trajectory: str,
+    target: str,
+    return_trajectory: bool,
+) -> Tensor:
+    """Tied padding: rows with equally many padded positions together, which are then one token."""
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
+    padded = reference.leading_padding(mask).clamp(min=1)  # one position is a token already
+    for count in padded.unique().tolist():
+        for index in (padded == count).nonzero()[:, 0].split(CPU_ROWS * e.shape[1]):
+            out[..., index, :] = _composed(
+                e[index],
+                mask[index],
+                z0[index],
+                taus,
+                weights,
+                times,
+                seed,
+                None if rows is None else rows[index],
+                None if noise is None else noise[:, index],
+                None,
+                trajectory,
+                target,
+                return_trajectory,
+                padded=count,
+            )
+    return out
+
+
 def _euler_sampler_cpp(
     e: Tensor,
     mask: Tensor,
@@ -182,6 +269,7 @@ def _euler_sampler_cpp(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    tied: bool,
 ) -> Tensor:
     def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
@@ -202,5 +290,6 @@ def _euler_sampler_cpp(
         weights.delta,
         out.numpy(),
         torch.get_num_threads(),
+        tied,
     )
     return out
