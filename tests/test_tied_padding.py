@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_euler_sampler import peer_trajectory, run, setup
 
 from fmrec_fast import noise, recommend, sample, use_rng
 from fmrec_fast.backend import dispatch_log, use_backend
@@ -15,7 +16,6 @@ from fmrec_fast.ops import encoder, euler_sampler
 from fmrec_fast.reference import encoder as encoder_definition
 from fmrec_fast.reference.euler_sampler import leading_padding, tie_padding
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
-from test_euler_sampler import peer_trajectory, run, setup
 
 pytestmark = pytest.mark.op("euler_sampler")
 
@@ -163,7 +163,7 @@ def test_a_token_of_multiplicity(place, small_model):
 def test_sample_recommend_and_evaluate(small_model):
     model = small_model(lambda_uncertainty=0.5).eval()
     sequence = make_sequences(9, 12, 61, 1).sequence
-    e, mask = model.embed(sequence)
+    _, mask = model.embed(sequence)
     seed, rows = torch.tensor(8), torch.arange(9)
     lam = torch.stack([noise.lam(seed, rows, i, 12, 32, 0.5) for i in range(5)])
     with dispatch_log() as log:
@@ -191,13 +191,13 @@ def test_sample_recommend_and_evaluate(small_model):
 def test_bad_requests_are_named(small_model):
     model, (e, mask, z0, taus), times, lam = padded_setup(small_model)
     sequence = torch.zeros(2, 12, dtype=torch.int64)
-    with pytest.raises(ValueError, match="padding must be one of .*got 'tight'"):
+    with pytest.raises(ValueError, match=r"padding must be one of .*got 'tight'"):
         sample(model, sequence, padding="tight")
     with pytest.raises(ValueError, match="method 'rk45' has padding 'published' only, got 'tied'"):
         sample(model, sequence, method="rk45", padding="tied")
     options = {"times": times, "weights": model.fm.sampler_weights(), "noise": lam}
     with torch.no_grad():
-        with pytest.raises(ValueError, match="padding must be one of .*got 'none'"):
+        with pytest.raises(ValueError, match=r"padding must be one of .*got 'none'"):
             euler_sampler(e, mask, z0, taus, padding="none", **options)
         e[0, 5, 3] += 1
         with pytest.raises(ValueError, match=r"another at e\[0, 5\] than at e\[0, 0\]"):
