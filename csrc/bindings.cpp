@@ -466,12 +466,14 @@ bool is_table(const py::dtype& dtype) {
     return is_dtype<float>(dtype) || is_dtype<std::uint16_t>(dtype) || is_dtype<std::int8_t>(dtype);
 }
 
+py::array item_table(const py::object& weight) {
+    return checked_array(weight, "weight", "float32, uint16 or int8", is_table, 2, false);
+}
+
 void item_topk(const py::object& rep_, const py::object& weight_, const py::object& scale,
                const py::object& bias, const py::object& exclude, const py::object& candidates_,
                const py::object& scores_, const py::object& ids_, int num_threads) {
-    const py::array rep = input<float>(rep_, "rep", 2);
-    const py::array weight = checked_array(weight_, "weight", "float32, uint16 or int8", is_table,
-                                           2, false);
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
     const RankingCall call = ranking_call(rep, weight, scale, bias, exclude, num_threads);
     py::array scores = output<float>(scores_, "scores", 2);
     py::array ids = output<std::int64_t>(ids_, "ids", 2);
@@ -499,7 +501,7 @@ void item_topk(const py::object& rep_, const py::object& weight_, const py::obje
 void target_rank(const py::object& rep_, const py::object& weight_, const py::object& bias,
                  const py::object& target_, const py::object& exclude, const py::object& ranks_,
                  int num_threads) {
-    const py::array rep = input<float>(rep_, "rep", 2), weight = input<float>(weight_, "weight", 2);
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
     const RankingCall call = ranking_call(rep, weight, py::none(), bias, exclude, num_threads);
     const py::array wanted = input<std::int64_t>(target_, "target", 1);
     py::array ranks = output<std::int64_t>(ranks_, "ranks", 1);

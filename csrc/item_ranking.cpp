@@ -100,6 +100,8 @@ FMREC_INLINE int64_t item_at(const ItemRanking* a, int64_t position) {
     return a->items ? a->items[position] : position;
 }
 
+FMREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The items at positions [begin, begin + count) as the columns of `panel`, [depth, RANKING_PANEL];
 // the columns beyond repeat the last.
 template <typename Element>
@@ -109,7 +111,7 @@ void pack_as(const ItemRanking* a, int64_t begin, int64_t count, float* panel) {
     for (int64_t first = 0; first < RANKING_PANEL; first += FLOATS) {
         const Element* rows[FLOATS];
         for (int64_t i = 0; i < FLOATS; ++i) {
-            const int64_t at = first + i < count ? first + i : count - 1;
+            const int64_t at = least(first + i, count - 1);
             rows[i] = weight + item_at(a, begin + at) * depth;
         }
         int64_t k = 0;
@@ -143,8 +145,7 @@ FMREC_INLINE int64_t element_bytes(TableType type) {
 FMREC_INLINE void fetch_ahead(const ItemRanking* a, int64_t begin, int64_t end, int64_t share,
                               int64_t shares) {
     const int64_t line = 64, row = a->depth * element_bytes(a->type);
-    int64_t first = begin + RANKING_PANEL, last = first + RANKING_PANEL;
-    if (last > end) last = end;
+    const int64_t first = begin + RANKING_PANEL, last = least(first + RANKING_PANEL, end);
     if (a->items) {
         for (int64_t i = first + share; i < last; i += shares) {
             const char* at = (const char*)a->weight + a->items[i] * row;
@@ -179,7 +180,7 @@ FMREC_INLINE const float* of_panel(const ItemRanking* a, const float* values, in
                                    int64_t count, float* out) {
     if (!values) return nullptr;
     for (int64_t i = 0; i < RANKING_PANEL; ++i) {
-        out[i] = values[item_at(a, begin + (i < count ? i : count - 1))];
+        out[i] = values[item_at(a, begin + least(i, count - 1))];
     }
     return out;
 }
@@ -246,14 +247,14 @@ void best_items(const ItemRanking* a, const BestItems* best, int64_t first, int6
     alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
     const int64_t tiles = (last - first + RANKING_ROWS - 1) / RANKING_ROWS;
     for (int64_t at = begin; at < end; at += RANKING_PANEL) {
-        const int64_t count = end - at < RANKING_PANEL ? end - at : RANKING_PANEL;
+        const int64_t count = least(end - at, RANKING_PANEL);
         const uint64_t there = count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
         pack(a, at, count, panel);
         const float* factor = of_panel(a, a->scale, at, count, factors);
         const float* offset = of_panel(a, a->bias, at, count, offsets);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row = first + t * RANKING_ROWS;
-            const int64_t rows = last - row < RANKING_ROWS ? last - row : RANKING_ROWS;
+            const int64_t rows = least(last - row, RANKING_ROWS);
             fetch_ahead(a, at, end, t, tiles);
             score(a, row, rows, panel, scores, factor, offset);
             for (int64_t i = 0; i < rows; ++i) {
@@ -285,13 +286,13 @@ void count_ahead(const ItemRanking* a, const TargetRank* rank, int64_t first, in
     alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
     const int64_t tiles = (last - first + RANKING_ROWS - 1) / RANKING_ROWS;
     for (int64_t at = begin; at < end; at += RANKING_PANEL) {
-        const int64_t count = end - at < RANKING_PANEL ? end - at : RANKING_PANEL;
+        const int64_t count = least(end - at, RANKING_PANEL);
         pack(a, at, count, panel);
         const float* factor = of_panel(a, a->scale, at, count, factors);
         const float* offset = of_panel(a, a->bias, at, count, offsets);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row0 = first + t * RANKING_ROWS;
-            const int64_t rows = last - row0 < RANKING_ROWS ? last - row0 : RANKING_ROWS;
+            const int64_t rows = least(last - row0, RANKING_ROWS);
             fetch_ahead(a, at, end, t, tiles);
             score(a, row0, rows, panel, scores, factor, offset);
             for (int64_t i = 0; i < rows; ++i) {
@@ -341,7 +342,7 @@ void diagonal(const ItemRanking* a, int64_t first, int64_t last, float* out, flo
     float* const scores = panel + RANKING_PANEL * a->depth;
     alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
     for (int64_t at = first; at < last; at += RANKING_PANEL) {
-        const int64_t count = last - at < RANKING_PANEL ? last - at : RANKING_PANEL;
+        const int64_t count = least(last - at, RANKING_PANEL);
         pack(a, at, count, panel);
         const float* factor = of_panel(a, a->scale, at, count, factors);
         const float* offset = of_panel(a, a->bias, at, count, offsets);
