@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp"]
+HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp", "csrc/ranking.cpp"]
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",
@@ -25,6 +25,7 @@ KERNEL_SOURCES = [
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
+    "csrc/item_ranking.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -484,7 +484,7 @@ def _write(out: str | None, users: list, best: Recommendations, item_ids: list) 
     columns = {
         "user": [user for user in users for _ in range(k)],
         "rank": [rank + 1 for _ in users for rank in range(k)],
-        "item": [item_ids[i - 1] if i else None for i in best.ids.flatten().tolist()],
+        "item": [item_ids[i - 1] if i > 0 else None for i in best.ids.flatten().tolist()],
         "score": best.scores.flatten().tolist(),
     }
     columns = {

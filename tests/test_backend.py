@@ -28,6 +28,7 @@ from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
     item_cross_entropy,
+    item_topk,
     linear,
     noise_fusion,
 )
@@ -141,6 +142,7 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "linear": lambda: linear(double.repeat(64, 4), double.repeat(8, 4), double.repeat(1, 4)[0]),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
+        "item_ranking": lambda: item_topk(double, double, 1),
         "attention": lambda: attention(
             torch.cat([double[:, None]] * 3, -1), double[:, :1], num_heads=1
         ),

@@ -6,11 +6,12 @@ from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
-from fmrec_fast.ops.item_ranking import item_topk, target_rank
+from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import noise_fusion
 
 __all__ = [
+    "ItemIndex",
     "StreamDropout",
     "TorchDropout",
     "attention",
@@ -22,5 +23,6 @@ __all__ = [
     "item_topk",
     "linear",
     "noise_fusion",
+    "prepare_items",
     "target_rank",
 ]
