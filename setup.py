@@ -26,6 +26,7 @@ KERNEL_SOURCES = [
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
+    "csrc/recommend.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

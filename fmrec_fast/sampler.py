@@ -15,6 +15,26 @@ METHODS = ("euler", "rk45")
 CPU_ROWS = 512
 
 
+def check_steps(steps: int | None) -> None:
+    """`steps` must be a number of Euler steps, or None.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+
+
+def check_padding(padding: str) -> None:
+    """`padding` must be one of `PADDINGS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+
+
 @torch.no_grad()
 def sample(
     model: FMRecommender,
@@ -59,12 +79,10 @@ def sample(
             of range.
     """
     model.check_sequence(sequences)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+    check_steps(steps)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    check_padding(padding)
     if method == "rk45" and padding != "published":
         raise ValueError(f"method 'rk45' has padding 'published' only, got {padding!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim

@@ -1,0 +1,174 @@
+"""Recommendations on a CPU in one C++ call, from ids to the best items.
+
+`recommend` takes this path by itself where it can. A `Server` keeps the weights packed between
+calls, which matters when a call takes a millisecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmrec_fast import extension, flow, noise
+from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
+from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.ops.encoder import pack
+from fmrec_fast.request import Recommendations, Request, read_request
+
+ROWS = 512  # taken together, so that a batch of any size needs little memory
+
+
+def obstacle(model: FMRecommender) -> str:
+    """Why this model's recommendations do not come from one C++ call here; empty if they do."""
+    weight = model.item_embeddings.weight
+    if current_backend() not in (Backend.AUTO, Backend.CPP):
+        return f"the backend in force is {current_backend().value!r}"
+    missing = availability(Backend.CPP, weight.device)
+    if missing:
+        return missing
+    core = model.fm
+    options = (core.xstart_model.att.attention, core.trajectory, core.target)
+    if options != ("published", "straight", "data"):
+        return f"the call covers the published options only, got {options}"
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            return f"the call takes float32, a parameter is {parameter.dtype}"
+    return ""
+
+
+class PackedModel:
+    """The weights that a recommendation reads, as the C++ call takes them.
+
+    The transformer's are copied and packed; the others are read where they lie.
+    """
+
+    def __init__(self, model: FMRecommender) -> None:
+        self.model = model
+        weights = model.fm.sampler_weights()
+        self.packed = pack(weights.blocks, weights.num_heads)
+        self.delta = weights.delta
+        self.others = [
+            tensor.detach().contiguous().numpy()
+            for tensor in (
+                weights.norm_weight,
+                weights.norm_bias,
+                model.item_embeddings.weight,
+                model.LayerNorm.weight,
+                model.LayerNorm.bias,
+            )
+        ]
+        self._taus: dict[tuple[int, float], Any] = {}
+
+    @torch.no_grad()
+    def taus(self, steps: int) -> Any:
+        """Time embeddings [q, D] of the steps."""
+        core = self.model.fm
+        key = (steps, core.eps)
+        if key not in self._taus:
+            times = flow.step_times(steps, core.eps)
+            embedded = core.xstart_model.embed_time(times * core.time_scale)
+            self._taus[key] = embedded.contiguous().numpy()
+        return self._taus[key]
+
+    def recommend(self, request: Request, seed: Tensor) -> Recommendations:
+        """The best items for checked `request`s."""
+        taus, start = self.taus(request.steps), int(noise.derive_seed(seed, noise.Use.START))
+        batch = len(request.sequences)
+        scores = torch.empty(batch, request.k)
+        ids = torch.empty(batch, request.k, dtype=torch.int64)
+        # What runs inside, for the log.
+        choose("euler_sampler", scores)
+        choose("item_ranking", scores)
+        for first in range(0, batch, ROWS):
+            part = slice(first, first + ROWS)
+            extension.load().recommend(
+                self.packed,
+                *self.others,
+                request.sequences[part].numpy(),
+                taus,
+                request.rows[part].numpy(),
+                int(seed),
+                start,
+                self.delta,
+                request.exclude(part).numpy(),
+                scores[part].numpy(),
+                ids[part].numpy(),
+                torch.get_num_threads(),
+                request.padding == "tied",
+            )
+        return Recommendations(ids, scores)
+
+
+class Server:
+    """A model whose weights are packed once, for recommendations with little delay.
+
+    Changes of the weights are seen where PyTorch counts them: an optimizer's step,
+    ``load_state_dict``, operations in place, a parameter that is replaced, ``model.to``. They are not seen when written
+    through ``parameter.data``, a numpy view, or another process's mapping of shared memory: call
+    `refresh` after those.
+
+    Args:
+        model: in evaluation mode or not, dropout is off.
+
+    Raises:
+        BackendError: the model cannot be served by the C++ kernels here; the message says why.
+    """
+
+    def __init__(self, model: FMRecommender) -> None:
+        self.model = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pack the weights as they are now."""
+        reason = obstacle(self.model)
+        if reason:
+            raise BackendError(f"the model cannot be served: {reason}")
+        self._places = [
+            (module._parameters, name)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._state = self._read_state()
+        self._packed = PackedModel(self.model)
+
+    def _read_state(self) -> list[tuple[int, int, int]]:
+        """What shows that a parameter was written to or replaced."""
+        found = []
+        for parameters, name in self._places:
+            parameter = parameters[name]
+            if parameter is None:
+                raise ValueError(f"parameter {name!r} was removed from the model")
+            version = 0 if parameter.is_inference() else parameter._version
+            found.append((id(parameter), parameter.data_ptr(), version))
+        return found
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Sequence[Sequence[int]] | None = None,
+        steps: int | None = None,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+        padding: str = "published",
+    ) -> Recommendations:
+        """As `fmrec_fast.recommend`, and the same items."""
+        request = read_request(
+            self.model,
+            histories,
+            k,
+            exclude_seen=exclude_seen,
+            exclude=exclude,
+            steps=steps,
+            rows=rows,
+            padding=padding,
+        )
+        if self._read_state() != self._state:
+            self.refresh()
+        return self._packed.recommend(request, noise.as_seed(seed, "cpu"))
