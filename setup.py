@@ -15,7 +15,13 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp", "csrc/ranking.cpp"]
+HOST_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/isa.cpp",
+    "csrc/packed_encoder.cpp",
+    "csrc/parallel.cpp",
+    "csrc/ranking.cpp",
+]
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",

@@ -1178,6 +1178,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     using namespace fmrec;
+    watch_forks();
     m.doc() = "C++ CPU kernels of fmrec_fast; arrays are numpy's and are never converted.";
     m.def("noise_fusion_forward", &noise_fusion_forward, py::arg("e"), py::arg("shift"),
           py::arg("rows"), py::arg("seed"), py::arg("step"), py::arg("delta"), py::arg("out"),

@@ -89,8 +89,8 @@ def read_request(
         for item in row:
             if not -1 <= item < model.item_num:
                 raise ValueError(
-                    f"exclude {i} has item id {item}; expected 0..{model.item_num - 1}, "
-                    "or -1 for none"
+                    f"exclude must be in 0 .. {model.item_num - 1}, or -1 (no item), "
+                    f"got {item} in list {i}"
                 )
     return Request(
         sequences=sequences,

@@ -22,20 +22,18 @@ ROWS = 512  # taken together, so that a batch of any size needs little memory
 
 
 def obstacle(model: FMRecommender) -> str:
-    """Why this model's recommendations do not come from one C++ call here; empty if they do."""
-    weight = model.item_embeddings.weight
+    """Why recommendations do not come from one C++ call here; empty if they do, in float32."""
     if current_backend() not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {current_backend().value!r}"
+    weight, core = model.item_embeddings.weight, model.fm
     missing = availability(Backend.CPP, weight.device)
     if missing:
         return missing
-    core = model.fm
+    if weight.dtype != torch.float32:
+        return f"the call takes float32, got {weight.dtype}"
     options = (core.xstart_model.att.attention, core.trajectory, core.target)
     if options != ("published", "straight", "data"):
         return f"the call covers the published options only, got {options}"
-    for parameter in model.parameters():
-        if parameter.dtype != torch.float32:
-            return f"the call takes float32, a parameter is {parameter.dtype}"
     return ""
 
 
@@ -46,20 +44,24 @@ class PackedModel:
     """
 
     def __init__(self, model: FMRecommender) -> None:
-        self.model = model
+        reason = obstacle(model)
         weights = model.fm.sampler_weights()
+        others = (
+            weights.norm_weight,
+            weights.norm_bias,
+            model.item_embeddings.weight,
+            model.LayerNorm.weight,
+            model.LayerNorm.bias,
+        )
+        for tensor in (*others, *(tensor for block in weights.blocks for tensor in block)):
+            if tensor.dtype != torch.float32:
+                reason = reason or f"the call takes float32, got {tensor.dtype}"
+        if reason:
+            raise BackendError(f"the model cannot be served in one call: {reason}")
+        self.model = model
         self.packed = pack(weights.blocks, weights.num_heads)
         self.delta = weights.delta
-        self.others = [
-            tensor.detach().contiguous().numpy()
-            for tensor in (
-                weights.norm_weight,
-                weights.norm_bias,
-                model.item_embeddings.weight,
-                model.LayerNorm.weight,
-                model.LayerNorm.bias,
-            )
-        ]
+        self.others = [tensor.detach().contiguous().numpy() for tensor in others]
         self._taus: dict[tuple[int, float], Any] = {}
 
     @torch.no_grad()
@@ -123,9 +125,7 @@ class Server:
 
     def refresh(self) -> None:
         """Pack the weights as they are now."""
-        reason = obstacle(self.model)
-        if reason:
-            raise BackendError(f"the model cannot be served: {reason}")
+        self._packed = PackedModel(self.model)
         self._places = [
             (module._parameters, name)
             for module in self.model.modules()
@@ -133,7 +133,6 @@ class Server:
             if parameter is not None
         ]
         self._state = self._read_state()
-        self._packed = PackedModel(self.model)
 
     def _read_state(self) -> list[tuple[int, int, int]]:
         """What shows that a parameter was written to or replaced."""
