@@ -133,8 +133,9 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
         if z0 is None:
@@ -166,8 +167,8 @@ def sample(
                 )
         return (out, residual) if return_residual else out
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from fmrec_fast import extension
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
+from fmrec_fast.ops.encoder import encoder, needs_gradient
 from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
@@ -159,7 +159,7 @@ def _picard_sweep_cpp(
 
     out = x.new_empty(x.shape)
     extension.load().picard_sweep(
-        pack(weights.blocks, weights.num_heads),
+        weights.packed,
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),
