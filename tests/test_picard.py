@@ -218,20 +218,14 @@ def test_a_linear_equation_in_closed_form():
     """dx/dt = a x, a row each: Euler gives (1 + a/q)^q, and k sweeps the terms up to a^(k+1)."""
     a = torch.tensor([[0.0], [1e-3], [0.1], [-1.0], [3.0]], dtype=torch.float64)
     z0 = torch.ones(5, 2, dtype=torch.float64)
-    rates = {}
-
-    def f(x, i):
-        return rates["a"][: len(x)] * x
-
     for q in (2, 10, 30):
-        rates["a"] = a
-        (points, residual), _ = solve(f, z0, q, sweeps=q)
+        (points, residual), _ = solve(lambda x, i: a * x, z0, q, sweeps=q)
         torch.testing.assert_close(points[:, -1], (1 + a / q) ** q * z0)
         for i in range(q + 1):
             torch.testing.assert_close(points[:, i], (1 + a / q) ** i * z0)
         assert not residual.any()
-        for sweeps in range(1, q - 1):
-            (points, residual), seen = solve(f, z0, q, sweeps=sweeps)
+        for sweeps in range(1, min(q - 1, 8)):
+            (points, residual), seen = solve(lambda x, i: a * x, z0, q, sweeps=sweeps)
             terms = [math.comb(q, k) / q**k * a**k for k in range(sweeps + 2)]
             torch.testing.assert_close(points[:, -1], sum(terms) * z0)
             assert seen == [(1, None), *[(q, None)] * sweeps]
