@@ -35,6 +35,7 @@ KERNEL_SOURCES = [
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",
+    "csrc/picard_sweep.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -28,6 +28,7 @@
 #include "noise_fusion.h"
 #include "packed_encoder.h"
 #include "parallel.h"
+#include "picard_sweep.h"
 #include "ranking.h"
 #include "recommend.h"
 
@@ -817,24 +818,39 @@ std::vector<std::int64_t> tied_rows(const float* mask, std::int64_t batch, std::
     return start;
 }
 
-// Groups of about as many rows as each thread's equal share in a few rounds; sets group_rows.
-void run_tied(const EulerSamplerKernels& kernels, EulerSampler& a, int num_threads) {
+// Groups of about as many rows as each thread's equal share in a few rounds; each row of the batch
+// has `points` sequences. Sets what the arguments hold of tied padding.
+template <typename Kernels, typename Arguments>
+void run_tied(const Kernels& kernels, Arguments& a, std::int64_t points, int num_threads) {
     const std::vector<std::int64_t> start = tied_rows(a.mask, a.batch, a.encoder.length);
     const std::int64_t most = GROUP_FLOATS / row_stride(a.encoder.channels);
-    const std::int64_t total = start.back();
+    const std::int64_t total = points * start.back();
     const std::int64_t rounds = (total + num_threads * most - 1) / (num_threads * most);
     const std::int64_t share = (total + num_threads * rounds - 1) / (num_threads * rounds);
     std::vector<std::int64_t> bounds(1, 0);
-    for (std::size_t b = 1; b < start.size(); ++b) {
-        const std::int64_t rows =
-            start[b] - start[static_cast<std::size_t>(bounds.back())];
-        if (rows >= share || b + 1 == start.size()) {
-            bounds.push_back(static_cast<std::int64_t>(b));
+    std::int64_t rows = 0;
+    for (std::int64_t s = 0; s < points * a.batch; ++s) {
+        const std::size_t b = static_cast<std::size_t>(s / points);
+        rows += start[b + 1] - start[b];
+        if (rows >= share || s + 1 == points * a.batch) {
+            bounds.push_back(s + 1);
             a.group_rows = rows > a.group_rows ? rows : a.group_rows;
+            rows = 0;
         }
     }
     a.start = start.data();
     run_ranges(kernels, a, bounds, num_threads);
+    a.start = nullptr;
+}
+
+template <typename Kernels, typename Arguments>
+void run_sequences(const Kernels& kernels, Arguments& a, std::int64_t points, bool tied,
+                   int num_threads) {
+    if (tied) {
+        run_tied(kernels, a, points, num_threads);
+    } else {
+        run_groups(kernels, a, points * a.batch, num_threads);
+    }
 }
 
 void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
@@ -881,78 +897,161 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
     run_groups(kernels, a, batch, num_threads);
 }
 
-void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
-                   const py::object& norm_bias_, const py::object& e_, const py::object& mask_,
-                   const py::object& z0_, const py::object& taus_, const py::object& noise_,
-                   const py::object& rows_, const py::object& seed, double delta,
+// The arrays of a SamplerNetwork, kept while the kernel runs.
+struct NetworkArrays {
+    py::array norm_weight, norm_bias, e, mask, taus, noise, rows;
+};
+
+// Checks what the samplers share and fills it in; `out` must overlap none of it.
+NetworkArrays sampler_network(SamplerNetwork& a, const PackedEncoder& packed,
+                              const py::object& norm_weight, const py::object& norm_bias,
+                              const py::object& e, const py::object& mask, const py::object& taus,
+                              const py::object& noise, const py::object& rows,
+                              const py::object& seed, double delta, const py::array& out) {
+    NetworkArrays k{input<float>(norm_weight, "norm_weight", 1),
+                    input<float>(norm_bias, "norm_bias", 1),
+                    input<float>(e, "e", 3),
+                    input<float>(mask, "mask", 2),
+                    input<float>(taus, "taus", 2),
+                    py::array(),
+                    py::array()};
+    const std::int64_t channels = packed.channels(), length = k.e.shape(1);
+    a.encoder = make_encoder(packed, length);
+    a.batch = k.e.shape(0);
+    a.steps = k.taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(k.norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(k.norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(k.e, "e", "[B, L, D]", {a.batch, length, channels});
+    check_shape(k.mask, "mask", "[B, L]", {a.batch, length});
+    check_shape(k.taus, "taus", "[q, D]", {a.steps, channels});
+    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "taus"};
+    const py::array* const inputs[] = {&k.norm_weight, &k.norm_bias, &k.e, &k.mask, &k.taus};
+    for (int i = 0; i < 5; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
+    if (!noise.is_none()) {
+        k.noise = input<float>(noise, "noise", 4);
+        check_shape(k.noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
+        check_overlap(out, "out", k.noise, "noise", false);
+        a.noise = data<float>(k.noise);
+    } else {
+        k.rows = input<std::int64_t>(rows, "rows", 1);
+        check_shape(k.rows, "rows", "[B]", {a.batch});
+        check_overlap(out, "out", k.rows, "rows", false);
+        a.rows = data<std::int64_t>(k.rows);
+        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    }
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(k.norm_weight);
+    a.norm_bias = data<float>(k.norm_bias);
+    a.e = data<float>(k.e);
+    a.mask = data<float>(k.mask);
+    a.taus = data<float>(k.taus);
+    return k;
+}
+
+void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
+                   const py::object& norm_bias, const py::object& e, const py::object& mask,
+                   const py::object& z0_, const py::object& taus, const py::object& noise,
+                   const py::object& rows, const py::object& seed, double delta,
                    const py::object& out_, int num_threads, bool tied) {
-    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
-                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
-                    e = input<float>(e_, "e", 3), mask = input<float>(mask_, "mask", 2),
-                    z0 = input<float>(z0_, "z0", 2), taus = input<float>(taus_, "taus", 2);
     check_threads(num_threads);
     EulerSampler a{};
-    a.encoder = make_encoder(packed, e.shape(1));
-    a.batch = e.shape(0);
-    a.steps = taus.shape(0);
-    const std::int64_t channels = packed.channels(), length = e.shape(1);
     // All points, or the last one, by the number of dimensions.
     a.trajectory = py::isinstance<py::array>(out_) && py::cast<py::array>(out_).ndim() == 3;
     py::array out = output<float>(out_, "out", a.trajectory ? 3 : 2);
-    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
-    check_shape(norm_weight, "norm_weight", "[D]", {channels});
-    check_shape(norm_bias, "norm_bias", "[D]", {channels});
-    check_shape(e, "e", "[B, L, D]", {a.batch, length, channels});
-    check_shape(mask, "mask", "[B, L]", {a.batch, length});
+    const py::array z0 = input<float>(z0_, "z0", 2);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    const std::int64_t channels = packed.channels();
     check_shape(z0, "z0", "[B, D]", {a.batch, channels});
-    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_overlap(out, "out", z0, "z0", false);
     if (a.trajectory) {
         check_shape(out, "out", "[q + 1, B, D]", {a.steps + 1, a.batch, channels});
     } else {
         check_shape(out, "out", "[B, D]", {a.batch, channels});
     }
-    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "z0", "taus"};
-    const py::array* const inputs[] = {&norm_weight, &norm_bias, &e, &mask, &z0, &taus};
-    for (int i = 0; i < 6; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
-    py::array noise, rows;
-    if (!noise_.is_none()) {
-        noise = input<float>(noise_, "noise", 4);
-        check_shape(noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
-        check_overlap(out, "out", noise, "noise", false);
-        a.noise = data<float>(noise);
-    } else {
-        rows = input<std::int64_t>(rows_, "rows", 1);
-        check_shape(rows, "rows", "[B]", {a.batch});
-        check_overlap(out, "out", rows, "rows", false);
-        a.rows = data<std::int64_t>(rows);
-        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
-    }
-    a.delta = static_cast<float>(delta);
     const EulerSamplerKernels& kernels = FMREC_TABLE(euler_sampler);
     if (is_empty(out)) return;
-    a.norm_weight = data<float>(norm_weight);
-    a.norm_bias = data<float>(norm_bias);
-    a.e = data<float>(e);
-    a.mask = data<float>(mask);
     a.z0 = data<float>(z0);
-    a.taus = data<float>(taus);
     a.out = target(out);
     py::gil_scoped_release release;
-    if (tied) {
-        run_tied(kernels, a, num_threads);
-    } else {
-        run_groups(kernels, a, a.batch, num_threads);
+    run_sequences(kernels, a, 1, tied, num_threads);
+}
+
+// All steps at once, as fmrec_fast/picard.py: from the straight way to the first step's prediction,
+// sweeps over all points of a row's trajectory until its residual is at most `tolerance`.
+void picard(const EulerSampler& a, const PicardSweepKernels& kernels, double tolerance, bool tied,
+            int num_threads) {
+    const std::int64_t channels = a.encoder.channels, steps = a.steps, size = a.batch * channels;
+    const Floats memory = allocate_floats(2 * steps * size, false);
+    float* const points = memory.get();  // [B, q, D]
+    float* const predictions = points + steps * size;
+    PicardSweep sweep{};
+    static_cast<SamplerNetwork&>(sweep) = a;
+    sweep.x = a.z0;
+    sweep.out = predictions;
+    sweep.steps = 1;
+    run_sequences(kernels, sweep, 1, tied, num_threads);
+    std::vector<double> before(static_cast<std::size_t>(a.batch));
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+        double squares = 0.0;
+        for (std::int64_t j = 0; j < channels; ++j) {
+            const std::int64_t at = b * channels + j;
+            const float z0 = a.z0[at], velocity = predictions[at] - z0;
+            for (std::int64_t i = 0; i < steps; ++i) {
+                points[(b * steps + i) * channels + j] =
+                    z0 + velocity * (static_cast<float>(i) / static_cast<float>(steps));
+            }
+            a.out[at] = z0 + velocity;
+            squares += static_cast<double>(velocity) * velocity;
+        }
+        before[static_cast<std::size_t>(b)] = std::sqrt(squares);
+    }
+    sweep.x = points;
+    sweep.steps = steps;
+    std::vector<bool> settled(static_cast<std::size_t>(a.batch), false);
+    bool all = false;
+    // After q - 1 sweeps the result is exact.
+    for (std::int64_t n = 1; n < steps && !all; ++n) {
+        run_sequences(kernels, sweep, steps, tied, num_threads);
+        all = true;
+        for (std::int64_t b = 0; b < a.batch; ++b) {
+            const std::size_t row = static_cast<std::size_t>(b);
+            if (settled[row]) continue;
+            double squares = 0.0, moved = 0.0;
+            for (std::int64_t j = 0; j < channels; ++j) {
+                const std::int64_t at = b * channels + j;
+                const float z0 = a.z0[at];
+                float sum = 0.0f;
+                for (std::int64_t i = 0; i < steps; ++i) {
+                    const std::int64_t p = (b * steps + i) * channels + j;
+                    points[p] = z0 + sum / static_cast<float>(steps);
+                    sum += predictions[p] - z0;
+                }
+                const float end = z0 + sum / static_cast<float>(steps);
+                moved += static_cast<double>(end - a.out[at]) * (end - a.out[at]);
+                squares += static_cast<double>(end) * end;
+                a.out[at] = end;
+            }
+            const double change = std::sqrt(moved);
+            const double residual = moved / (before[row] * std::sqrt(squares));
+            before[row] = change;
+            // Not so where it is NaN: then sweeps go on, as many as there are.
+            settled[row] = change == 0.0 || residual <= tolerance;
+            all = all && settled[row];
+        }
     }
 }
 
-// From ids to the best items: embedding, start, sampler and ranking in one call.
+// From ids to the best items: embedding, start, sampler and ranking in one call. A tolerance above
+// 0 chooses the sampler that takes all steps at once.
 void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
                const py::object& norm_bias_, const py::object& items_,
                const py::object& embedded_weight_, const py::object& embedded_bias_,
                const py::object& ids_, const py::object& taus_, const py::object& rows_,
                const py::object& seed, const py::object& start_seed, double delta,
                const py::object& exclude, const py::object& scores_, const py::object& best_,
-               int num_threads, bool tied) {
+               int num_threads, bool tied, double tolerance) {
     const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
                     norm_bias = input<float>(norm_bias_, "norm_bias", 1),
                     items = input<float>(items_, "items", 2),
@@ -1026,12 +1125,34 @@ void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
     a.e = r.e;
     a.mask = r.mask;
     a.z0 = r.z0;
-    if (tied) {
-        run_tied(sampler, a, num_threads);
+    if (tolerance > 0.0) {
+        picard(a, FMREC_TABLE(picard_sweep), tolerance, tied, num_threads);
     } else {
-        run_groups(sampler, a, batch, num_threads);
+        run_sequences(sampler, a, 1, tied, num_threads);
     }
     rank_best(ranking, nullptr, 0, false, k, to, to_ids);
+}
+
+void picard_sweep(const PackedEncoder& packed, const py::object& norm_weight,
+                  const py::object& norm_bias, const py::object& e, const py::object& mask,
+                  const py::object& x_, const py::object& taus, const py::object& noise,
+                  const py::object& rows, const py::object& seed, double delta,
+                  const py::object& out_, int num_threads, bool tied) {
+    check_threads(num_threads);
+    PicardSweep a{};
+    py::array out = output<float>(out_, "out", 3);
+    const py::array x = input<float>(x_, "x", 3);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    check_shape(x, "x", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_shape(out, "out", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_overlap(out, "out", x, "x", true);
+    const PicardSweepKernels& kernels = FMREC_TABLE(picard_sweep);
+    if (is_empty(out)) return;
+    a.x = data<float>(x);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    run_sequences(kernels, a, a.steps, tied, num_threads);
 }
 
 // What forward and backward share, checked and filled in.
@@ -1242,11 +1363,16 @@ PYBIND11_MODULE(_C, m) {
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
           py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
+    m.def("picard_sweep", &picard_sweep, py::arg("packed"), py::arg("norm_weight"),
+          py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("x"), py::arg("taus"),
+          py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
+          "The network at all points x [B, q, D]: row b at step i. out may be x.");
     m.def("recommend", &recommend, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
           py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
           py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
           py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
-          py::arg("num_threads"), py::arg("tied") = false,
+          py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
           "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");

@@ -39,6 +39,8 @@ def recommend(
     steps: int | None = None,
     seed: int | Tensor | None = None,
     rows: Tensor | None = None,
+    method: str = "auto",
+    precision: str = "float32",
     padding: str = "published",
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
@@ -53,7 +55,9 @@ def recommend(
         k: how many items.
         exclude_seen: do not recommend items of the whole given history.
         exclude: per user, further ids not to recommend.
-        steps, seed, rows, padding: as in `sample`.
+        steps, seed, rows, precision, padding: as in `sample`.
+        method: as in `sample`. The default 'auto' gives the step-by-step result to a relative 1e-5,
+            from all steps at once where that is expected to be faster.
 
     Returns:
         ids [B, k] and scores [B, k], best first. Where exclusions leave fewer than k items, the
@@ -74,17 +78,19 @@ def recommend(
         padding=padding,
     )
     seed = noise.as_seed(seed, model.item_embeddings.weight.device)
-    if not serving.obstacle(model):
-        return serving.PackedModel(model).recommend(request, seed)
+    if not serving.obstacle(model, method, precision):
+        return serving.PackedModel(model).recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)
         rep = sample(
             model,
             request.sequences[part],
-            steps=request.steps,
+            steps=steps,
+            method=method,
             seed=seed,
             rows=request.rows[part],
+            precision=precision,
             padding=padding,
         )
         best = item_topk(rep, model.item_embeddings.weight, k, exclude=request.exclude(part))

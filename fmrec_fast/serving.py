@@ -16,13 +16,19 @@ from fmrec_fast import extension, flow, noise
 from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops.encoder import pack
+from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
 
 ROWS = 512  # taken together, so that a batch of any size needs little memory
 
 
-def obstacle(model: FMRecommender) -> str:
-    """Why recommendations do not come from one C++ call here; empty if they do, in float32."""
+METHODS = ("euler", "parallel", "auto")
+
+
+def obstacle(model: FMRecommender, method: str = "auto", precision: str = "float32") -> str:
+    """Why recommendations do not come from one C++ call here; empty if they do."""
+    if method not in METHODS or precision != "float32":
+        return f"the call has methods {METHODS} in float32, got {method!r} in {precision!r}"
     if current_backend() not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {current_backend().value!r}"
     weight, core = model.item_embeddings.weight, model.fm
@@ -75,14 +81,18 @@ class PackedModel:
             self._taus[key] = embedded.contiguous().numpy()
         return self._taus[key]
 
-    def recommend(self, request: Request, seed: Tensor) -> Recommendations:
+    def recommend(self, request: Request, seed: Tensor, method: str) -> Recommendations:
         """The best items for checked `request`s."""
         taus, start = self.taus(request.steps), int(noise.derive_seed(seed, noise.Use.START))
         batch = len(request.sequences)
+        if method == "auto":
+            wins = prefers_parallel(batch, request.steps, self.delta, request.sequences.device)
+            method = "parallel" if wins else "euler"
+        parallel = method == "parallel" and request.steps > 1
         scores = torch.empty(batch, request.k)
         ids = torch.empty(batch, request.k, dtype=torch.int64)
         # What runs inside, for the log.
-        choose("euler_sampler", scores)
+        choose("picard_sweep" if parallel else "euler_sampler", scores)
         choose("item_ranking", scores)
         for first in range(0, batch, ROWS):
             part = slice(first, first + ROWS)
@@ -100,6 +110,7 @@ class PackedModel:
                 ids[part].numpy(),
                 torch.get_num_threads(),
                 request.padding == "tied",
+                TOLERANCE if parallel else 0.0,
             )
         return Recommendations(ids, scores)
 
@@ -108,8 +119,8 @@ class Server:
     """A model whose weights are packed once, for recommendations with little delay.
 
     Changes of the weights are seen where PyTorch counts them: an optimizer's step,
-    ``load_state_dict``, operations in place, a parameter that is replaced, ``model.to``. They are not seen when written
-    through ``parameter.data``, a numpy view, or another process's mapping of shared memory: call
+    ``load_state_dict``, operations in place, a parameter that is replaced, ``model.to``. They are
+    not seen when written through ``parameter.data``, a numpy view, or another process's mapping of shared memory: call
     `refresh` after those.
 
     Args:
@@ -156,8 +167,11 @@ class Server:
         seed: int | Tensor | None = None,
         rows: Tensor | None = None,
         padding: str = "published",
+        method: str = "auto",
     ) -> Recommendations:
         """As `fmrec_fast.recommend`, and the same items."""
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         request = read_request(
             self.model,
             histories,
@@ -170,4 +184,4 @@ class Server:
         )
         if self._read_state() != self._state:
             self.refresh()
-        return self._packed.recommend(request, noise.as_seed(seed, "cpu"))
+        return self._packed.recommend(request, noise.as_seed(seed, "cpu"), method)

@@ -239,7 +239,38 @@ def euler_sampler(call: Call) -> None:
     else:
         call.integers("rows", b)
         call.plain["seed"] = call.draw(words)
-    call.plain["delta"] = 1e-3
+    call.plain |= {"delta": 1e-3, "tied": call.draw(st.booleans())}
+
+
+def picard_sweep(call: Call) -> None:
+    euler_sampler(call)
+    del call.arrays["z0"], call.arrays["out"]
+    b, _, width = call.arrays["e"].array.shape
+    q = len(call.arrays["taus"].array)
+    call.floats("x", b, q, width)
+    call.output("out", b, q, width)
+
+
+def recommend(call: Call) -> None:
+    width = packed(call)
+    b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 4))
+    items = call.draw(st.integers(1, 80))
+    k = call.draw(st.integers(0, min(items, 9)))
+    for name in ("norm_weight", "norm_bias", "embedded_weight", "embedded_bias"):
+        call.floats(name, width)
+    call.floats("items", items, width)
+    call.integers("ids", b, length, limit=items)
+    call.floats("taus", q, width)
+    call.integers("rows", b)
+    if call.maybe("exclude"):
+        call.integers("exclude", b, call.draw(sizes))
+    call.output("scores", b, k)
+    call.output("best", b, k)
+    best = call.arrays["best"]
+    call._place("best", np.zeros(best.array.shape, np.int64), "sums")
+    call.plain |= {"seed": call.draw(words), "start_seed": call.draw(words), "delta": 1e-3}
+    call.plain |= {"tied": call.draw(st.booleans())}
+    call.plain |= {"tolerance": call.draw(st.sampled_from([0.0, 1e-5]))}
 
 
 def attention_forward(call: Call) -> None:
@@ -274,6 +305,8 @@ CALLS = {
         history_loss_backward,
         encoder_forward,
         euler_sampler,
+        picard_sweep,
+        recommend,
         attention_forward,
         attention_backward,
     )
@@ -413,7 +446,7 @@ def test_wrong_numbers_are_refused(name, data):
     call = build(name, data)
     arguments = call.arguments()
     bad: dict[str, list] = {"num_threads": [0, -1, -(2**31), "2", None, 2**40]}
-    integers = {"seed", "step", "site", "position_offset", "position_stride"} & set(arguments)
+    integers = {"seed", "start_seed", "step", "site", "position_offset", "position_stride"} & set(arguments)
     for word in integers:
         if arguments[word] is not None:
             bad[word] = [2**63, -(2**63) - 1, 1.5, "1", True, np.zeros(2, np.int64), np.float32(1)]

@@ -27,9 +27,9 @@ def model(small_model):
 def both(model, histories, **options):
     """(in one call, on the definitions)."""
     with use_backend("cpp"), dispatch_log() as log:
-        one = recommend(model, histories, **options)
+        one = recommend(model, histories, **{"method": "euler", **options})
     assert [(entry.op, entry.backend) for entry in log] == [
-        ("euler_sampler", Backend.CPP),
+        ("picard_sweep" if options.get("method") == "parallel" else "euler_sampler", Backend.CPP),
         ("item_ranking", Backend.CPP),
     ]
     with use_backend("reference"):
@@ -56,9 +56,31 @@ def assert_same(one, other):
 def test_the_same_items_as_on_the_definitions(model, padding, options):
     one, other = both(model, HISTORIES, seed=3, padding=padding, **options)
     assert_same(one, other)
+    options = {"method": "euler", **options}
     served = Server(model).recommend(HISTORIES, seed=3, padding=padding, **options)
     assert torch.equal(served.ids, one.ids)
     assert torch.equal(served.scores, one.scores)
+
+
+@pytest.mark.parametrize("padding", ["published", "tied"])
+@pytest.mark.parametrize("delta", [0.001, 0.2])
+def test_all_steps_at_once(small_model, padding, delta):
+    model = small_model(lambda_uncertainty=delta).eval()
+    options = {"k": 9, "seed": 3, "padding": padding, "steps": 7}
+    one, other = both(model, HISTORIES, method="parallel", **options)
+    assert_same(one, other)
+    step_by_step = recommend(model, HISTORIES, method="euler", **options)
+    assert torch.equal(one.ids, step_by_step.ids)
+    torch.testing.assert_close(one.scores, step_by_step.scores, atol=1e-3, rtol=1e-4)
+    served = Server(model).recommend(HISTORIES, method="parallel", **options)
+    assert torch.equal(served.scores, one.scores)
+
+
+def test_one_step_is_one_step(model):
+    one = recommend(model, HISTORIES, k=9, seed=3, steps=1, method="parallel")
+    assert torch.equal(
+        one.scores, recommend(model, HISTORIES, k=9, seed=3, steps=1, method="euler").scores
+    )
 
 
 @pytest.mark.parametrize("width", [6, 36, 96])
@@ -183,6 +205,7 @@ def test_models_that_cannot_be_served(small_model, model):
         ({"histories": [[61]]}, "history 0 has item id 61"),
         ({"k": 61}, r"k must be in 1 \.\. 60"),
         ({"steps": 0}, "steps must be an integer of at least 1 or None, got 0"),
+        ({"method": "newton"}, "method must be one of .*got 'newton'"),
         ({"padding": "tight"}, "padding must be one of .*got 'tight'"),
         ({"exclude": []}, "exclude must have one list for each of 1 histories, got 0"),
         ({"exclude": [[61]]}, "got 61 in list 0"),

@@ -12,7 +12,7 @@ from fmrec_fast import noise, recommend, sample, use_rng
 from fmrec_fast.backend import dispatch_log, use_backend
 from fmrec_fast.data import Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
-from fmrec_fast.ops import encoder, euler_sampler
+from fmrec_fast.ops import encoder, euler_sampler, picard_sweep
 from fmrec_fast.reference import encoder as encoder_definition
 from fmrec_fast.reference.euler_sampler import leading_padding, tie_padding
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
@@ -133,6 +133,38 @@ def test_published_draws(small_model):
         got = sample(model, sequence, steps=3, padding="tied")
     expected = sample(model, sequence, steps=3, z0=z0, noise=tied(lam, mask))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.op("picard_sweep")
+def test_all_steps_at_once(place, small_model):
+    model, tensors, times, lam = padded_setup(small_model)
+    e, mask, z0, taus = tensors
+    x = torch.randn(len(e), len(times), 32, generator=torch.Generator().manual_seed(3))
+    model = model.to(place.device)
+    weights = model.fm.sampler_weights()
+    with torch.no_grad(), place.forced("picard_sweep"):
+        expected = picard_sweep(
+            *place.put(e, mask, x, taus), weights, noise=tied(lam, mask).to(place.device)
+        )
+        got = picard_sweep(
+            *place.put(e, mask, x, taus), weights, noise=lam.to(place.device), padding="tied"
+        )
+        seed, rows = torch.tensor(5), torch.arange(len(e))
+        drawn = torch.stack([noise.lam(seed, rows, i, *e.shape[1:], 0.5) for i in range(len(taus))])
+        of_stream = picard_sweep(*place.put(e, mask, x, taus), weights, seed=seed, padding="tied")
+        of_drawn = picard_sweep(
+            *place.put(e, mask, x, taus), weights, noise=drawn.to(place.device), padding="tied"
+        )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(of_stream, of_drawn, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_in_parallel(small_model):
+    model = small_model().eval()
+    sequence = make_sequences(5, 12, 61, 1, histories=("padding", "short", "long")).sequence
+    expected = sample(model, sequence, seed=1, padding="tied")
+    got = sample(model, sequence, seed=1, padding="tied", method="parallel")
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.op("encoder")

@@ -9,6 +9,7 @@ from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.picard_sweep import picard_sweep
 
 __all__ = [
     "ItemIndex",
@@ -23,6 +24,7 @@ __all__ = [
     "item_topk",
     "linear",
     "noise_fusion",
+    "picard_sweep",
     "prepare_items",
     "target_rank",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ class SamplerWeights:
     num_heads: int
     attention: str
     delta: float
+
+    @cached_property
+    def packed(self) -> Any:
+        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
+        call of the sampler and does not outlive it, so that no change of a weight is missed."""
+        return pack(self.blocks, self.num_heads)
 
 
 def euler_sampler(
@@ -98,7 +105,7 @@ def euler_sampler(
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
     tied = padding == "tied"
     if tied:
-        _check_equal_padding(e, mask)
+        check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
     tensors += [tensor for block in weights.blocks for tensor in block]
     if noise is not None:
@@ -207,7 +214,12 @@ def _composed(
     )
 
 
-def _check_equal_padding(e: Tensor, mask: Tensor) -> None:
+def check_equal_padding(e: Tensor, mask: Tensor) -> None:
+    """On the CPU, the leading padded positions of a row must hold equal embeddings.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
     if e.device.type != "cpu" or e.numel() == 0:  # elsewhere, looking would wait for the device
         return
     bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
@@ -277,7 +289,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        pack(weights.blocks, weights.num_heads),
+        weights.packed,
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),
