@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
+from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, noise, training
 from fmrec_fast import steps as step_study
 from fmrec_fast.config import PADDINGS, FMRecConfig
 from fmrec_fast.data import (
@@ -138,6 +138,26 @@ def build_parser():
         "--plot", default=None, help="also draw it (extra [bench]): .png, .pdf, .svg"
     )
     commands.add_subcommand("steps", fewer, help="what fewer sampling steps cost")
+
+    bench = ArgumentParser(
+        description="Time recommendations on this CPU: p50, p90 and p99 of a call, and throughput, "
+        "warm and cold (caches swept, weights packed)."
+    )
+    bench.add_argument("what", choices=("latency",), help="what is timed")
+    bench.add_argument("run", nargs="?", default=None, help="run directory; default: random model")
+    _add_checkpoint(bench)
+    bench.add_argument("--item_num", type=int, default=12102, help="V of the random model")
+    bench.add_argument("--hidden_size", type=int, default=128, help="of the random model")
+    bench.add_argument("--max_len", type=int, default=50, help="of the random model")
+    bench.add_argument("--num_blocks", type=int, default=4, help="of the random model")
+    bench.add_argument("--users", type=list[int], default=list(latency.USERS), help="as in [1,8]")
+    bench.add_argument(
+        "--threads", type=list[int], default=list(latency.THREADS), help="as in [1,2]"
+    )
+    bench.add_argument("-k", type=int, default=10, help="items per user")
+    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each line")
+    bench.add_argument("--json", default=None, help="also write the figures to this file")
+    commands.add_subcommand("bench", bench, help="time recommendations")
 
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
@@ -587,12 +607,47 @@ def _write_json_lines(table: Any, path: Path) -> None:
 
 
 def _env(options: Any) -> None:
-    from fmrec_fast import environment
-
     if options.json:
         print(json.dumps(environment.report(), indent=1))
     else:
         print("\n".join(environment.lines()))
+
+
+def _bench(options: Any) -> None:
+    if options.run is not None:
+        state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
+        model = checkpoint.build_model(state, torch.device("cpu"))
+    else:
+        model = latency.random_model(
+            options.item_num, options.hidden_size, options.max_len, options.num_blocks
+        )
+    print(latency.HEADER)
+    found = latency.measure(
+        model,
+        users=options.users,
+        threads=options.threads,
+        k=options.k,
+        steps=options.steps,
+        padding=options.padding,
+        seconds=options.seconds,
+        report=lambda one: print(latency.line(one), flush=True),
+    )
+    if options.json:
+        facts = {
+            "run": None if options.run is None else str(options.run),
+            "cpu": environment.processor(),
+            "torch": torch.__version__,
+            "item_num": model.item_num,
+            "hidden_size": model.config.hidden_size,
+            "max_len": model.config.max_len,
+            "num_blocks": model.config.num_blocks,
+            "steps": options.steps or model.fm.sample_N,
+            "padding": options.padding,
+            "latencies": latency.to_dict(found),
+        }
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _demo(options: Any) -> None:
@@ -607,6 +662,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "evaluate": _evaluate,
     "recommend": _recommend,
     "steps": _steps,
+    "bench": _bench,
     "env": _env,
     "demo": _demo,
 }

@@ -120,8 +120,8 @@ class Server:
 
     Changes of the weights are seen where PyTorch counts them: an optimizer's step,
     ``load_state_dict``, operations in place, a parameter that is replaced, ``model.to``. They are
-    not seen when written through ``parameter.data``, a numpy view, or another process's mapping of shared memory: call
-    `refresh` after those.
+    not seen when written through ``parameter.data``, a numpy view, or another process's mapping of
+    shared memory: call `refresh` after those.
 
     Args:
         model: in evaluation mode or not, dropout is off.

@@ -446,7 +446,9 @@ def test_wrong_numbers_are_refused(name, data):
     call = build(name, data)
     arguments = call.arguments()
     bad: dict[str, list] = {"num_threads": [0, -1, -(2**31), "2", None, 2**40]}
-    integers = {"seed", "start_seed", "step", "site", "position_offset", "position_stride"} & set(arguments)
+    integers = {"seed", "start_seed", "step", "site", "position_offset", "position_stride"} & set(
+        arguments
+    )
     for word in integers:
         if arguments[word] is not None:
             bad[word] = [2**63, -(2**63) - 1, 1.5, "1", True, np.zeros(2, np.int64), np.float32(1)]

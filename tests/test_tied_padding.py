@@ -138,7 +138,7 @@ def test_published_draws(small_model):
 @pytest.mark.op("picard_sweep")
 def test_all_steps_at_once(place, small_model):
     model, tensors, times, lam = padded_setup(small_model)
-    e, mask, z0, taus = tensors
+    e, mask, _, taus = tensors
     x = torch.randn(len(e), len(times), 32, generator=torch.Generator().manual_seed(3))
     model = model.to(place.device)
     weights = model.fm.sampler_weights()
