@@ -801,9 +801,13 @@ void run_ranges(const Kernels& kernels, const Arguments& a, const std::vector<st
 template <typename Kernels, typename Arguments>
 void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
     const std::int64_t size = group_size(a.encoder, batch, num_threads);
+    const std::int64_t groups = (batch + size - 1) / size;
+    // Equal groups, the larger ones first: 30 sequences on two threads are 8 + 7 on each.
     std::vector<std::int64_t> bounds;
-    for (std::int64_t begin = 0; begin < batch; begin += size) bounds.push_back(begin);
-    bounds.push_back(batch);
+    for (std::int64_t group = 0; group <= groups; ++group) {
+        const std::int64_t larger = batch % groups;
+        bounds.push_back(group * (batch / groups) + (group < larger ? group : larger));
+    }
     run_ranges(kernels, a, bounds, num_threads);
 }
 

@@ -240,7 +240,7 @@ def draw(found: Study, path: Path) -> None:
         left.plot(steps, [row.metrics[name] for row in found.rows], marker=".", label=name)
     left.set(xlabel="steps", ylabel="percent", xscale="log", xticks=steps, xticklabels=steps)
     left.set_ylim(bottom=0)
-    left.legend(fontsize="x-small", ncols=2)
+    left.legend(fontsize="x-small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.plot(steps, [row.overlap for row in found.rows], marker=".", label="same noise")
     right.axhline(
         found.noise_floor, color="grey", linestyle="--",
