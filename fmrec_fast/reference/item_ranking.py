@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores held at a time.
-CHUNK = 1 << 22
+# Scores held at a time: few enough for the caches.
+CHUNK = 1 << 20
 # Chunks are products of this many items, so that each item falls into a whole tile of the matrix
 # product: at a ragged edge equal items could get scores of different rounding.
 TILE = 64
