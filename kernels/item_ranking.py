@@ -30,8 +30,8 @@ from fmrec_fast.reference.item_ranking import (
 )
 
 # The pinned configuration, from registers and shared memory; not tuned by measurement.
-CONSTANTS = {"ROWS": 32, "ITEMS": 64, "DEPTH": 32}
-THREADS = 128
+CONSTANTS = {"ROWS": 32, "ITEMS": 64, "DEPTH": 16}
+THREADS = 256
 LISTED = {"ITEMS": 32, "DEPTH": 32}
 # What FMREC_FAST_AUTOTUNE=1 tries: (constants, threads).
 SEARCH = [
@@ -39,6 +39,8 @@ SEARCH = [
     for r, n, t in ((32, 64, 128), (64, 64, 128), (64, 64, 256), (64, 128, 256))
     for d in (16, 32, 64)
 ]
+# A product and its sum round once, as in the matrix product, whatever Triton's default.
+OPTIONS = {"enable_fp_fusion": True}
 WARP = 64 if torch.version.hip else 32
 # Slices are multiples of the widest tile, and lists have room for some of them beyond k.
 WIDEST = 128
@@ -49,28 +51,28 @@ LIST_BYTES, PROGRAMS = 24 << 20, 4
 _NO_ITEM: tl.constexpr = tl.constexpr(NO_ITEM)
 _NO_KEY: tl.constexpr = tl.constexpr(NO_KEY)
 _AFTER_ALL: tl.constexpr = tl.constexpr(2**31 - 1)
-_BEST = ["rows", "items", "depth", "stretch", "k", "capacity", "width", "slices"]
-_RANK = ["rows", "items", "depth", "stretch", "width", "slices"]
+_BEST = ["rows", "items", "stretch", "k", "capacity", "width", "slices"]
+_RANK = ["rows", "items", "stretch", "width", "slices"]
 
 
 @triton.jit
 def scores_of(
-    p_rep, p_weight, p_scale, p_bias, o_row, m_row, o_item, m_item, depth,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    p_rep, p_weight, p_scale, p_bias, o_row, m_row, o_item, m_item,
+    D: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ITEMS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, ITEMS]; the one place where scores are made."""
     b_score = tl.zeros((ROWS, ITEMS), tl.float32)
-    for first in range(0, depth, DEPTH):
+    for first in range(0, D, DEPTH):
         o_depth = first + tl.arange(0, DEPTH)
-        m_depth = o_depth < depth
+        m_depth = o_depth < D
         b_rep = tl.load(
-            p_rep + o_row.to(tl.int64)[:, None] * depth + o_depth[None, :],
+            p_rep + o_row.to(tl.int64)[:, None] * D + o_depth[None, :],
             mask=m_row[:, None] & m_depth[None, :],
             other=0.0,
         )  # [ROWS, DEPTH]
         b_weight = tl.load(
-            p_weight + o_item.to(tl.int64)[:, None] * depth + o_depth[None, :],
+            p_weight + o_item.to(tl.int64)[:, None] * D + o_depth[None, :],
             mask=m_item[:, None] & m_depth[None, :],
             other=0,
         ).to(tl.float32)  # [ITEMS, DEPTH]
@@ -110,11 +112,12 @@ def next_excluded(p_excluded, o_row, m_row, b_cursor, width):
 
 
 @triton.jit
-def cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS: tl.constexpr):
     """Keep each list's k best, in their order; ties at the end go to those that came first.
 
     Returns the new counts and the k-th best orders (NO_ITEM where there are fewer).
     """
+    WIDE: tl.constexpr = 32  # places at a time: wider ones need too many registers
     tl.debug_barrier()
     # The k-th largest, bit by bit from the highest, as an unsigned number.
     b_kth = tl.zeros((ROWS,), tl.int64)
@@ -160,8 +163,8 @@ def cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS: tl.constexpr, W
 @triton.jit(do_not_specialize=_BEST)
 def best_kernel(
     p_rep, p_weight, p_scale, p_bias, p_items, p_excluded, p_cursor, p_order, p_ids, p_keys,
-    rows, items, depth, stretch, k, capacity, width, slices,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ITEMS: tl.constexpr,
+    rows, items, stretch, k, capacity, width, slices,
+    D: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ITEMS: tl.constexpr,
     HAS_EXCLUDED: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Keys [rows, slices, k] of one slice's best. Grid (slices, row tiles)."""
@@ -185,8 +188,8 @@ def best_kernel(
             end = tl.max(o_item, axis=0) + 1
         b_order = as_order(
             scores_of(
-                p_rep, p_weight, p_scale, p_bias, o_row, m_row, o_item, m_item, depth,
-                HAS_SCALE, HAS_BIAS, ROWS, ITEMS, DEPTH,
+                p_rep, p_weight, p_scale, p_bias, o_row, m_row, o_item, m_item,
+                D, HAS_SCALE, HAS_BIAS, ROWS, ITEMS, DEPTH,
             )
         )  # fmt: skip
         if HAS_EXCLUDED:
@@ -203,10 +206,8 @@ def best_kernel(
             tl.store(p_ids + o_to, b_ids, mask=m_better)
             b_count += b_more
             if tl.max(b_count, axis=0) > capacity - ITEMS:
-                b_count, b_worst = cut_back(
-                    p_order, p_ids, o_list, b_count, k, capacity, ROWS, ITEMS
-                )
-    b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS, ITEMS)
+                b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS)
+    b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS)
     o_keys = (o_row.to(tl.int64) * slices + piece) * k
     for first in range(0, k, ITEMS):
         o_at = first + tl.arange(0, ITEMS)
@@ -222,8 +223,8 @@ def best_kernel(
 @triton.jit(do_not_specialize=_RANK)
 def rank_kernel(
     p_rep, p_weight, p_bias, p_target, p_excluded, p_cursor, p_ahead,
-    rows, items, depth, stretch, width, slices,
-    HAS_BIAS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS: tl.constexpr,
+    rows, items, stretch, width, slices,
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS: tl.constexpr,
     ITEMS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Items of one slice that are ahead of the target: int32 [rows, slices]."""
@@ -236,8 +237,8 @@ def rank_kernel(
     m_owner = (o_lane < ROWS) & (o_owner < rows)
     o_wanted = tl.load(p_target + o_owner, mask=m_owner, other=0)
     b_score = scores_of(
-        p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_wanted, m_owner, depth,
-        False, HAS_BIAS, ROWS, ITEMS, DEPTH,
+        p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_wanted, m_owner,
+        D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
     )  # fmt: skip
     m_own = tl.arange(0, ROWS)[:, None] == o_lane[None, :]
     b_own = tl.sum(tl.where(m_own, b_score, 0.0), axis=1)
@@ -250,8 +251,8 @@ def rank_kernel(
         o_item = begin + tl.arange(0, ITEMS)
         m_item = o_item < items
         b_score = scores_of(
-            p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_item, m_item, depth,
-            False, HAS_BIAS, ROWS, ITEMS, DEPTH,
+            p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_item, m_item,
+            D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
         )  # fmt: skip
         # What does not compare (NaN) is ahead.
         m_first = o_item[None, :] < b_target[:, None]
@@ -267,9 +268,10 @@ def rank_kernel(
     tl.store(p_ahead + o_row * slices + piece, b_ahead, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["depth", "count"])
+@triton.jit(do_not_specialize=["count"])
 def listed_kernel(
-    p_rep, p_weight, p_items, p_scores, depth, count, ITEMS: tl.constexpr, DEPTH: tl.constexpr
+    p_rep, p_weight, p_items, p_scores, count,
+    D: tl.constexpr, ITEMS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """scores [B, C] of each row's own items [B, C]; 0 where the item is -1. Grid (B, tiles)."""
     row = tl.program_id(0).to(tl.int64)
@@ -278,11 +280,11 @@ def listed_kernel(
     o_item = tl.load(p_items + row * count + o_place, mask=m_place, other=-1)
     m_item = o_item >= 0
     b_sum = tl.zeros((ITEMS, DEPTH), tl.float32)
-    for first in range(0, depth, DEPTH):
+    for first in range(0, D, DEPTH):
         o_depth = first + tl.arange(0, DEPTH)
-        m_depth = o_depth < depth
-        b_rep = tl.load(p_rep + row * depth + o_depth, mask=m_depth, other=0.0)
-        o_weight = o_item[:, None] * depth + o_depth[None, :]
+        m_depth = o_depth < D
+        b_rep = tl.load(p_rep + row * D + o_depth, mask=m_depth, other=0.0)
+        o_weight = o_item[:, None] * D + o_depth[None, :]
         m_weight = m_item[:, None] & m_depth[None, :]
         b_weight = tl.load(p_weight + o_weight, mask=m_weight, other=0)  # [ITEMS, DEPTH]
         b_sum += b_weight.to(tl.float32) * b_rep[None, :]
@@ -309,7 +311,9 @@ def item_topk(
         scores = rep.new_empty(items.shape)
         grid = (rows, triton.cdiv(items.shape[1], LISTED["ITEMS"]))
         with torch.cuda.device_of(rep):
-            listed_kernel[grid](rep, weight, items, scores, depth, items.shape[1], **LISTED)
+            listed_kernel[grid](
+                rep, weight, items, scores, items.shape[1], D=depth, **LISTED, **OPTIONS
+            )
         return from_keys(candidate_keys(scores, items, scale, bias, exclude).topk(k).values)
     places = weight.shape[0] if items is None else items.shape[0]
     capacity = triton.cdiv(k, WIDEST) * WIDEST + 2 * WIDEST
@@ -321,9 +325,10 @@ def item_topk(
     _launch(
         _best(),
         lambda meta: (slices, triton.cdiv(rows, meta["ROWS"])),
-        (rep, weight, _or(scale, none), _or(bias, none), _or(items, none), _or(excluded, none))
-        + (_or(cursor, none), lists[0], lists[1], keys)
-        + (rows, places, depth, stretch, k, capacity, width, slices),
+        *(rep, weight, _or(scale, none), _or(bias, none), _or(items, none)),
+        *(_or(excluded, none), _or(cursor, none), lists[0], lists[1], keys),
+        *(rows, places, stretch, k, capacity, width, slices),
+        D=depth,
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_ITEMS=items is not None,
@@ -351,8 +356,9 @@ def target_rank(
     _launch(
         _rank(),
         lambda meta: (slices, triton.cdiv(rows, meta["ROWS"])),
-        (rep, weight, _or(bias, ahead), target, _or(excluded, ahead), _or(cursor, ahead), ahead)
-        + (rows, items, depth, stretch, width, slices),
+        *(rep, weight, _or(bias, ahead), target, _or(excluded, ahead), _or(cursor, ahead)),
+        *(ahead, rows, items, stretch, width, slices),
+        D=depth,
         HAS_BIAS=bias is not None,
         HAS_EXCLUDED=excluded is not None,
     )
@@ -404,14 +410,14 @@ def _tuned(kernel) -> tuple:
     if os.environ.get("FMREC_FAST_AUTOTUNE", "0") != "1" or triton.knobs.runtime.interpret:
         return kernel, {**CONSTANTS, "num_warps": THREADS // WARP}
     configs = [triton.Config(c, num_warps=t // WARP) for c, t in SEARCH]
-    return triton.autotune(configs, key=["depth"])(kernel), {}
+    return triton.autotune(configs, key=["D"])(kernel), {}
 
 
-def _launch(tuned: tuple, grid, arguments: tuple, **flags: bool) -> None:
+def _launch(tuned: tuple, grid, *arguments, **flags) -> None:
     kernel, constants = tuned
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **flags, **constants)
+        kernel[grid](*arguments, **flags, **constants, **OPTIONS)
 
 
 def _compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
@@ -423,9 +429,9 @@ def _compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
     return {
         "kernel": kernel,
         "signature": signature | dict.fromkeys(scalars.split(), "i32"),
-        "constants": constants,
+        "constants": {"D": 128} | constants,
         "threads": THREADS,
-        "options": {},
+        "options": OPTIONS,
     }
 
 
@@ -443,5 +449,5 @@ COMPILE_CASES = [
         " ".join(_RANK),
         {"HAS_BIAS": True, "HAS_EXCLUDED": True} | CONSTANTS,
     ),
-    _compile_case(listed_kernel, "p_rep p_weight p_items p_scores", "depth count", LISTED),
+    _compile_case(listed_kernel, "p_rep p_weight p_items p_scores", "count", LISTED),
 ]
