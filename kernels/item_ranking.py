@@ -48,6 +48,8 @@ WIDEST = 128
 # as one.
 LIST_BYTES, PROGRAMS = 24 << 20, 4
 
+# Places of a list that are looked at together; wider ones spill. The interpreter has no registers.
+_WIDE: tl.constexpr = tl.constexpr(128 if triton.knobs.runtime.interpret else 16)
 _NO_ITEM: tl.constexpr = tl.constexpr(NO_ITEM)
 _NO_KEY: tl.constexpr = tl.constexpr(NO_KEY)
 _AFTER_ALL: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -112,20 +114,20 @@ def next_excluded(p_excluded, o_row, m_row, b_cursor, width):
 
 
 @triton.jit
-def cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS: tl.constexpr):
+def cut_back(p_order, p_ids, o_list, b_count, k, ROWS: tl.constexpr):
     """Keep each list's k best, in their order; ties at the end go to those that came first.
 
     Returns the new counts and the k-th best orders (NO_ITEM where there are fewer).
     """
-    WIDE: tl.constexpr = 32  # places at a time: wider ones need too many registers
     tl.debug_barrier()
+    longest = tl.max(b_count, axis=0)
     # The k-th largest, bit by bit from the highest, as an unsigned number.
     b_kth = tl.zeros((ROWS,), tl.int64)
     for bit in range(0, 32):
         b_try = b_kth + (tl.full((ROWS,), 1, tl.int64) << (31 - bit))
         b_reach = tl.zeros((ROWS,), tl.int32)
-        for first in range(0, capacity, WIDE):
-            o_at = first + tl.arange(0, WIDE)
+        for first in range(0, longest, _WIDE):
+            o_at = first + tl.arange(0, _WIDE)
             m_at = o_at[None, :] < b_count[:, None]
             b_order = tl.load(p_order + o_list[:, None] + o_at[None, :], mask=m_at, other=0)
             m_reach = m_at & (b_order.to(tl.int64) + 2147483648 >= b_try[:, None])
@@ -133,15 +135,15 @@ def cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS: tl.constexpr):
         b_kth = tl.where(b_reach >= k, b_try, b_kth)
     b_worst = (b_kth - 2147483648).to(tl.int32)
     b_above = tl.zeros((ROWS,), tl.int32)
-    for first in range(0, capacity, WIDE):
-        o_at = first + tl.arange(0, WIDE)
+    for first in range(0, longest, _WIDE):
+        o_at = first + tl.arange(0, _WIDE)
         m_at = o_at[None, :] < b_count[:, None]
         b_order = tl.load(p_order + o_list[:, None] + o_at[None, :], mask=m_at, other=0)
         b_above += tl.sum((m_at & (b_order > b_worst[:, None])).to(tl.int32), axis=1)
     b_ties = k - b_above  # that may stay
     b_kept = tl.zeros((ROWS,), tl.int32)
-    for first in range(0, capacity, WIDE):
-        o_at = first + tl.arange(0, WIDE)
+    for first in range(0, longest, _WIDE):
+        o_at = first + tl.arange(0, _WIDE)
         m_at = o_at[None, :] < b_count[:, None]
         o_from = o_list[:, None] + o_at[None, :]
         b_order = tl.load(p_order + o_from, mask=m_at, other=0)
@@ -206,8 +208,10 @@ def best_kernel(
             tl.store(p_ids + o_to, b_ids, mask=m_better)
             b_count += b_more
             if tl.max(b_count, axis=0) > capacity - ITEMS:
-                b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS)
-    b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, capacity, ROWS)
+                b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, ROWS)
+    if tl.max(b_count, axis=0) > k:
+        b_count, b_worst = cut_back(p_order, p_ids, o_list, b_count, k, ROWS)
+    tl.debug_barrier()
     o_keys = (o_row.to(tl.int64) * slices + piece) * k
     for first in range(0, k, ITEMS):
         o_at = first + tl.arange(0, ITEMS)

@@ -70,8 +70,8 @@ def check(place, rep, weight, k, exclude):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_against_brute_force(place, data):
-    if place.backend is Backend.TRITON and data.draw(st.integers(0, 9)):
-        return  # the interpreter takes its time: a tenth of the examples
+    if place.backend is Backend.TRITON and data.draw(st.integers(0, 19)):
+        return  # the interpreter takes its time: a twentieth of the examples
     batch, items = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 40))
     width, seed = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 2**20))
     k = data.draw(st.integers(1, items))
@@ -79,7 +79,7 @@ def test_against_brute_force(place, data):
     check(place, *integers(batch, width, items, seed), k, exclude)
 
 
-@pytest.mark.parametrize("shape", [(5, 96, 1009), (1, 36, 4099), (0, 36, 61), (3, 128, 61)])
+@pytest.mark.parametrize("shape", [(5, 96, 509), (1, 36, 1031), (0, 36, 61), (3, 128, 61)])
 @pytest.mark.parametrize("excluded", [0, 30])
 def test_awkward_sizes(place, shape, excluded):
     exclude = draw_exclusions(shape[0], shape[2], excluded, 1)
@@ -130,7 +130,7 @@ def floats(batch: int, width: int, items: int, seed: int) -> tuple[Tensor, Tenso
     return torch.randn(batch, width, generator=g), torch.randn(items, width, generator=g)
 
 
-@pytest.mark.parametrize("shape", [(5, 96, 1009), (1, 36, 4099), (3, 128, 61)])
+@pytest.mark.parametrize("shape", [(5, 96, 509), (1, 36, 1031), (3, 128, 61)])
 def test_scores_against_float64(place, shape):
     rep, weight = floats(*shape, seed=2)
     with place.forced("item_ranking"):
@@ -367,8 +367,8 @@ def test_compiles_without_a_break():
 
 
 def test_permutation_of_items(place):
-    rep, weight = floats(5, 36, 1009, 6)
-    order = torch.randperm(1009, generator=torch.Generator().manual_seed(1))
+    rep, weight = floats(5, 36, 509, 6)
+    order = torch.randperm(509, generator=torch.Generator().manual_seed(1))
     with place.forced("item_ranking"):
         _, ids = item_topk(*place.put(rep, weight), 30)
         _, shuffled = item_topk(*place.put(rep, weight[order]), 30)
