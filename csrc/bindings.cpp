@@ -426,8 +426,18 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = g.sums[o];
 }
 
-// rep [B, D], weight [V, D], and bias and exclude where they are given. The ids are checked by the
-// caller: a look at all of them belongs to one place.
+void check_items(const py::array& ids, const char* name, std::int64_t least, std::int64_t items) {
+    const std::int64_t* id = data<std::int64_t>(ids);
+    for (py::ssize_t i = 0; i < ids.size(); ++i) {
+        if (id[i] < least || id[i] >= items) {
+            throw py::value_error(std::string(name) + " must be in " + std::to_string(least) +
+                                  " .. V - 1 = " + std::to_string(items - 1) + ", got " +
+                                  std::to_string(id[i]));
+        }
+    }
+}
+
+// rep [B, D], weight [V, D], and bias and exclude where they are given.
 RankingCall ranking_call(const py::array& rep, const py::array& weight, const py::object& scale_,
                          const py::object& bias_, const py::object& exclude_, int num_threads) {
     RankingCall call{};
@@ -445,6 +455,9 @@ RankingCall ranking_call(const py::array& rep, const py::array& weight, const py
                   : weight.itemsize() == 2 ? TableType::bfloat16
                                            : TableType::int8;
     call.num_threads = check_threads(num_threads);
+    if ((call.a.type == TableType::int8) != !scale_.is_none()) {
+        throw py::value_error("an int8 weight comes with a scale, no other does");
+    }
     if (!scale_.is_none()) {
         const py::array scale = input<float>(scale_, "scale", 1);
         check_shape(scale, "scale", "[V]", {call.items});
@@ -458,6 +471,7 @@ RankingCall ranking_call(const py::array& rep, const py::array& weight, const py
     if (!exclude_.is_none()) {
         const py::array exclude = input<std::int64_t>(exclude_, "exclude", 2);
         check_shape(exclude, "exclude", "[B, E]", {call.rows, exclude.shape(1)});
+        check_items(exclude, "exclude", -1, call.items);
         call.exclude = data<std::int64_t>(exclude);
         call.excludes = exclude.shape(1);
     }
@@ -491,6 +505,7 @@ void item_topk(const py::object& rep_, const py::object& weight_, const py::obje
         const py::array array = input<std::int64_t>(candidates_, "candidates", per_row ? 2 : 1);
         count = array.shape(per_row ? 1 : 0);
         if (per_row) check_shape(array, "candidates", "[B, C]", {call.rows, count});
+        check_items(array, "candidates", -1, call.items);
         candidates = data<std::int64_t>(array);
     }
     if (is_empty(scores)) return;
@@ -508,6 +523,7 @@ void target_rank(const py::object& rep_, const py::object& weight_, const py::ob
     const py::array wanted = input<std::int64_t>(target_, "target", 1);
     py::array ranks = output<std::int64_t>(ranks_, "ranks", 1);
     check_shape(wanted, "target", "[B]", {call.rows});
+    check_items(wanted, "target", 0, call.items);
     check_shape(ranks, "ranks", "[B]", {call.rows});
     if (is_empty(ranks)) return;
     std::int64_t* const to = static_cast<std::int64_t*>(ranks.mutable_data());

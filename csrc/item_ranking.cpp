@@ -5,8 +5,8 @@
 namespace fmrec {
 namespace {
 
-// out[j, i] = in[i][j] for a square of FLOATS x FLOATS.
-FMREC_INLINE void transpose(const f32v* in, float* out, int64_t out_row) {
+// out[j][i] = in[i][j] for a square of FLOATS x FLOATS.
+FMREC_INLINE void transpose(const f32v* in, f32v* out) {
 #if defined(__AVX512F__)
     __m512 a[16], b[16];
 #pragma GCC unroll 16
@@ -30,10 +30,10 @@ FMREC_INLINE void transpose(const f32v* in, float* out, int64_t out_row) {
         const __m512 even1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
         const __m512 odd0 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
         const __m512 odd1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-        _mm512_storeu_ps(out + c * out_row, _mm512_shuffle_f32x4(even0, even1, 0x88));
-        _mm512_storeu_ps(out + (4 + c) * out_row, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
-        _mm512_storeu_ps(out + (8 + c) * out_row, _mm512_shuffle_f32x4(even0, even1, 0xdd));
-        _mm512_storeu_ps(out + (12 + c) * out_row, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+        out[c] = (f32v)_mm512_shuffle_f32x4(even0, even1, 0x88);
+        out[4 + c] = (f32v)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        out[8 + c] = (f32v)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+        out[12 + c] = (f32v)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
     }
 #elif defined(__AVX2__)
     __m256 a[8], b[8];
@@ -53,26 +53,24 @@ FMREC_INLINE void transpose(const f32v* in, float* out, int64_t out_row) {
     }
 #pragma GCC unroll 8
     for (int c = 0; c < 4; ++c) {
-        _mm256_storeu_ps(out + c * out_row, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
-        _mm256_storeu_ps(out + (4 + c) * out_row, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+        out[c] = (f32v)_mm256_permute2f128_ps(a[c], a[4 + c], 0x20);
+        out[4 + c] = (f32v)_mm256_permute2f128_ps(a[c], a[4 + c], 0x31);
     }
 #elif defined(__SSE2__)
     __m128 a = (__m128)in[0], b = (__m128)in[1], c = (__m128)in[2], d = (__m128)in[3];
     _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(out, a);
-    _mm_storeu_ps(out + out_row, b);
-    _mm_storeu_ps(out + 2 * out_row, c);
-    _mm_storeu_ps(out + 3 * out_row, d);
+    out[0] = (f32v)a;
+    out[1] = (f32v)b;
+    out[2] = (f32v)c;
+    out[3] = (f32v)d;
 #else
     for (int i = 0; i < FLOATS; ++i) {
-        for (int j = 0; j < FLOATS; ++j) out[j * out_row + i] = in[i][j];
+        for (int j = 0; j < FLOATS; ++j) out[j][i] = in[i][j];
     }
 #endif
 }
 
 typedef uint16_t bfloat16;
-typedef bfloat16 bf16v __attribute__((vector_size(FMREC_VECTOR_BYTES / 2)));
-typedef int8_t i8v __attribute__((vector_size(FMREC_VECTOR_BYTES / 4)));
 
 FMREC_INLINE float as_float(uint32_t bits) {
     float value;
@@ -84,16 +82,33 @@ FMREC_INLINE float widened(float x) { return x; }
 FMREC_INLINE float widened(bfloat16 x) { return as_float((uint32_t)x << 16); }
 FMREC_INLINE float widened(int8_t x) { return (float)x; }
 
+// FLOATS elements. As instructions: GCC 12 converts vectors of other widths element by element.
 FMREC_INLINE f32v widened_vector(const float* source) { return load(source); }
 FMREC_INLINE f32v widened_vector(const bfloat16* source) {
-    bf16v half;
-    __builtin_memcpy(&half, source, sizeof half);
-    return (f32v)(__builtin_convertvector(half, u32v) << 16);
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256((const __m256i*)source);
+    return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+    const __m128i half = _mm_loadu_si128((const __m128i*)source);
+    return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+    f32v out;
+    for (int i = 0; i < FLOATS; ++i) out[i] = widened(source[i]);
+    return out;
+#endif
 }
 FMREC_INLINE f32v widened_vector(const int8_t* source) {
-    i8v small;
-    __builtin_memcpy(&small, source, sizeof small);
-    return __builtin_convertvector(__builtin_convertvector(small, i32v), f32v);
+#if defined(__AVX512F__)
+    const __m128i small = _mm_loadu_si128((const __m128i*)source);
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(small));
+#elif defined(__AVX2__)
+    const __m128i small = _mm_loadl_epi64((const __m128i*)source);
+    return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(small));
+#else
+    f32v out;
+    for (int i = 0; i < FLOATS; ++i) out[i] = widened(source[i]);
+    return out;
+#endif
 }
 
 FMREC_INLINE int64_t item_at(const ItemRanking* a, int64_t position) {
@@ -102,30 +117,84 @@ FMREC_INLINE int64_t item_at(const ItemRanking* a, int64_t position) {
 
 FMREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The items at positions [begin, begin + count) as the columns of `panel`, [depth, RANKING_PANEL];
-// the columns beyond repeat the last.
+// FLOATS items of a panel, from its `first` on; beyond the panel's last item, that one again.
+template <typename Element>
+FMREC_INLINE void items_of(const ItemRanking* a, int64_t begin, int64_t count, int64_t first,
+                           const Element** rows) {
+    for (int64_t i = 0; i < FLOATS; ++i) {
+        const int64_t item = item_at(a, begin + least(first + i, count - 1));
+        rows[i] = (const Element*)a->weight + item * a->depth;
+    }
+}
+
+// Channels k .. k + FLOATS - 1 of FLOATS items, a vector of items for each.
+template <typename Element>
+FMREC_INLINE void channels_of(const Element* const* rows, int64_t k, f32v* channels) {
+    f32v square[FLOATS];
+#pragma GCC unroll 16
+    for (int i = 0; i < FLOATS; ++i) square[i] = widened_vector(rows[i] + k);
+    transpose(square, channels);
+}
+
+template <typename Element>
+FMREC_INLINE f32v channel_of(const Element* const* rows, int64_t k) {
+    f32v channel;
+    for (int i = 0; i < FLOATS; ++i) channel[i] = widened(rows[i][k]);
+    return channel;
+}
+
+// The items at positions [begin, begin + count) as the columns of `panel`, [depth, RANKING_PANEL].
 template <typename Element>
 void pack_as(const ItemRanking* a, int64_t begin, int64_t count, float* panel) {
     const int64_t depth = a->depth;
-    const Element* const weight = (const Element*)a->weight;
     for (int64_t first = 0; first < RANKING_PANEL; first += FLOATS) {
         const Element* rows[FLOATS];
-        for (int64_t i = 0; i < FLOATS; ++i) {
-            const int64_t at = least(first + i, count - 1);
-            rows[i] = weight + item_at(a, begin + at) * depth;
-        }
+        items_of(a, begin, count, first, rows);
+        float* out = panel + first;
         int64_t k = 0;
         for (; k + FLOATS <= depth; k += FLOATS) {
-            f32v square[FLOATS];
+            f32v channels[FLOATS];
+            channels_of(rows, k, channels);
 #pragma GCC unroll 16
-            for (int i = 0; i < FLOATS; ++i) square[i] = widened_vector(rows[i] + k);
-            transpose(square, panel + k * RANKING_PANEL + first, RANKING_PANEL);
+            for (int j = 0; j < FLOATS; ++j) store(out + (k + j) * RANKING_PANEL, channels[j]);
         }
-        for (; k < depth; ++k) {
-            for (int64_t i = 0; i < FLOATS; ++i) {
-                panel[k * RANKING_PANEL + first + i] = widened(rows[i][k]);
+        for (; k < depth; ++k) store(out + k * RANKING_PANEL, channel_of(rows, k));
+    }
+}
+
+// scores [RANKING_PANEL] of one row without packing; the sums are those of the packed product.
+template <typename Element>
+void score_row_as(const ItemRanking* a, int64_t row, int64_t begin, int64_t count, float* scores) {
+    const int64_t depth = a->depth;
+    const float* rep = a->rep + row * depth;
+    // The next panel is asked for line by line: a burst would wait for the memory.
+    const int64_t next = a->items ? 0 : RANKING_PANEL * depth;
+    for (int64_t first = 0; first < RANKING_PANEL; first += FLOATS) {
+        const Element* rows[FLOATS];
+        items_of(a, begin, count, first, rows);
+        f32v total = broadcast(0.0f);
+        int64_t k = 0;
+        for (; k + FLOATS <= depth; k += FLOATS) {
+            if (k * (int64_t)sizeof(Element) % 64 == 0) {
+#pragma GCC unroll 16
+                for (int i = 0; i < FLOATS; ++i) __builtin_prefetch(rows[i] + k + next, 0, 2);
             }
+            f32v channels[FLOATS];
+            channels_of(rows, k, channels);
+#pragma GCC unroll 16
+            for (int j = 0; j < FLOATS; ++j) total += broadcast(rep[k + j]) * channels[j];
         }
+        for (; k < depth; ++k) total += broadcast(rep[k]) * channel_of(rows, k);
+        store(scores + first, total);
+    }
+}
+
+FMREC_INLINE void score_row(const ItemRanking* a, int64_t row, int64_t begin, int64_t count,
+                            float* scores) {
+    switch (a->type) {
+        case TableType::float32: score_row_as<float>(a, row, begin, count, scores); break;
+        case TableType::bfloat16: score_row_as<bfloat16>(a, row, begin, count, scores); break;
+        case TableType::int8: score_row_as<int8_t>(a, row, begin, count, scores); break;
     }
 }
 
@@ -160,20 +229,15 @@ FMREC_INLINE void fetch_ahead(const ItemRanking* a, int64_t begin, int64_t end, 
     }
 }
 
-// scores [rows, RANKING_PANEL] of rows [row, row + rows) and the packed items.
-void score(const ItemRanking* a, int64_t row, int64_t rows, const float* panel, float* scores,
-           const float* factor, const float* offset) {
-    const Product block = {a->rep + row * a->depth, a->depth, 1, panel, RANKING_PANEL, nullptr,
-                           nullptr, false, scores, RANKING_PANEL, a->depth};
-    multiply(&block, rows, RANKING_PANEL);
-    if (!factor && !offset) return;
-    for (int64_t at = 0; at < rows * RANKING_PANEL; at += FLOATS) {
-        f32v value = load(scores + at);
-        if (factor) value *= load(factor + at % RANKING_PANEL);
-        if (offset) value += load(offset + at % RANKING_PANEL);
-        store(scores + at, value);
-    }
-}
+// What the scores of a panel are made from.
+struct Panel {
+    const ItemRanking* a;
+    int64_t begin, count;
+    bool packed;
+    float *items, *scores;
+    const float *factor, *offset;
+    alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
+};
 
 // The values of the panel's items, or null where there are none.
 FMREC_INLINE const float* of_panel(const ItemRanking* a, const float* values, int64_t begin,
@@ -183,6 +247,40 @@ FMREC_INLINE const float* of_panel(const ItemRanking* a, const float* values, in
         out[i] = values[item_at(a, begin + least(i, count - 1))];
     }
     return out;
+}
+
+// For a single row packing would be the most of the work.
+FMREC_INLINE void open_panel(Panel* p, const ItemRanking* a, int64_t rows, int64_t begin,
+                             int64_t end, float* scratch) {
+    p->a = a;
+    p->begin = begin;
+    p->count = least(end - begin, RANKING_PANEL);
+    p->packed = rows > 1;
+    p->items = scratch;
+    p->scores = scratch + RANKING_PANEL * a->depth;
+    if (p->packed) pack(a, begin, p->count, p->items);
+    p->factor = of_panel(a, a->scale, begin, p->count, p->factors);
+    p->offset = of_panel(a, a->bias, begin, p->count, p->offsets);
+}
+
+// p->scores [rows, RANKING_PANEL] of rows [row, row + rows).
+void score(const Panel* p, int64_t row, int64_t rows) {
+    const ItemRanking* a = p->a;
+    float* const scores = p->scores;
+    if (p->packed) {
+        const Product block = {a->rep + row * a->depth, a->depth, 1, p->items, RANKING_PANEL,
+                               nullptr, nullptr, false, scores, RANKING_PANEL, a->depth};
+        multiply(&block, rows, RANKING_PANEL);
+    } else {
+        score_row(a, row, p->begin, p->count, scores);
+    }
+    if (!p->factor && !p->offset) return;
+    for (int64_t at = 0; at < rows * RANKING_PANEL; at += FLOATS) {
+        f32v value = load(scores + at);
+        if (p->factor) value *= load(p->factor + at % RANKING_PANEL);
+        if (p->offset) value += load(p->offset + at % RANKING_PANEL);
+        store(scores + at, value);
+    }
 }
 
 // Bit i: not (x[i] <= y[i]), which holds where one is NaN.
@@ -242,21 +340,18 @@ void insert(const ItemRanking* a, const BestItems* best, int64_t row, float scor
 
 void best_items(const ItemRanking* a, const BestItems* best, int64_t first, int64_t last,
                 int64_t begin, int64_t end, float* scratch) {
-    float* const panel = scratch;
-    float* const scores = panel + RANKING_PANEL * a->depth;
-    alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
+    Panel panel;
+    const float* const scores = scratch + RANKING_PANEL * a->depth;
     const int64_t tiles = (last - first + RANKING_ROWS - 1) / RANKING_ROWS;
     for (int64_t at = begin; at < end; at += RANKING_PANEL) {
-        const int64_t count = least(end - at, RANKING_PANEL);
+        open_panel(&panel, a, last - first, at, end, scratch);
+        const int64_t count = panel.count;
         const uint64_t there = count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
-        pack(a, at, count, panel);
-        const float* factor = of_panel(a, a->scale, at, count, factors);
-        const float* offset = of_panel(a, a->bias, at, count, offsets);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row = first + t * RANKING_ROWS;
             const int64_t rows = least(last - row, RANKING_ROWS);
-            fetch_ahead(a, at, end, t, tiles);
-            score(a, row, rows, panel, scores, factor, offset);
+            if (panel.packed) fetch_ahead(a, at, end, t, tiles);
+            score(&panel, row, rows);
             for (int64_t i = 0; i < rows; ++i) {
                 const float* of_row = scores + i * RANKING_PANEL;
                 const f32v threshold = broadcast(best->threshold[row + i]);
@@ -281,20 +376,17 @@ FMREC_INLINE bool is_ahead(float score, int64_t item, float of_target, int64_t t
 
 void count_ahead(const ItemRanking* a, const TargetRank* rank, int64_t first, int64_t last,
                  int64_t begin, int64_t end, float* scratch) {
-    float* const panel = scratch;
-    float* const scores = panel + RANKING_PANEL * a->depth;
-    alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
+    Panel panel;
+    const float* const scores = scratch + RANKING_PANEL * a->depth;
     const int64_t tiles = (last - first + RANKING_ROWS - 1) / RANKING_ROWS;
     for (int64_t at = begin; at < end; at += RANKING_PANEL) {
-        const int64_t count = least(end - at, RANKING_PANEL);
-        pack(a, at, count, panel);
-        const float* factor = of_panel(a, a->scale, at, count, factors);
-        const float* offset = of_panel(a, a->bias, at, count, offsets);
+        open_panel(&panel, a, last - first, at, end, scratch);
+        const int64_t count = panel.count;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row0 = first + t * RANKING_ROWS;
             const int64_t rows = least(last - row0, RANKING_ROWS);
-            fetch_ahead(a, at, end, t, tiles);
-            score(a, row0, rows, panel, scores, factor, offset);
+            if (panel.packed) fetch_ahead(a, at, end, t, tiles);
+            score(&panel, row0, rows);
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t row = row0 + i, target = rank->target[row];
                 const float* of_row = scores + i * RANKING_PANEL;
@@ -338,16 +430,12 @@ void count_ahead(const ItemRanking* a, const TargetRank* rank, int64_t first, in
 }
 
 void diagonal(const ItemRanking* a, int64_t first, int64_t last, float* out, float* scratch) {
-    float* const panel = scratch;
-    float* const scores = panel + RANKING_PANEL * a->depth;
-    alignas(64) float factors[RANKING_PANEL], offsets[RANKING_PANEL];
+    Panel panel;
+    const float* const scores = scratch + RANKING_PANEL * a->depth;
     for (int64_t at = first; at < last; at += RANKING_PANEL) {
-        const int64_t count = least(last - at, RANKING_PANEL);
-        pack(a, at, count, panel);
-        const float* factor = of_panel(a, a->scale, at, count, factors);
-        const float* offset = of_panel(a, a->bias, at, count, offsets);
-        for (int64_t i = 0; i < count; ++i) {
-            score(a, at + i, 1, panel, scores, factor, offset);
+        open_panel(&panel, a, last - first, at, last, scratch);
+        for (int64_t i = 0; i < panel.count; ++i) {
+            score(&panel, at + i, 1);
             out[at + i] = scores[i];
         }
     }

@@ -16,6 +16,8 @@ namespace {
 
 // Rows ranked in one pass over the items, and items that a thread takes at a time.
 constexpr std::int64_t MOST_ROWS = 1024, CHUNK = 16 * RANKING_PANEL;
+// From so many rows on a thread packs the items for itself.
+constexpr std::int64_t ROWS_FOR_A_THREAD = 128;
 // What the threads' keys may take together; a second thread for the same rows must fit in.
 constexpr std::int64_t MOST_KEY_BYTES = std::int64_t{16} << 20;
 // Multiplications below which a second thread costs more than it brings.
@@ -102,9 +104,12 @@ void best_of_block(const ItemRankingKernels& kernels, const ItemRanking& a, std:
     const std::int64_t chunks = (positions + CHUNK - 1) / CHUNK;
     const bool worth_it = rows * positions * a.depth >= GRAIN && chunks > 1;
     const std::int64_t fit = std::max<std::int64_t>(1, MOST_KEY_BYTES / (rows * capacity * 8));
-    // Where the keys of all threads together would not fit, the rows are divided as well.
     const std::int64_t threads = worth_it ? num_threads : 1, claims = std::min(threads, fit);
-    const std::int64_t blocks = std::min((threads + claims - 1) / claims, rows);
+    // A thread of its own for many rows meets fewer items that only look good so far than threads
+    // that share the rows and divide the items. Who is done with a block helps with the next.
+    const std::int64_t blocks = std::min(
+        rows, std::max(std::min(threads, rows / ROWS_FOR_A_THREAD),
+                       (threads + claims - 1) / claims));
     std::vector<std::uint64_t> keys(static_cast<std::size_t>(claims * rows * capacity));
     std::vector<Claim> states(static_cast<std::size_t>(claims));
     for (Claim& state : states) state.clear(rows);

@@ -87,6 +87,11 @@ class Call:
         """Every element of it must be written."""
         self._place(name, np.full(shape, UNWRITTEN).view(np.float32), "output")
 
+    def integer_output(self, name: str, *shape: int) -> None:
+        """The same of int64."""
+        values = np.full((*shape[:-1], 2 * shape[-1]), UNWRITTEN).view(np.int64)
+        self._place(name, values, "output")
+
     def sums(self, name: str, *shape: int) -> None:
         """It is added to."""
         self._place(name, np.zeros(shape, np.float32), "sums")
@@ -292,6 +297,49 @@ def attention_backward(call: Call) -> None:
     call.output("d_qkv", *shape)
 
 
+def ranking(call: Call) -> tuple[int, int]:
+    """What both rankings take; returns B and V."""
+    b, v, d, e = sizes_of(call, "B V D E")
+    call.floats("rep", b, d)
+    call.floats("weight", v, d)
+    if call.maybe("bias"):
+        call.floats("bias", v)
+    if not v:
+        call.plain["exclude"] = None
+    elif call.maybe("exclude"):
+        call.integers("exclude", b, e, limit=v)
+    return b, v
+
+
+def item_topk(call: Call) -> None:
+    b, v = ranking(call)
+    k, c = call.draw(st.integers(0, 9)), call.draw(sizes)
+    call.plain["scale"] = None
+    if call.draw(st.booleans()):
+        call._place("weight", np.ones(call.arrays["weight"].array.shape, np.int8), "input")
+        call.plain.pop("scale")
+        call.floats("scale", v)
+    if v and call.maybe("candidates"):
+        shape = call.draw(st.sampled_from([(c,), (b, c)]))
+        call.integers("candidates", *shape, limit=v)
+    elif not v:
+        call.plain["candidates"] = None
+    call.output("scores", b, k)
+    call.integer_output("ids", b, k)
+
+
+def target_rank(call: Call) -> None:
+    b, v = ranking(call)
+    if not v:
+        for name in ("rep", "exclude"):
+            if name in call.arrays:
+                array = call.arrays[name].array
+                call._place(name, array[:0].copy(), "input")
+        b = 0
+    call.integers("target", b, limit=v)
+    call.integer_output("ranks", b)
+
+
 CALLS = {
     f.__name__: f
     for f in (
@@ -309,6 +357,8 @@ CALLS = {
         recommend,
         attention_forward,
         attention_backward,
+        item_topk,
+        target_rank,
     )
 }
 
@@ -400,6 +450,8 @@ def corrupted(call: Call, data) -> dict[str, Any]:
     else:
         wrong = array.copy()
         bad = [-1, argument.limit, argument.limit + 1, INT64.min, INT64.max, 2**32]
+        if name in ("exclude", "candidates"):  # -1 fills them up
+            bad.remove(-1)
         wrong.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from(bad))
         arguments[name] = wrong
         # A cell that is switched off is not looked at.

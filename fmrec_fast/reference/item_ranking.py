@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores held at a time.
-CHUNK = 1 << 22
+# Scores held at a time: few enough for the caches.
+CHUNK = 1 << 20
 # Chunks are products of this many items, so that each item falls into a whole tile of the matrix
 # product: at a ragged edge equal items could get scores of different rounding.
 TILE = 64
@@ -102,29 +102,50 @@ def _all_items(rep, item_weight, scale, bias, exclude) -> Iterator[tuple[Tensor,
         yield order, torch.arange(first, part.stop, device=rep.device)
 
 
+def without_repeats(candidates: Tensor) -> Tensor:
+    """Ascending along the last axis, -1 in place of an id that is there already."""
+    candidates = candidates.sort(dim=-1).values
+    again = torch.zeros_like(candidates, dtype=torch.bool)
+    again[..., 1:] = candidates[..., 1:] == candidates[..., :-1]
+    return candidates.masked_fill(again, -1)
+
+
+def candidate_keys(
+    products: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    exclude: Tensor | None,
+) -> Tensor:
+    """The keys of candidates [B, n] or [n] with the given inner products [B, n]."""
+    return as_keys(_candidate_order(products, ids, scale, bias, exclude), ids)
+
+
+def _candidate_order(products, ids, scale, bias, exclude) -> Tensor:
+    at = ids.clamp(min=0)
+    scores = products if scale is None else products * scale[at]
+    order = as_order(scores if bias is None else scores + bias[at])
+    missing = (ids < 0).expand(order.shape)
+    if exclude is not None:
+        missing = missing | _listed(ids.expand(order.shape), exclude)
+    return order.masked_fill(missing, NO_ITEM)
+
+
 def _candidates(
     rep, item_weight, scale, bias, exclude, candidates
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (order [B, n], ids [B, n] or [n])."""
-    candidates = candidates.sort(dim=-1).values  # duplicates lie side by side
-    again = torch.zeros_like(candidates, dtype=torch.bool)
-    again[..., 1:] = candidates[..., 1:] == candidates[..., :-1]
-    rows, shared = rep.shape[0], candidates.ndim == 1
-    count = candidates.shape[-1]
-    width = _width(rows if shared else rows * rep.shape[1], count)
+    candidates = without_repeats(candidates)
+    shared, count = candidates.ndim == 1, candidates.shape[-1]
+    width = _width(rep.shape[0] * (1 if shared else rep.shape[1]), count)
     for first in range(0, count, width):
         ids = candidates[..., first : first + width]
-        at = ids.clamp(min=0)
+        part = item_weight[ids.clamp(min=0)]
         if shared:
-            scores = _product(rep, item_weight[at], None if scale is None else scale[at], width)
+            products = _product(rep, part, None, width)
         else:
-            scores = (item_weight[at].to(rep.dtype) * rep[:, None]).sum(-1)
-            scores = scores if scale is None else scores * scale[at]
-        order = as_order(scores if bias is None else scores + bias[at])
-        missing = (ids < 0) | again[..., first : first + width]
-        if exclude is not None:
-            missing = missing | _listed(ids.expand(order.shape), exclude)
-        yield order.masked_fill(missing, NO_ITEM), ids
+            products = (part.to(rep.dtype) * rep[:, None]).sum(-1)
+        yield _candidate_order(products, ids, scale, bias, exclude), ids
 
 
 def item_topk(
