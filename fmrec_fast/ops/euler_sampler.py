@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, candidate, choose
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
+from fmrec_fast.reference.noise_fusion import euler_update
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -125,6 +126,7 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            precision,
         )
         for piece in pieces
     ]
@@ -145,22 +147,41 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    precision: str,
 ) -> Tensor:
     """The definition over the ops noise_fusion and encoder."""
 
-    def step_network(x: Tensor, i: int) -> Tensor:
+    def lam_of(i: int) -> dict[str, Any]:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
-        fused = noise_fusion(
-            e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
-        )
+        return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
+
+    def network(fused: Tensor) -> Tensor:
         last, _ = encoder(
             fused,
             mask,
             weights.blocks,
             num_heads=weights.num_heads,
             attention=weights.attention,
+            precision=precision,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
+
+    q = taus.shape[0]
+    published = trajectory == "straight" and target == "data"
+    if published and q > 0 and candidate(e.device) is Backend.TRITON:
+        # There each update is one pass with the noise fusion that follows it.
+        x, fused = z0, noise_fusion(e, z0, taus[0], **lam_of(0))
+        points = [z0]
+        for i in range(1, q):
+            x, fused = euler_noise_fusion(
+                e, x, network(fused), z0, taus[i], steps=q, **lam_of(i)
+            )
+            points.append(x)
+        points.append(euler_update(x, network(fused) - z0, q))
+        return torch.stack(points) if return_trajectory else points[-1]
+
+    def step_network(x: Tensor, i: int) -> Tensor:
+        return network(noise_fusion(e, x, taus[i], **lam_of(i)))
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
         if target == "velocity":
@@ -168,7 +189,7 @@ def _composed(
         return flow.velocity(pred, z0, times[i], trajectory)
 
     return reference.euler_sampler(
-        z0, step_network, velocity_of, taus.shape[0], return_trajectory=return_trajectory
+        z0, step_network, velocity_of, q, return_trajectory=return_trajectory
     )
 
 

@@ -1,0 +1,298 @@
+"""The network of one sequence on chip: what the encoder's and the sampler's kernels share.
+
+    E = e + lam * (x + tau)                                               (eq. 14)
+    x = x + attn(norm(x)); x = x + ffn(norm(x))                           each block
+    pred = norm(the last position of the last block)
+
+One program holds the T >= L rows of one sequence: the residual stream [T, D] stays in registers in
+float32, the weights are read from L2 in tiles as the products need them, and nothing else touches
+device memory. Rows L .. T-1 are padding of the tile: finite, and hidden as keys. Padded positions
+of the *history* are keys like any other; as queries they are zeroed, which is the published
+attention.
+
+The last block is needed at one position only, so none of its products has more than one row, and
+with q' = Wk^T q and Wv (p X) in place of q (Wk X) and p (Wv X) no key and no value is computed:
+16 D^2 multiplications (and 2 H T D for the scores) where keys and values alone would take 2 T D^2.
+It runs in float32 on the ordinary units, whatever the precision.
+
+PRECISION is that of the products' operands: "float32", "tf32" (rounded to nearest here, as the
+matrix units would truncate) or "bf16"; accumulators, norms, softmax and residuals are float32.
+INPUT says how they are multiplied: "tf32x3" or "ieee" for float32, "tf32", "bf16".
+
+Weights come in two tensors of all blocks (`pack`): matrices [blocks, 12 D^2], each [out, in] row by
+row, and vectors [blocks, 13 D] in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fmrec_fast.kernels.philox import four_normals
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1e-12)
+# Where a block's parameters lie, in units of D^2 and of D.
+QUERY, KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 8))
+MATRICES = tl.constexpr(12)
+NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (
+    tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12)
+)
+B_KEY = tl.constexpr(3)
+VECTORS = tl.constexpr(13)
+
+
+@triton.jit
+def operand(b_x, PRECISION: tl.constexpr):
+    """float32 values as operands of a product."""
+    if PRECISION == "bf16":
+        b_x = b_x.to(tl.bfloat16)
+    elif PRECISION == "tf32":
+        bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        b_x = bits.to(tl.float32, bitcast=True)
+    return b_x
+
+
+@triton.jit
+def product(b_a, b_b, b_c, INPUT: tl.constexpr):
+    """a b + c in float32."""
+    if INPUT == "bf16":
+        b_c = tl.dot(b_a, b_b, b_c)
+    else:  # bf16 operands too, in Triton's interpreter, which cannot multiply them
+        b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_c, input_precision=INPUT)
+    return b_c
+
+
+@triton.jit
+def norm_rows(b_x, p_weight, D: tl.constexpr):
+    """Layer norm of each row of [T, D]; the bias lies behind the weight."""
+    o_d = tl.arange(0, D)
+    b_x -= (tl.sum(b_x, 1) / D)[:, None]
+    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + NORM_EPS)  # [T]
+    b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
+    return b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
+
+
+@triton.jit
+def norm_row(b_x, b_weight, b_bias, D: tl.constexpr):
+    """Layer norm of one row [D]."""
+    b_x -= tl.sum(b_x, 0) / D
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS) * b_weight + b_bias
+
+
+@triton.jit
+def gelu(b_x):
+    """tanh-GELU as h / (1 + exp(-2u)), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
+    b_u = b_x * (0.7978845608028654 + 0.035677408136300125 * b_x * b_x)
+    return b_x / (1.0 + tl.exp2(-2.0 * LOG2E * b_u))
+
+
+@triton.jit
+def row_of(b_x, row, T: tl.constexpr):
+    """Row `row` of [T, D]."""
+    return tl.sum(tl.where((tl.arange(0, T) == row)[:, None], b_x, 0.0), 0)
+
+
+@triton.jit
+def block(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    length,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One block of all positions: [T, D] -> [T, D]; b_scale [T] multiplies the queries."""
+    DH: tl.constexpr = D // H
+    # Matrix units take at least 16 channels; a narrower head is filled up with zeros.
+    W: tl.constexpr = DH if DH > 16 else 16
+    o_d = tl.arange(0, D)
+    o_w = tl.arange(0, W)
+    b_h = operand(norm_rows(b_x, p_vectors + NORM1 * D, D), PRECISION)  # [T, D]
+    m_key = (tl.arange(0, T) < length)[None, :]
+    b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[None, :]  # the products add up on top
+    zero = tl.zeros((T, W), tl.float32)
+    for head in tl.range(0, H, num_stages=STAGES):
+        o_head = head * DH + o_w
+        m_head = o_w < DH
+        o_in = o_head[:, None] * D + o_d[None, :]  # [W, D]
+        o_out = o_d[:, None] * D + o_head[None, :]  # [D, W]
+        p_q, p_k = p_matrices + QUERY * D * D + o_in, p_matrices + KEY * D * D + o_in
+        p_v, p_o = p_matrices + VALUE * D * D + o_in, p_matrices + OUTPUT * D * D + o_out
+        p_bias = p_vectors + B_QUERY * D + o_head
+        if W == DH:
+            b_wq, b_wk, b_wv, b_wo = tl.load(p_q), tl.load(p_k), tl.load(p_v), tl.load(p_o)
+            b_bq, b_bk, b_bv = tl.load(p_bias), tl.load(p_bias + D), tl.load(p_bias + 2 * D)
+        else:
+            b_wq = tl.load(p_q, mask=m_head[:, None], other=0.0)
+            b_wk = tl.load(p_k, mask=m_head[:, None], other=0.0)
+            b_wv = tl.load(p_v, mask=m_head[:, None], other=0.0)
+            b_wo = tl.load(p_o, mask=m_head[None, :], other=0.0)
+            b_bq = tl.load(p_bias, mask=m_head, other=0.0)
+            b_bk = tl.load(p_bias + D, mask=m_head, other=0.0)
+            b_bv = tl.load(p_bias + 2 * D, mask=m_head, other=0.0)
+        b_q = (product(b_h, b_wq.T, zero, INPUT) + b_bq[None, :]) * b_scale[:, None]  # [T, W]
+        b_k = product(b_h, b_wk.T, zero, INPUT) + b_bk[None, :]
+        b_v = product(b_h, b_wv.T, zero, INPUT) + b_bv[None, :]
+        b_q, b_k = operand(b_q, PRECISION), operand(b_k, PRECISION)
+        b_s = product(b_q, b_k.T, tl.zeros((T, T), tl.float32), INPUT)  # [T, T]
+        b_s = tl.where(m_key, b_s, float("-inf"))
+        b_s = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * LOG2E)
+        b_total = tl.sum(b_s, 1)
+        b_mixed = product(operand(b_s, PRECISION), operand(b_v, PRECISION), zero, INPUT)
+        b_mixed = operand(b_mixed / b_total[:, None], PRECISION)  # [T, W]
+        b_x = product(b_mixed, b_wo.T, b_x, INPUT)
+
+    b_h = operand(norm_rows(b_x, p_vectors + NORM2 * D, D), PRECISION)
+    b_x += tl.load(p_vectors + B2 * D + o_d)[None, :]
+    for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
+        o_c = first + tl.arange(0, CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = product(b_h, b_w1.T, tl.zeros((T, CHUNK), tl.float32), INPUT)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[None, :])  # [T, CHUNK]
+        b_x = product(operand(b_inner, PRECISION), b_w2.T, b_x, INPUT)
+    return b_x
+
+
+@triton.jit
+def last_block(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    length,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+):
+    """The last block at position L - 1: [T, D] -> [D]."""
+    DH: tl.constexpr = D // H
+    o_d = tl.arange(0, D)
+    o_h = tl.arange(0, DH)
+    m_key = tl.arange(0, T) < length
+    b_h = norm_rows(b_x, p_vectors + NORM1 * D, D)  # [T, D]
+    b_query = row_of(b_h, length - 1, T)  # [D]
+    scale = tl.sum(tl.where(tl.arange(0, T) == length - 1, b_scale, 0.0), 0)
+    b_out = row_of(b_x, length - 1, T) + tl.load(p_vectors + B_OUTPUT * D + o_d)
+    for head in range(H):
+        o_head = head * DH + o_h
+        p_w = p_matrices + o_head[:, None] * D + o_d[None, :]  # [DH, D]
+        b_wq = tl.load(p_w).to(tl.float32)
+        b_wk = tl.load(p_w + KEY * D * D).to(tl.float32)
+        b_wv = tl.load(p_w + VALUE * D * D).to(tl.float32)
+        p_wo = p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_head[None, :]  # [D, DH]
+        b_wo = tl.load(p_wo).to(tl.float32)
+        b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
+        # The keys' bias adds the same to all scores of a query.
+        b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
+        b_s = tl.where(m_key, tl.sum(b_h * b_q[None, :], 1), float("-inf"))  # [T]
+        b_s = tl.exp2((b_s - tl.max(b_s, 0)) * LOG2E)
+        b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[:, None], 0)  # [D]
+        b_v = tl.sum(b_wv * b_mixed[None, :], 1) + tl.load(p_vectors + B_VALUE * D + o_head)
+        b_out += tl.sum(b_wo * b_v[None, :], 1)
+    b_weight = tl.load(p_vectors + NORM2 * D + o_d)
+    b_bias = tl.load(p_vectors + NORM2 * D + D + o_d)
+    b_query = norm_row(b_out, b_weight, b_bias, D)
+    b_out += tl.load(p_vectors + B2 * D + o_d)
+    for first in range(0, 4 * D, LAST_CHUNK):
+        o_c = first + tl.arange(0, LAST_CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = tl.sum(b_w1.to(tl.float32) * b_query[None, :], 1)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c))  # [CHUNK]
+        b_out += tl.sum(b_w2.to(tl.float32) * b_inner[None, :], 1)
+    return b_out
+
+
+@triton.jit
+def query_scale(p_mask, b, length, D: tl.constexpr, H: tl.constexpr, T: tl.constexpr):
+    """What multiplies the queries of sequence b: mask / sqrt(D / H), [T]."""
+    o_t = tl.arange(0, T)
+    SCALE: tl.constexpr = (D // H) ** -0.5
+    return tl.load(p_mask + b * length + o_t, mask=o_t < length, other=0.0) * SCALE
+
+
+@triton.jit
+def fuse(
+    p_e,
+    p_noise,
+    b_shift,
+    k0,
+    k1,
+    row,
+    step,
+    delta,
+    length,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """E = e + lam * shift of one sequence, [T, D]; lam from p_noise if GIVEN."""
+    o_t, o_d = tl.arange(0, T), tl.arange(0, D)
+    o_e = o_t[:, None] * D + o_d[None, :]
+    m_e = (o_t < length)[:, None]
+    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
+    if GIVEN:
+        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
+    else:
+        G: tl.constexpr = D // 4
+        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
+        b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
+        b_normal = four_normals(k0, k1, b_group, b_position, step.to(tl.uint32), row)
+        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
+    return tl.where(m_e, tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e), 0.0)
+
+
+@triton.jit
+def stack(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    p_tapped,
+    tap,
+    length,
+    num_blocks,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """All blocks: [T, D] -> [D]; with TAPS, block `tap` writes its last position to p_tapped."""
+    for index in range(num_blocks - 1):
+        b_x = block(
+            b_x,
+            b_scale,
+            p_matrices,
+            p_vectors,
+            length,
+            D,
+            H,
+            T,
+            CHUNK,
+            STAGES,
+            PRECISION,
+            INPUT,
+        )
+        p_matrices += MATRICES * D * D
+        p_vectors += VECTORS * D
+        if TAPS:
+            if index == tap:
+                tl.store(p_tapped + tl.arange(0, D), row_of(b_x, length - 1, T))
+    b_last = last_block(b_x, b_scale, p_matrices, p_vectors, length, D, H, T, LAST_CHUNK)
+    if TAPS:
+        if tap == num_blocks - 1:
+            tl.store(p_tapped + tl.arange(0, D), b_last)
+    return b_last
