@@ -52,14 +52,11 @@ OPS = (
     "item_ranking",
 )
 
-_COMPOSED = "composed of the ops noise_fusion and encoder, which choose for themselves"
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("encoder", Backend.TRITON): _NO_KERNEL,
-    ("euler_sampler", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
     ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,

@@ -1,7 +1,7 @@
 """The network of one sequence on chip: what the encoder's and the sampler's kernels share.
 
-    E = e + lam * (x + tau)                                               (eq. 14)
-    x = x + attn(norm(x)); x = x + ffn(norm(x))                           each block
+    E = e + lam * (x + tau)                          (eq. 14)
+    x = x + attn(norm(x)); x = x + ffn(norm(x))      each block
     pred = norm(the last position of the last block)
 
 One program holds the T >= L rows of one sequence: the residual stream [T, D] stays in registers in
@@ -28,7 +28,11 @@ import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.philox import four_normals
+from fmrec_fast.kernels.plans import Plan
+from fmrec_fast.reference.encoder import BlockWeights, rounded
 
+# No launch multiplies and adds in one rounding unless the kernel says tl.fma.
+OPTIONS = {"enable_fp_fusion": False}
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
 # Where a block's parameters lie, in units of D^2 and of D.
@@ -63,13 +67,13 @@ def product(b_a, b_b, b_c, INPUT: tl.constexpr):
 
 
 @triton.jit
-def norm_rows(b_x, p_weight, D: tl.constexpr):
-    """Layer norm of each row of [T, D]; the bias lies behind the weight."""
+def norm_columns(b_x, p_weight, D: tl.constexpr):
+    """Layer norm of each column of [D, T]; the bias lies behind the weight."""
     o_d = tl.arange(0, D)
-    b_x -= (tl.sum(b_x, 1) / D)[:, None]
-    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + NORM_EPS)  # [T]
+    b_x -= (tl.sum(b_x, 0) / D)[None, :]
+    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS)  # [T]
     b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
-    return b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
+    return b_x * b_scale[None, :] * b_weight[:, None] + b_bias[:, None]
 
 
 @triton.jit
@@ -83,13 +87,13 @@ def norm_row(b_x, b_weight, b_bias, D: tl.constexpr):
 def gelu(b_x):
     """tanh-GELU as h / (1 + exp(-2u)), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
     b_u = b_x * (0.7978845608028654 + 0.035677408136300125 * b_x * b_x)
-    return b_x / (1.0 + tl.exp2(-2.0 * LOG2E * b_u))
+    return b_x / (1.0 + tl.exp2(b_u * (-2.0 * LOG2E)))
 
 
 @triton.jit
-def row_of(b_x, row, T: tl.constexpr):
-    """Row `row` of [T, D]."""
-    return tl.sum(tl.where((tl.arange(0, T) == row)[:, None], b_x, 0.0), 0)
+def column_of(b_x, column, T: tl.constexpr):
+    """Column `column` of [D, T]."""
+    return tl.sum(tl.where((tl.arange(0, T) == column)[None, :], b_x, 0.0), 1)
 
 
 @triton.jit
@@ -107,16 +111,16 @@ def block(
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
 ):
-    """One block of all positions: [T, D] -> [T, D]; b_scale [T] multiplies the queries."""
+    """One block of all positions: [D, T] -> [D, T]; b_scale [T] multiplies the queries."""
     DH: tl.constexpr = D // H
     # Matrix units take at least 16 channels; a narrower head is filled up with zeros.
     W: tl.constexpr = DH if DH > 16 else 16
     o_d = tl.arange(0, D)
     o_w = tl.arange(0, W)
-    b_h = operand(norm_rows(b_x, p_vectors + NORM1 * D, D), PRECISION)  # [T, D]
-    m_key = (tl.arange(0, T) < length)[None, :]
-    b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[None, :]  # the products add up on top
-    zero = tl.zeros((T, W), tl.float32)
+    b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION)  # [D, T]
+    m_key = (tl.arange(0, T) < length)[:, None]
+    b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
+    zero = tl.zeros((W, T), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
         o_head = head * DH + o_w
         m_head = o_w < DH
@@ -136,27 +140,27 @@ def block(
             b_bq = tl.load(p_bias, mask=m_head, other=0.0)
             b_bk = tl.load(p_bias + D, mask=m_head, other=0.0)
             b_bv = tl.load(p_bias + 2 * D, mask=m_head, other=0.0)
-        b_q = (product(b_h, b_wq.T, zero, INPUT) + b_bq[None, :]) * b_scale[:, None]  # [T, W]
-        b_k = product(b_h, b_wk.T, zero, INPUT) + b_bk[None, :]
-        b_v = product(b_h, b_wv.T, zero, INPUT) + b_bv[None, :]
+        b_q = (product(b_wq, b_h, zero, INPUT) + b_bq[:, None]) * b_scale[None, :]  # [W, T]
+        b_k = product(b_wk, b_h, zero, INPUT) + b_bk[:, None]
+        b_v = product(b_wv, b_h, zero, INPUT) + b_bv[:, None]
         b_q, b_k = operand(b_q, PRECISION), operand(b_k, PRECISION)
-        b_s = product(b_q, b_k.T, tl.zeros((T, T), tl.float32), INPUT)  # [T, T]
+        b_s = product(b_k.T, b_q, tl.zeros((T, T), tl.float32), INPUT)  # [keys, queries]
         b_s = tl.where(m_key, b_s, float("-inf"))
-        b_s = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * LOG2E)
-        b_total = tl.sum(b_s, 1)
-        b_mixed = product(operand(b_s, PRECISION), operand(b_v, PRECISION), zero, INPUT)
-        b_mixed = operand(b_mixed / b_total[:, None], PRECISION)  # [T, W]
-        b_x = product(b_mixed, b_wo.T, b_x, INPUT)
+        b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
+        b_total = tl.sum(b_s, 0)
+        b_mixed = product(operand(b_v, PRECISION), operand(b_s, PRECISION), zero, INPUT)
+        b_mixed = operand(b_mixed / b_total[None, :], PRECISION)  # [W, T]
+        b_x = product(b_wo, b_mixed, b_x, INPUT)
 
-    b_h = operand(norm_rows(b_x, p_vectors + NORM2 * D, D), PRECISION)
-    b_x += tl.load(p_vectors + B2 * D + o_d)[None, :]
+    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION)
+    b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
     for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
         o_c = first + tl.arange(0, CHUNK)
         b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
         b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
-        b_inner = product(b_h, b_w1.T, tl.zeros((T, CHUNK), tl.float32), INPUT)
-        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[None, :])  # [T, CHUNK]
-        b_x = product(operand(b_inner, PRECISION), b_w2.T, b_x, INPUT)
+        b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
+        b_x = product(b_w2, operand(b_inner, PRECISION), b_x, INPUT)
     return b_x
 
 
@@ -172,15 +176,15 @@ def last_block(
     T: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
 ):
-    """The last block at position L - 1: [T, D] -> [D]."""
+    """The last block at position L - 1: [D, T] -> [D]."""
     DH: tl.constexpr = D // H
     o_d = tl.arange(0, D)
     o_h = tl.arange(0, DH)
     m_key = tl.arange(0, T) < length
-    b_h = norm_rows(b_x, p_vectors + NORM1 * D, D)  # [T, D]
-    b_query = row_of(b_h, length - 1, T)  # [D]
+    b_h = norm_columns(b_x, p_vectors + NORM1 * D, D)  # [D, T]
+    b_query = column_of(b_h, length - 1, T)  # [D]
     scale = tl.sum(tl.where(tl.arange(0, T) == length - 1, b_scale, 0.0), 0)
-    b_out = row_of(b_x, length - 1, T) + tl.load(p_vectors + B_OUTPUT * D + o_d)
+    b_out = column_of(b_x, length - 1, T) + tl.load(p_vectors + B_OUTPUT * D + o_d)
     for head in range(H):
         o_head = head * DH + o_h
         p_w = p_matrices + o_head[:, None] * D + o_d[None, :]  # [DH, D]
@@ -192,9 +196,9 @@ def last_block(
         b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
         # The keys' bias adds the same to all scores of a query.
         b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
-        b_s = tl.where(m_key, tl.sum(b_h * b_q[None, :], 1), float("-inf"))  # [T]
+        b_s = tl.where(m_key, tl.sum(b_h * b_q[:, None], 0), float("-inf"))  # [T]
         b_s = tl.exp2((b_s - tl.max(b_s, 0)) * LOG2E)
-        b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[:, None], 0)  # [D]
+        b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[None, :], 1)  # [D]
         b_v = tl.sum(b_wv * b_mixed[None, :], 1) + tl.load(p_vectors + B_VALUE * D + o_head)
         b_out += tl.sum(b_wo * b_v[None, :], 1)
     b_weight = tl.load(p_vectors + NORM2 * D + o_d)
@@ -232,14 +236,13 @@ def fuse(
     length,
     D: tl.constexpr,
     T: tl.constexpr,
-    GIVEN: tl.constexpr,
 ):
-    """E = e + lam * shift of one sequence, [T, D]; lam from p_noise if GIVEN."""
+    """E = e + lam * shift of one sequence, [D, T]; lam from p_noise unless that is None."""
     o_t, o_d = tl.arange(0, T), tl.arange(0, D)
     o_e = o_t[:, None] * D + o_d[None, :]
     m_e = (o_t < length)[:, None]
     b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
-    if GIVEN:
+    if p_noise is not None:
         b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
     else:
         G: tl.constexpr = D // 4
@@ -247,7 +250,8 @@ def fuse(
         b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
         b_normal = four_normals(k0, k1, b_group, b_position, step.to(tl.uint32), row)
         b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
-    return tl.where(m_e, tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e), 0.0)
+    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
+    return tl.where(m_e, b_x, 0.0).T
 
 
 @triton.jit
@@ -268,9 +272,8 @@ def stack(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
-    TAPS: tl.constexpr,
 ):
-    """All blocks: [T, D] -> [D]; with TAPS, block `tap` writes its last position to p_tapped."""
+    """All blocks: [D, T] -> [D]; block `tap` writes its last position to p_tapped, if there."""
     for index in range(num_blocks - 1):
         b_x = block(
             b_x,
@@ -288,11 +291,48 @@ def stack(
         )
         p_matrices += MATRICES * D * D
         p_vectors += VECTORS * D
-        if TAPS:
+        if p_tapped is not None:
             if index == tap:
-                tl.store(p_tapped + tl.arange(0, D), row_of(b_x, length - 1, T))
+                tl.store(p_tapped + tl.arange(0, D), column_of(b_x, length - 1, T))
     b_last = last_block(b_x, b_scale, p_matrices, p_vectors, length, D, H, T, LAST_CHUNK)
-    if TAPS:
+    if p_tapped is not None:
         if tap == num_blocks - 1:
             tl.store(p_tapped + tl.arange(0, D), b_last)
     return b_last
+
+
+def pack(
+    blocks: list[BlockWeights], precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
+
+    Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.
+    """
+    matrices = [
+        getattr(w, f"{name}_weight").detach().reshape(-1)
+        for w in blocks
+        for name in ("query", "key", "value", "output", "w1", "w2")
+    ]
+    vectors = [
+        getattr(w, name).detach()
+        for w in blocks
+        for name in (
+            "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
+            "norm2_weight", "norm2_bias", "w1_bias", "w2_bias",
+        )
+    ]  # fmt: skip
+    packed = torch.cat(matrices)
+    packed = packed.bfloat16() if precision == "bf16" else rounded(packed, precision)
+    return packed, torch.cat(vectors)
+
+
+def settings(plan: Plan, width: int, num_heads: int, precision: str) -> dict[str, object]:
+    """The constants and the compiler options of a launch."""
+    how = precision
+    if triton.knobs.runtime.interpret:
+        how = "ieee"
+    elif precision == "float32":
+        how = "ieee" if torch.version.hip else "tf32x3"
+    tiles = {"T": plan.T, "CHUNK": plan.CHUNK, "LAST_CHUNK": plan.LAST_CHUNK}
+    kind = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
+    return {**tiles, **kind, "STAGES": plan.STAGES, "num_warps": plan.warps, **OPTIONS}

@@ -14,7 +14,13 @@ from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, candidate, choose
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    pack,
+)
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
@@ -51,6 +57,7 @@ def euler_sampler(
     trajectory: str = "straight",
     target: str = "data",
     return_trajectory: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -70,6 +77,7 @@ def euler_sampler(
             [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
+        precision: of the encoder's matrix products, see `encoder`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -78,6 +86,7 @@ def euler_sampler(
         TypeError, ValueError: dtypes or shapes do not agree.
         BackendError: a named backend cannot run.
     """
+    check_precision(precision)
     sizes: dict[str, int] = {}
     check_shape("e", e, "B L D", sizes)
     check_shape("mask", mask, "B L", sizes)
@@ -105,8 +114,20 @@ def euler_sampler(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
+    backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is Backend.CPP:
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import euler_sampler as kernels
+
+        points = (sizes["q"] + 1,) if return_trajectory else ()
+        out = z0.new_empty((*points, *z0.shape))
+        inputs = (t.contiguous() for t in (e, mask, z0, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
+        return out
 
     pieces = [slice(None)]
     if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
