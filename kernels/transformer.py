@@ -17,7 +17,7 @@ It runs in float32 on the ordinary units, whatever the precision.
 
 PRECISION is that of the products' operands: "float32", "tf32" (rounded to nearest here, as the
 matrix units would truncate) or "bf16"; accumulators, norms, softmax and residuals are float32.
-INPUT says how they are multiplied: "tf32x3" or "ieee" for float32, "tf32", "bf16".
+INPUT says how they are multiplied: "3xtf32" or "ieee" for float32, "tf32", "bf16".
 
 Weights come in two tensors of all blocks (`pack`): matrices [blocks, 12 D^2], each [out, in] row by
 row, and vectors [blocks, 13 D] in float32.
@@ -36,12 +36,11 @@ OPTIONS = {"enable_fp_fusion": False}
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
 # Where a block's parameters lie, in units of D^2 and of D.
-QUERY, KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 8))
+KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (1, 2, 3, 4, 8))
 MATRICES = tl.constexpr(12)
 NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (
     tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12)
 )
-B_KEY = tl.constexpr(3)
 VECTORS = tl.constexpr(13)
 
 
@@ -61,9 +60,23 @@ def product(b_a, b_b, b_c, INPUT: tl.constexpr):
     """a b + c in float32."""
     if INPUT == "bf16":
         b_c = tl.dot(b_a, b_b, b_c)
+    elif INPUT == "3xtf32":
+        # a = a_high + a_low, so too b; the matrix units drop a_low and b_low by themselves, so
+        # that a is read where it lies. Left out is a_low b_low, 2^-22 of the product.
+        b_low = b_a - high_bits(b_a)
+        b_high = high_bits(b_b)
+        b_c = tl.dot(b_low, b_high, b_c, input_precision="tf32")
+        b_c = tl.dot(b_a, b_b - b_high, b_c, input_precision="tf32")
+        b_c = tl.dot(b_a, b_high, b_c, input_precision="tf32")
     else:  # bf16 operands too, in Triton's interpreter, which cannot multiply them
         b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_c, input_precision=INPUT)
     return b_c
+
+
+@triton.jit
+def high_bits(b_x):
+    """The leading 10 bits of the mantissa, the rest cut off."""
+    return (b_x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -116,33 +129,30 @@ def block(
     # Matrix units take at least 16 channels; a narrower head is filled up with zeros.
     W: tl.constexpr = DH if DH > 16 else 16
     o_d = tl.arange(0, D)
-    o_w = tl.arange(0, W)
+    o_w, o_part = tl.arange(0, W), tl.arange(0, 4 * W)
     b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION)  # [D, T]
     m_key = (tl.arange(0, T) < length)[:, None]
     b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
     zero = tl.zeros((W, T), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
-        o_head = head * DH + o_w
-        m_head = o_w < DH
-        o_in = o_head[:, None] * D + o_d[None, :]  # [W, D]
-        o_out = o_d[:, None] * D + o_head[None, :]  # [D, W]
-        p_q, p_k = p_matrices + QUERY * D * D + o_in, p_matrices + KEY * D * D + o_in
-        p_v, p_o = p_matrices + VALUE * D * D + o_in, p_matrices + OUTPUT * D * D + o_out
-        p_bias = p_vectors + B_QUERY * D + o_head
+        # Queries, keys and values of the head in one product, whose rows fill the matrix units.
+        o_row = (o_part // W) * (D * D) + (head * DH + o_part % W) * D
+        m_in = (o_part < 3 * W) & (o_part % W < DH)
+        o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_part % W
+        b_w = tl.load(
+            p_matrices + o_row[:, None] + o_d[None, :], mask=m_in[:, None], other=0.0
+        )  # [4 W, D]
+        b_bias = tl.load(p_vectors + o_bias, mask=m_in, other=0.0)  # [4 W]
+        b_qkv = product(b_w, b_h, tl.zeros((4 * W, T), tl.float32), INPUT) + b_bias[:, None]
+        b_qk, b_v = tl.split(tl.permute(tl.reshape(b_qkv, (2, 2, W, T)), (2, 3, 1, 0)))
+        b_q, b_k = tl.split(b_qk)  # [W, T]
+        b_v, _ = tl.split(b_v)
+        b_q *= b_scale[None, :]
+        o_out = OUTPUT * D * D + o_d[:, None] * D + head * DH + o_w[None, :]  # [D, W]
         if W == DH:
-            b_wq, b_wk, b_wv, b_wo = tl.load(p_q), tl.load(p_k), tl.load(p_v), tl.load(p_o)
-            b_bq, b_bk, b_bv = tl.load(p_bias), tl.load(p_bias + D), tl.load(p_bias + 2 * D)
+            b_wo = tl.load(p_matrices + o_out)
         else:
-            b_wq = tl.load(p_q, mask=m_head[:, None], other=0.0)
-            b_wk = tl.load(p_k, mask=m_head[:, None], other=0.0)
-            b_wv = tl.load(p_v, mask=m_head[:, None], other=0.0)
-            b_wo = tl.load(p_o, mask=m_head[None, :], other=0.0)
-            b_bq = tl.load(p_bias, mask=m_head, other=0.0)
-            b_bk = tl.load(p_bias + D, mask=m_head, other=0.0)
-            b_bv = tl.load(p_bias + 2 * D, mask=m_head, other=0.0)
-        b_q = (product(b_wq, b_h, zero, INPUT) + b_bq[:, None]) * b_scale[None, :]  # [W, T]
-        b_k = product(b_wk, b_h, zero, INPUT) + b_bk[:, None]
-        b_v = product(b_wv, b_h, zero, INPUT) + b_bv[:, None]
+            b_wo = tl.load(p_matrices + o_out, mask=(o_w < DH)[None, :], other=0.0)
         b_q, b_k = operand(b_q, PRECISION), operand(b_k, PRECISION)
         b_s = product(b_k.T, b_q, tl.zeros((T, T), tl.float32), INPUT)  # [keys, queries]
         b_s = tl.where(m_key, b_s, float("-inf"))
@@ -248,7 +258,7 @@ def fuse(
         G: tl.constexpr = D // 4
         b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
         b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
-        b_normal = four_normals(k0, k1, b_group, b_position, step.to(tl.uint32), row)
+        b_normal = four_normals(k0, k1, b_group, b_position, tl.cast(step, tl.uint32), row)
         b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
     b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
     return tl.where(m_e, b_x, 0.0).T
@@ -332,7 +342,7 @@ def settings(plan: Plan, width: int, num_heads: int, precision: str) -> dict[str
     if triton.knobs.runtime.interpret:
         how = "ieee"
     elif precision == "float32":
-        how = "ieee" if torch.version.hip else "tf32x3"
+        how = "ieee" if torch.version.hip else "3xtf32"
     tiles = {"T": plan.T, "CHUNK": plan.CHUNK, "LAST_CHUNK": plan.LAST_CHUNK}
     kind = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
     return {**tiles, **kind, "STAGES": plan.STAGES, "num_warps": plan.warps, **OPTIONS}

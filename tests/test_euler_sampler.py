@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fmrec_fast import flow, noise
+from fmrec_fast.backend import Backend
+from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.ops import euler_sampler
 from fmrec_fast.reference import euler_sampler as definition
 from fmrec_fast.reference.published import PublishedRecommender
@@ -40,7 +42,11 @@ def run(place, model, tensors, times, **options):
     options = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v
                for k, v in options.items()}  # fmt: skip
     published = options.get("trajectory", "straight"), options.get("target", "data")
-    declines = published != ("straight", "data") or "lam_of_step" in options
+    declines = set()
+    if published != ("straight", "data") or "lam_of_step" in options:
+        declines = {Backend.CPP, Backend.TRITON}
+    elif tensors[0].shape[2] not in WIDTHS:
+        declines = {Backend.TRITON}
     with torch.no_grad(), place.forced("euler_sampler", declines=declines):
         return euler_sampler(
             *place.put(*tensors), model.fm.sampler_weights(),
