@@ -31,6 +31,7 @@ def encoder_kernel(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
@@ -45,7 +46,7 @@ def encoder_kernel(
         p_tapped += b * D
     b_last = stack(
         b_x, b_scale, p_matrices, p_vectors, p_tapped, tap, length, num_blocks,
-        D, H, T, CHUNK, LAST_CHUNK, STAGES, PRECISION, INPUT,
+        D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     tl.store(p_out + b * D + o_d, b_last)
 

@@ -47,6 +47,7 @@ def euler_sampler_kernel(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
@@ -73,7 +74,7 @@ def euler_sampler_kernel(
         b_x = fuse(p_e, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
         b_last = stack(
             b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
-            D, H, T, CHUNK, LAST_CHUNK, STAGES, PRECISION, INPUT,
+            D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
         )  # fmt: skip
         b_point += (norm_row(b_last, b_weight, b_bias, D) - b_z0) / steps
         if p_noise is not None:

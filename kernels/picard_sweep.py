@@ -47,6 +47,7 @@ def picard_sweep_kernel(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
@@ -66,7 +67,7 @@ def picard_sweep_kernel(
     b_scale = query_scale(p_mask, b, length, D, H, T)  # [T]
     b_last = stack(
         b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
-        D, H, T, CHUNK, LAST_CHUNK, STAGES, PRECISION, INPUT,
+        D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
     tl.store(p_out + index * D + o_d, norm_row(b_last, b_weight, b_bias, D))

@@ -17,6 +17,7 @@ class Plan(NamedTuple):
     T: int
     CHUNK: int
     LAST_CHUNK: int
+    STACKED: bool
     STAGES: int
     warps: int
 
@@ -32,4 +33,4 @@ def plan(
     if length > LONGEST:
         return f"its kernel takes L up to {LONGEST}, got {length}"
     tile = max(16, 1 << (length - 1).bit_length())
-    return Plan(tile, 64, 32, 2, 8)
+    return Plan(tile, min(128, 4 * width), 4096 // width, True, 2, 8)

@@ -45,13 +45,18 @@ VECTORS = tl.constexpr(13)
 
 
 @triton.jit
-def operand(b_x, PRECISION: tl.constexpr):
-    """float32 values as operands of a product."""
-    if PRECISION == "bf16":
-        b_x = b_x.to(tl.bfloat16)
-    elif PRECISION == "tf32":
+def operand(b_x, PRECISION: tl.constexpr, INPUT: tl.constexpr):
+    """float32 values as operands of a product, rounded to nearest."""
+    if PRECISION == "tf32":  # which the matrix units would cut off
         bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         b_x = bits.to(tl.float32, bitcast=True)
+    elif PRECISION == "bf16":
+        if INPUT == "bf16":
+            b_x = b_x.to(tl.bfloat16)
+        else:  # Triton's interpreter, whose conversion cuts off and which cannot multiply them
+            bits = b_x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            b_x = bits.to(tl.float32, bitcast=True)
     return b_x
 
 
@@ -68,7 +73,7 @@ def product(b_a, b_b, b_c, INPUT: tl.constexpr):
         b_c = tl.dot(b_low, b_high, b_c, input_precision="tf32")
         b_c = tl.dot(b_a, b_b - b_high, b_c, input_precision="tf32")
         b_c = tl.dot(b_a, b_high, b_c, input_precision="tf32")
-    else:  # bf16 operands too, in Triton's interpreter, which cannot multiply them
+    else:  # weights in bf16 too, where Triton interprets
         b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_c, input_precision=INPUT)
     return b_c
 
@@ -110,6 +115,27 @@ def column_of(b_x, column, T: tl.constexpr):
 
 
 @triton.jit
+def project(
+    p_w,
+    p_b,
+    b_h,
+    D: tl.constexpr,
+    DH: tl.constexpr,
+    W: tl.constexpr,
+    T: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One head's queries, keys or values: [W, T]."""
+    if W == DH:
+        b_w, b_bias = tl.load(p_w), tl.load(p_b)  # [W, D], [W]
+    else:
+        m_w = tl.arange(0, W) < DH
+        b_w = tl.load(p_w, mask=m_w[:, None], other=0.0)
+        b_bias = tl.load(p_b, mask=m_w, other=0.0)
+    return product(b_w, b_h, tl.zeros((W, T), tl.float32), INPUT) + b_bias[:, None]
+
+
+@triton.jit
 def block(
     b_x,
     b_scale,
@@ -120,6 +146,7 @@ def block(
     H: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
@@ -130,39 +157,46 @@ def block(
     W: tl.constexpr = DH if DH > 16 else 16
     o_d = tl.arange(0, D)
     o_w, o_part = tl.arange(0, W), tl.arange(0, 4 * W)
-    b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION)  # [D, T]
+    b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION, INPUT)  # [D, T]
     m_key = (tl.arange(0, T) < length)[:, None]
     b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
     zero = tl.zeros((W, T), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
-        # Queries, keys and values of the head in one product, whose rows fill the matrix units.
-        o_row = (o_part // W) * (D * D) + (head * DH + o_part % W) * D
-        m_in = (o_part < 3 * W) & (o_part % W < DH)
-        o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_part % W
-        b_w = tl.load(
-            p_matrices + o_row[:, None] + o_d[None, :], mask=m_in[:, None], other=0.0
-        )  # [4 W, D]
-        b_bias = tl.load(p_vectors + o_bias, mask=m_in, other=0.0)  # [4 W]
-        b_qkv = product(b_w, b_h, tl.zeros((4 * W, T), tl.float32), INPUT) + b_bias[:, None]
-        b_qk, b_v = tl.split(tl.permute(tl.reshape(b_qkv, (2, 2, W, T)), (2, 3, 1, 0)))
-        b_q, b_k = tl.split(b_qk)  # [W, T]
-        b_v, _ = tl.split(b_v)
+        if STACKED:
+            # Queries, keys and values in one product, whose 4 W rows fill the matrix units.
+            o_row = (o_part // W) * (D * D) + (head * DH + o_part % W) * D
+            o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_part % W
+            m_in = (o_part < 3 * W) & (o_part % W < DH)
+            b_w = tl.load(
+                p_matrices + o_row[:, None] + o_d[None, :], mask=m_in[:, None], other=0.0
+            )  # [4 W, D]
+            b_bias = tl.load(p_vectors + o_bias, mask=m_in, other=0.0)  # [4 W]
+            b_qkv = product(b_w, b_h, tl.zeros((4 * W, T), tl.float32), INPUT) + b_bias[:, None]
+            b_qk, b_v = tl.split(tl.permute(tl.reshape(b_qkv, (2, 2, W, T)), (2, 3, 1, 0)))
+            b_q, b_k = tl.split(b_qk)  # [W, T]
+            b_v, _ = tl.split(b_v)
+        else:
+            p_w = p_matrices + (head * DH + o_w)[:, None] * D + o_d[None, :]  # [W, D]
+            p_b = p_vectors + B_QUERY * D + head * DH + o_w
+            b_q = project(p_w, p_b, b_h, D, DH, W, T, INPUT)
+            b_k = project(p_w + KEY * D * D, p_b + D, b_h, D, DH, W, T, INPUT)
+            b_v = project(p_w + VALUE * D * D, p_b + 2 * D, b_h, D, DH, W, T, INPUT)
         b_q *= b_scale[None, :]
         o_out = OUTPUT * D * D + o_d[:, None] * D + head * DH + o_w[None, :]  # [D, W]
         if W == DH:
             b_wo = tl.load(p_matrices + o_out)
         else:
             b_wo = tl.load(p_matrices + o_out, mask=(o_w < DH)[None, :], other=0.0)
-        b_q, b_k = operand(b_q, PRECISION), operand(b_k, PRECISION)
+        b_q, b_k = operand(b_q, PRECISION, INPUT), operand(b_k, PRECISION, INPUT)
         b_s = product(b_k.T, b_q, tl.zeros((T, T), tl.float32), INPUT)  # [keys, queries]
         b_s = tl.where(m_key, b_s, float("-inf"))
         b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
         b_total = tl.sum(b_s, 0)
-        b_mixed = product(operand(b_v, PRECISION), operand(b_s, PRECISION), zero, INPUT)
-        b_mixed = operand(b_mixed / b_total[None, :], PRECISION)  # [W, T]
+        b_mixed = product(operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT), zero, INPUT)
+        b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
-    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION)
+    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION, INPUT)
     b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
     for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
         o_c = first + tl.arange(0, CHUNK)
@@ -170,7 +204,7 @@ def block(
         b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
         b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
         b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
-        b_x = product(b_w2, operand(b_inner, PRECISION), b_x, INPUT)
+        b_x = product(b_w2, operand(b_inner, PRECISION, INPUT), b_x, INPUT)
     return b_x
 
 
@@ -279,6 +313,7 @@ def stack(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INPUT: tl.constexpr,
@@ -295,6 +330,7 @@ def stack(
             H,
             T,
             CHUNK,
+            STACKED,
             STAGES,
             PRECISION,
             INPUT,
@@ -343,6 +379,7 @@ def settings(plan: Plan, width: int, num_heads: int, precision: str) -> dict[str
         how = "ieee"
     elif precision == "float32":
         how = "ieee" if torch.version.hip else "3xtf32"
-    tiles = {"T": plan.T, "CHUNK": plan.CHUNK, "LAST_CHUNK": plan.LAST_CHUNK}
+    tiles = plan._asdict()
+    warps = tiles.pop("warps")
     kind = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
-    return {**tiles, **kind, "STAGES": plan.STAGES, "num_warps": plan.warps, **OPTIONS}
+    return {**tiles, **kind, "num_warps": warps, **OPTIONS}

@@ -14,7 +14,7 @@ from fmrec_fast.models.blocks import TransformerStack
 from fmrec_fast.ops import StreamDropout, encoder
 from fmrec_fast.reference import encoder as definition
 from fmrec_fast.reference.published import PublishedAttention, PublishedStack
-from fmrec_fast.testing import assert_close_to_truth, make_sequences
+from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("encoder")
 HEADS = 4
@@ -158,6 +158,58 @@ def test_empty_batch(place, attention):
     assert all((grad == 0).all() for grad in grads)
 
 
+def run_both(place, stack, x, mask, heads, precision, declines):
+    """(the place's last outputs and taps, the definition's, those of float64)."""
+    weights = stack.weights()
+    options = {"num_heads": heads, "tap": 0}
+    with torch.no_grad():
+        same = definition.encoder(x, mask, weights, precision=precision, **options)
+        double = [w._make(t.double() for t in w) for w in weights]
+        truth = definition.encoder(x.double(), mask.double(), double, **options)
+        local = [w._make(place.put(*w)) for w in weights]
+        with place.forced("encoder", declines=declines):
+            got = encoder(*place.put(x, mask), local, precision=precision, **options)
+    return [t.cpu() for t in got], same, truth
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(4, 7, 32), (1, 51, 64), (2, 5, 36)])
+def test_precisions(place, shape, precision):
+    """As far from float64 as the definition in that precision, and that precision does matter."""
+    width = shape[2]
+    x, mask, _ = inputs(*shape)
+    declines = declining(width) | {Backend.CPP}
+    results = run_both(place, make_stack(width), x, mask, HEADS, precision, declines)
+    for name, got, same, truth in zip(("out", "tapped"), *results):
+        assert_close_to_truth(got, same, truth, name=name)
+        wrong = error_to_truth(got, truth)
+        assert {"tf32": 1e-5, "bf16": 1e-4}[precision] < wrong < 0.05
+
+
+@pytest.mark.parametrize(
+    "width, heads, blocks", [(32, 1, 2), (32, 32, 2), (64, 1, 1), (128, 4, 2), (256, 4, 2)]
+)
+def test_heads_and_widths(place, width, heads, blocks):
+    x, mask, _ = inputs(2, 5, width)
+    stack = make_stack(width, blocks)
+    results = run_both(place, stack, x, mask, heads, "float32", ())
+    for name, got, same, truth in zip(("out", "tapped"), *results):
+        assert_close_to_truth(got, same, truth, name=name)
+
+
+def test_definition_of_the_precisions():
+    """Against numbers rounded by hand; the gradient passes unrounded."""
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 1 + 2**-8, 3e38])
+    x.requires_grad_()
+    tf32 = [1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 1 + 2**-8]
+    bf16 = [1.0, 1.0, 1.0, -1.0, 1.0]
+    for precision, expected in (("float32", x[:5].tolist()), ("tf32", tf32), ("bf16", bf16)):
+        got = definition.rounded(x, precision)
+        assert got[:5].tolist() == expected
+        assert torch.autograd.grad(got.sum(), x)[0].tolist() == [1.0] * 6
+    assert definition.rounded(x, "float32") is x
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 36), (4, 9, 36)])
 def test_causal_attention_against_loops(place, shape):
     check(place, make_stack(shape[2], attention="causal"), *inputs(*shape), tap=1)
@@ -272,6 +324,7 @@ def test_causal_positions_do_not_see_later_ones():
         ({"num_heads": 0}, ValueError, "got 0"),
         ({"tap": 3}, ValueError, r"tap must be in 0 \.\. 2, got 3"),
         ({"tap": -1}, ValueError, "got -1"),
+        ({"precision": "fp16"}, ValueError, "precision must be .*got 'fp16'"),
         ({"attention": "casual"}, ValueError, "attention must be .*got 'casual'"),
     ],
 )
