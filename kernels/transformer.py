@@ -27,20 +27,24 @@ import torch
 import triton
 import triton.language as tl
 
+from fmrec_fast.config import PRECISIONS
 from fmrec_fast.kernels.philox import four_normals
-from fmrec_fast.kernels.plans import Plan
+from fmrec_fast.kernels.plans import THREADS, family, plan
 from fmrec_fast.reference.encoder import BlockWeights, rounded
 
 # No launch multiplies and adds in one rounding unless the kernel says tl.fma.
 OPTIONS = {"enable_fp_fusion": False}
+# How operands are multiplied; AMD's matrix units take float32 as it is.
+INPUTS = {
+    "cuda": {"float32": "3xtf32", "tf32": "tf32", "bf16": "bf16"},
+    "hip": {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"},
+}
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
 # Where a block's parameters lie, in units of D^2 and of D.
 KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (1, 2, 3, 4, 8))
 MATRICES = tl.constexpr(12)
-NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (
-    tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12)
-)
+NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12))
 VECTORS = tl.constexpr(13)
 
 
@@ -160,7 +164,6 @@ def block(
     b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION, INPUT)  # [D, T]
     m_key = (tl.arange(0, T) < length)[:, None]
     b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
-    zero = tl.zeros((W, T), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
         if STACKED:
             # Queries, keys and values in one product, whose 4 W rows fill the matrix units.
@@ -192,7 +195,8 @@ def block(
         b_s = tl.where(m_key, b_s, float("-inf"))
         b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
         b_total = tl.sum(b_s, 0)
-        b_mixed = product(operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT), zero, INPUT)
+        b_v, b_s = operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT)
+        b_mixed = product(b_v, b_s, tl.zeros((W, T), tl.float32), INPUT)
         b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
@@ -347,9 +351,7 @@ def stack(
     return b_last
 
 
-def pack(
-    blocks: list[BlockWeights], precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(blocks: list[BlockWeights], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
 
     Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.
@@ -372,14 +374,47 @@ def pack(
     return packed, torch.cat(vectors)
 
 
-def settings(plan: Plan, width: int, num_heads: int, precision: str) -> dict[str, object]:
-    """The constants and the compiler options of a launch."""
-    how = precision
-    if triton.knobs.runtime.interpret:
-        how = "ieee"
-    elif precision == "float32":
-        how = "ieee" if torch.version.hip else "3xtf32"
-    tiles = plan._asdict()
-    warps = tiles.pop("warps")
-    kind = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
-    return {**tiles, **kind, "num_warps": warps, **OPTIONS}
+def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, object]:
+    """The constants and compiler options of a launch over e [B, L, D].
+
+    Raises:
+        ValueError: no plan fits (`plans.plan`).
+    """
+    kind, shared = family(e.device)
+    found = plan(*e.shape[1:], num_heads, precision, kind, shared)
+    if isinstance(found, str):
+        raise ValueError(found)
+    how = "ieee" if triton.knobs.runtime.interpret else INPUTS[kind.split(":")[0]][precision]
+    constants = {"D": e.shape[2], "H": num_heads, "PRECISION": precision, "INPUT": how}
+    warps = THREADS // (64 if torch.version.hip else 32)
+    return {**found._asdict(), **constants, "num_warps": warps, **OPTIONS}
+
+
+def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
+    """What `budget` compiles: the paper's sizes in each precision, as planned for each target."""
+    types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
+    types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
+    types |= {"delta": "fp32"} if "delta" in types else {}
+    cases = []
+    for kind, shared in (
+        ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
+    ):  # fmt: skip
+        for precision in PRECISIONS:
+            found = plan(50, 128, 4, precision, kind, shared)
+            if isinstance(found, str):
+                raise ValueError(found)
+            how = INPUTS[kind.split(":")[0]][precision]
+            shape = {"D": 128, "H": 4, "PRECISION": precision, "INPUT": how}
+            matrices = "*bf16" if precision == "bf16" else "*fp32"
+            cases.append(
+                {
+                    "kernel": kernel,
+                    "signature": types | {"p_matrices": matrices},
+                    "constants": constants | found._asdict() | shape,
+                    "threads": THREADS,
+                    "options": OPTIONS,
+                    "dtypes": [precision],
+                    "target": kind,
+                }
+            )
+    return cases
