@@ -64,7 +64,7 @@ def encoder(
     batch, length = x.shape[:2]
     if batch == 0:
         return
-    tensors = (x, mask, *pack(blocks, precision), out, tapped)
+    tensors = (x, mask, *pack(blocks, x.shape[2], precision), out, tapped)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         encoder_kernel[(batch,)](
             *tensors,

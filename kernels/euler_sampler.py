@@ -109,7 +109,7 @@ def euler_sampler(
     batch, length = e.shape[:2]
     if batch == 0:
         return
-    matrices, vectors = pack(weights.blocks, precision)
+    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
     tensors = (e, mask, z0, taus, matrices, vectors, norm, noise, rows, seed, out)
     sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))

@@ -97,7 +97,7 @@ def picard_sweep(
     steps = taus.shape[0]
     if batch * steps == 0:
         return
-    matrices, vectors = pack(weights.blocks, precision)
+    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
     tensors = (e, mask, x, taus, matrices, vectors, norm, noise, rows, seed, out)
     sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))

@@ -99,10 +99,12 @@ def plan(
     """The plan for sequences of `length` positions on a `family` of devices, or why none fits."""
     if width not in WIDTHS:
         return f"its kernel takes D in {WIDTHS}, got {width}"
+    if num_heads < 1 or width % num_heads:
+        return f"the heads must divide D = {width}, got {num_heads}"
     if width // num_heads > WIDEST_HEAD:
         return f"its kernel takes heads of at most {WIDEST_HEAD} channels, got {width // num_heads}"
-    if length > LONGEST:
-        return f"its kernel takes L up to {LONGEST}, got {length}"
+    if not 1 <= length <= LONGEST:
+        return f"its kernel takes L in 1 .. {LONGEST}, got {length}"
     for (widest, longest), kinds in LAYOUTS.items():
         if width > widest or length > longest:
             continue

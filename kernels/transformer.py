@@ -351,11 +351,24 @@ def stack(
     return b_last
 
 
-def pack(blocks: list[BlockWeights], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(
+    blocks: list[BlockWeights], width: int, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
 
     Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.
+
+    Raises:
+        ValueError: a parameter has not the shape that D = `width` asks for.
     """
+    wide = {"w1_weight": (4 * width, width), "w2_weight": (width, 4 * width)}
+    wide["w1_bias"] = (4 * width,)
+    for w in blocks:
+        for name, tensor in w._asdict().items():
+            matrix = name.endswith("_weight") and not name.startswith("norm")
+            expected = wide.get(name, (width, width) if matrix else (width,))
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
     matrices = [
         getattr(w, f"{name}_weight").detach().reshape(-1)
         for w in blocks
@@ -387,7 +400,8 @@ def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, objec
     how = "ieee" if triton.knobs.runtime.interpret else INPUTS[kind.split(":")[0]][precision]
     constants = {"D": e.shape[2], "H": num_heads, "PRECISION": precision, "INPUT": how}
     warps = THREADS // (64 if torch.version.hip else 32)
-    return {**found._asdict(), **constants, "num_warps": warps, **OPTIONS}
+    options = {"num_warps": warps, "num_stages": found.STAGES, **OPTIONS}
+    return {**found._asdict(), **constants, **options}
 
 
 def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
@@ -412,7 +426,7 @@ def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, obje
                     "signature": types | {"p_matrices": matrices},
                     "constants": constants | found._asdict() | shape,
                     "threads": THREADS,
-                    "options": OPTIONS,
+                    "options": {"num_stages": found.STAGES, **OPTIONS},
                     "dtypes": [precision],
                     "target": kind,
                 }

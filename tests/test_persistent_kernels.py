@@ -45,7 +45,9 @@ def test_the_papers_sizes_have_a_plan_everywhere(kind, precision):
     [
         ((50, 96, 4, "bf16", *H100), r"D in \(32, 64, 128, 256\), got 96"),
         ((50, 128, 1, "bf16", *H100), "heads of at most 64 channels, got 128"),
-        ((200, 128, 4, "bf16", *H100), "L up to 128, got 200"),
+        ((200, 128, 4, "bf16", *H100), r"L in 1 \.\. 128, got 200"),
+        ((0, 128, 4, "bf16", *H100), "got 0"),
+        ((50, 128, 5, "bf16", *H100), "heads must divide D = 128, got 5"),
         ((100, 128, 4, "float32", *H100), "no layout for D = 128, L = 100 in float32 on cuda:90"),
         ((50, 256, 4, "tf32", *H100), "no layout for D = 256, L = 50 in tf32"),
         ((50, 128, 4, "bf16", "cuda:90", 65536), "with 65536 bytes of shared memory"),
@@ -88,7 +90,7 @@ def test_packed_weights(precision):
     from fmrec_fast.kernels.transformer import MATRICES, VECTORS, pack
 
     blocks = TransformerStack(32, 2, 4, "published").weights()
-    matrices, vectors = pack(blocks, precision)
+    matrices, vectors = pack(blocks, 32, precision)
     assert matrices.dtype is (torch.bfloat16 if precision == "bf16" else torch.float32)
     matrices = matrices.float().view(2, MATRICES.value, 32 * 32)
     vectors = vectors.view(2, VECTORS.value, 32)
@@ -97,6 +99,15 @@ def test_packed_weights(precision):
         assert torch.equal(matrices[i, 8:].flatten(), expected.flatten())
         assert torch.equal(matrices[i, 1], definition.rounded(w.key_weight, precision).flatten())
         assert torch.equal(vectors[i, 12], w.w2_bias) and torch.equal(vectors[i, 4], w.value_bias)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_weights_of_another_width_are_refused():
+    from fmrec_fast.kernels.transformer import pack
+
+    blocks = TransformerStack(32, 1, 4, "published").weights()
+    with pytest.raises(ValueError, match=r"must be \(64,\), got \(32,\)"):
+        pack(blocks, 64, "float32")
 
 
 # --- one step of a guessed trajectory -------------------------------------------------------
