@@ -11,7 +11,7 @@ from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flo
 from benchmarks.samplers import Samplers
 from fmrec_fast import dispatch_log, noise, use_backend
 from fmrec_fast.backend import Backend
-from fmrec_fast.ops.picard_sweep import PRECISIONS
+from fmrec_fast.config import PRECISIONS
 from fmrec_fast.picard import prefers_parallel
 
 # Above this batch the agreement is asserted over fewer steps (every step is the same program),

@@ -99,7 +99,8 @@ def sample(
             residual. See `picard.iterate`.
         return_residual: also return the estimated relative error [B] of 'parallel', which is 0
             where 'auto' went step by step.
-        precision: of the encoder's matrix products; 'float32'.
+        precision: of the encoder's matrix products: 'float32', 'tf32' or 'bf16', see
+            `ops.encoder`. Norms, softmax and trajectory stay in float32.
 
     Returns:
         float32 [B, D], or ([B, D], residual [B]).

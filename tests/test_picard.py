@@ -111,6 +111,21 @@ def test_enough_sweeps_are_exact_whatever_the_network(uncertain, sequences, step
     assert not residual.any()
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions(trained, sequences, precision):
+    """Either method to its own rounding; both near the float32 result, and not on it."""
+    exact = sample(trained, sequences, seed=3)
+    results = [
+        sample(trained, sequences, seed=3, method=method, precision=precision)
+        for method in ("euler", "parallel")
+    ]
+    limit = {"tf32": 2e-3, "bf16": 2e-2}[precision]
+    for got in results:
+        assert 1e-6 < relative(got, exact).max() <= limit
+    # Rounding of the operands is not smooth in the state, so the methods agree to it only.
+    assert relative(*results).max() <= limit / 2
+
+
 def test_the_trajectory_is_the_sequential_one(uncertain, sequences):
     model = uncertain()
     e, mask = model.embed(sequences)
