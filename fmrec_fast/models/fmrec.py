@@ -348,7 +348,9 @@ class FMRec(nn.Module):
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
-            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device)
+            length, width = item_rep.shape[1:]
+            work = picard.evaluation_flops(length, width, self.config.num_blocks)
+            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device, work)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
