@@ -11,8 +11,8 @@ from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flo
 from benchmarks.samplers import Samplers
 from fmrec_fast import dispatch_log, noise, use_backend
 from fmrec_fast.backend import Backend
-from fmrec_fast.ops.picard_sweep import PRECISIONS
-from fmrec_fast.picard import prefers_parallel
+from fmrec_fast.config import PRECISIONS
+from fmrec_fast.picard import evaluation_flops, prefers_parallel
 
 # Above this batch the agreement is asserted over fewer steps (every step is the same program),
 # and rounds are few. Above HUGE only a GPU runs the peers.
@@ -93,7 +93,9 @@ def test_euler_sampler(suite, race, sampling_batch):
     flops = {}
     with use_backend("reference"):
         parallel = {"parallel"}
-        if prefers_parallel(batch, sizes.steps, samplers.model.config.lambda_uncertainty, device):
+        delta = samplers.model.config.lambda_uncertainty
+        work = evaluation_flops(sizes.length, sizes.width, sizes.blocks)
+        if prefers_parallel(batch, sizes.steps, delta, device, work):
             parallel.add("auto")
         for name in set(variants) - {*PEERS}:
             run = samplers.parallel if name in parallel else samplers.ours

@@ -23,8 +23,11 @@ from torch import Tensor
 TOLERANCE = 1e-5
 # Above this lambda_uncertainty one sweep does not converge, and 'auto' goes step by step.
 AUTO_MAX_DELTA = 0.01
-# By so much the parallel sampler must be expected to win before 'auto' takes it.
+# By so much the parallel sampler must be expected to win before 'auto' takes it: a share of the
+# time, and on a CPU the seconds that sweeping costs by itself, at a thread's rate in FLOP/s.
 AUTO_MARGIN = 0.85
+CPU_OVERHEAD = 5e-4
+CPU_RATE = 150e9
 
 
 class Solution(NamedTuple):
@@ -127,14 +130,31 @@ def check_options(sweeps: int | None, tol: float | None) -> None:
         raise ValueError(f"tol must satisfy 0 < tol < 1, got {tol!r}")
 
 
-def prefers_parallel(batch: int, steps: int, delta: float, device: torch.device) -> bool:
+def evaluation_flops(length: int, width: int, blocks: int) -> int:
+    """Floating-point operations of one network evaluation of one history, its matrix products.
+
+    Per block 12 D^2 multiply-adds a position for the linear layers and 2 L D for attention; of the
+    last block keys and values at all positions, the rest at the last one only.
+    """
+    block = length * 12 * width**2 + 2 * length**2 * width
+    last = 2 * length * width**2 + 10 * width**2 + 2 * length * width
+    return 2 * ((blocks - 1) * block + last)
+
+
+def prefers_parallel(
+    batch: int, steps: int, delta: float, device: torch.device, flops: float = float("inf")
+) -> bool:
     """Whether `method='auto'` takes the parallel sampler.
 
     Both are counted in rounds of network evaluations, one sequence per worker: step by step
-    ``q ceil(B / W)``, in parallel ``ceil(B / W) + ceil(q B / W)``. On a CPU a worker is a thread,
-    and the rule is what was measured (docs/performance.md): parallel where B < W, and where B is
-    just above a multiple of W. On a GPU a worker is taken to be a multiprocessor; that is an
-    estimate, not measured.
+    ``q ceil(B / W)``, in parallel ``ceil(B / W) + ceil(q B / W)``. On a CPU a worker is a thread:
+    parallel where B < W, and where B is just above a multiple of W, unless the network is so small
+    that the sweep's own cost outweighs what it saves. On a GPU a worker is taken to be a
+    multiprocessor. The rule follows from the work, not from timings (docs/performance.md).
+
+    Args:
+        delta: lambda_uncertainty; where it is large, one sweep would not do.
+        flops: `evaluation_flops` of the network.
     """
     if delta > AUTO_MAX_DELTA or batch == 0 or steps < 3:
         return False
@@ -142,4 +162,7 @@ def prefers_parallel(batch: int, steps: int, delta: float, device: torch.device)
     if device.type == "cuda":
         workers = torch.cuda.get_device_properties(device).multi_processor_count
     rounds = -(-batch // workers)
-    return rounds - (-steps * batch // workers) < AUTO_MARGIN * steps * rounds
+    sequential, parallel = steps * rounds, rounds - (-steps * batch // workers)
+    if device.type != "cuda" and (sequential - parallel) * flops / CPU_RATE < CPU_OVERHEAD:
+        return False
+    return parallel < AUTO_MARGIN * sequential

@@ -123,7 +123,8 @@ def sample(
             residual. See `picard.iterate`.
         return_residual: also return the estimated relative error [B] of 'parallel', which is 0
             where 'auto' went step by step.
-        precision: of the encoder's matrix products; 'float32'.
+        precision: of the encoder's matrix products: 'float32', 'tf32' or 'bf16', see
+            `ops.encoder`. Norms, softmax and trajectory stay in float32.
         padding: 'published'; or 'tied', where a row's padded positions share one lam and are
             computed as one token: the same distribution at every position, and several times
             faster on short histories. Not for 'rk45'.

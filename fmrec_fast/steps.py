@@ -18,6 +18,7 @@ from fmrec_fast.data.batches import EvaluationSamples
 from fmrec_fast.evaluation import BATCH, metrics_from_ranks
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import target_rank
+from fmrec_fast.picard import evaluation_flops
 from fmrec_fast.recommend import rank_items
 from fmrec_fast.sampler import sample
 
@@ -67,15 +68,11 @@ def flops(config: FMRecConfig, steps: int) -> int:
     """Floating-point operations of one recommendation: the matrix products of the sampler and of
     the scores.
 
-    Per step and block 12 D^2 multiply-adds a position for the linear layers and 2 L D for
-    attention; of the last block keys and values at all positions, the rest at the last one only.
-    A history of L items: what a kernel saves on padding is not subtracted. Norms, noise, the time
-    embeddings (the same for all rows) and top-k are not counted.
+    See `picard.evaluation_flops`. A history of L items: what a kernel saves on padding is not
+    subtracted. Norms, noise, the time embeddings (the same for all rows) and top-k are not counted.
     """
-    length, width, blocks = config.max_len, config.hidden_size, config.num_blocks
-    block = length * 12 * width**2 + 2 * length**2 * width
-    last = 2 * length * width**2 + 10 * width**2 + 2 * length * width
-    return 2 * (steps * ((blocks - 1) * block + last) + config.item_num * width)
+    step = evaluation_flops(config.max_len, config.hidden_size, config.num_blocks)
+    return steps * step + 2 * config.item_num * config.hidden_size
 
 
 def study(

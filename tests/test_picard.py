@@ -13,13 +13,14 @@ from fmrec_fast import (
     FMRecommender,
     dispatch_log,
     extension,
+    picard,
     recommend,
     sample,
     training_losses,
     use_backend,
     use_rng,
 )
-from fmrec_fast.picard import TOLERANCE, iterate, prefers_parallel
+from fmrec_fast.picard import TOLERANCE, evaluation_flops, iterate, prefers_parallel
 from fmrec_fast.testing import make_sequences
 
 EVERY = ("padding", "short", "long", "full")
@@ -109,6 +110,21 @@ def test_enough_sweeps_are_exact_whatever_the_network(uncertain, sequences, step
     )
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
     assert not residual.any()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions(trained, sequences, precision):
+    """Either method to its own rounding; both near the float32 result, and not on it."""
+    exact = sample(trained, sequences, seed=3)
+    results = [
+        sample(trained, sequences, seed=3, method=method, precision=precision)
+        for method in ("euler", "parallel")
+    ]
+    limit = {"tf32": 2e-3, "bf16": 2e-2}[precision]
+    for got in results:
+        assert 1e-6 < relative(got, exact).max() <= limit
+    # Rounding of the operands is not smooth in the state, so the methods agree to it only.
+    assert relative(*results).max() <= limit / 2
 
 
 def test_the_trajectory_is_the_sequential_one(uncertain, sequences):
@@ -302,6 +318,25 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def any_network(monkeypatch):
+    """'auto' as if the network were worth it: that of the tests is tiny."""
+    monkeypatch.setattr(picard, "CPU_OVERHEAD", 0.0)
+
+
+def test_a_tiny_network_is_not_worth_a_sweep(trained, sequences, threads):
+    threads(2)
+    paper, tiny = evaluation_flops(50, 128, 4), evaluation_flops(12, 32, 3)
+    assert paper == pytest.approx(66.5e6, rel=0.01)
+    cpu = torch.device("cpu")
+    assert prefers_parallel(1, 30, 0.001, cpu, paper)
+    assert not prefers_parallel(1, 30, 0.001, cpu, tiny)
+    with dispatch_log() as log:
+        sample(trained, sequences[:1], method="auto", steps=30)
+    assert "picard_sweep" not in {entry.op for entry in log}
+
+
+@pytest.mark.usefixtures("any_network")
 def test_auto_is_parallel_where_rows_leave_threads_idle(trained, sequences, threads):
     cpu = torch.device("cpu")
     threads(1)
@@ -335,6 +370,7 @@ def test_auto_counts_multiprocessors_on_a_gpu(monkeypatch):
     assert 512 not in chosen
 
 
+@pytest.mark.usefixtures("any_network")
 def test_auto_goes_step_by_step_under_published_draws(trained, sequences, threads):
     threads(2)
     with use_rng("published"), dispatch_log() as log:
@@ -342,6 +378,7 @@ def test_auto_goes_step_by_step_under_published_draws(trained, sequences, thread
     assert "picard_sweep" not in {entry.op for entry in log}
 
 
+@pytest.mark.usefixtures("any_network")
 def test_recommend_takes_the_choice_and_gives_the_same_items(trained, threads):
     threads(2)
     histories = [[12, 13, 14]]

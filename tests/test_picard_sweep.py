@@ -10,19 +10,21 @@ import torch
 
 from fmrec_fast import extension, flow, noise, use_backend
 from fmrec_fast.backend import Backend, dispatch_log
+from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.ops import euler_sampler, picard_sweep
 from fmrec_fast.ops.encoder import pack
 from fmrec_fast.reference.published import PublishedRecommender
-from fmrec_fast.testing import assert_close_to_truth, make_sequences
+from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("picard_sweep")
-EVERY = ("padding", "short", "long", "full")
+EVERY = ("short", "padding", "full")
 DELTA = 0.5
 SEED = torch.tensor(-987654321)
 
 
-def setup(small_model, batch=5, steps=4, length=12, width=32, **changes):
+def setup(small_model, batch=3, steps=2, length=12, width=32, **changes):
     """(model, (e, mask, x, taus), lam)."""
+    changes = {"num_blocks": 2, "last": 1} | changes
     model = small_model(
         max_len=length, hidden_size=width, lambda_uncertainty=DELTA, **changes
     ).eval()
@@ -39,6 +41,11 @@ def setup(small_model, batch=5, steps=4, length=12, width=32, **changes):
 
 def run(place, model, tensors, *, declines=False, **options):
     model = model.to(place.device)
+    declines = {Backend.CPP, Backend.TRITON} if declines else set()
+    if tensors[0].shape[2] not in WIDTHS:
+        declines.add(Backend.TRITON)
+    if options.get("precision", "float32") != "float32":
+        declines.add(Backend.CPP)
     options = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v
                for k, v in options.items()}  # fmt: skip
     with torch.no_grad(), place.forced("picard_sweep", declines=declines):
@@ -64,8 +71,8 @@ def published(model, tensors, lam, dtype):
     "shape",
     [
         {"batch": 1, "steps": 1, "length": 1, "width": 36},
-        {"batch": 1, "steps": 30, "length": 7, "width": 32},
-        {"batch": 5, "steps": 4, "length": 12, "width": 32},
+        {"batch": 1, "steps": 7, "length": 50, "width": 32},
+        {"batch": 5, "steps": 2, "length": 12, "width": 64},
         {"batch": 2, "steps": 3, "length": 51, "width": 96},
         {"batch": 35, "steps": 2, "length": 3, "width": 8},  # more than the definition's piece
     ],
@@ -78,9 +85,21 @@ def test_against_the_published_network(place, small_model, shape):
     assert_close_to_truth(run(place, model, tensors, noise=lam), same, truth)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions(place, small_model, precision):
+    model, tensors, lam = setup(small_model, batch=3, steps=2, length=7)
+    truth = published(model, tensors, lam, torch.float64)
+    with use_backend("reference"), torch.no_grad():
+        weights = model.fm.sampler_weights()
+        same = picard_sweep(*tensors, weights, noise=lam, precision=precision)
+    got = run(place, model, tensors, noise=lam, precision=precision)
+    assert_close_to_truth(got, same, truth, name=precision)
+    assert error_to_truth(got, truth) > 1e-5
+
+
 def test_the_streams_lam_is_keyed_by_step_and_row(place, small_model):
     model, tensors, lam = setup(small_model)
-    rows = torch.tensor([9, 3, 4, 2**33, 0])
+    rows = torch.tensor([9, 2**33, 0])
     shape = tensors[0].shape[1:]
     lam = torch.stack([noise.lam(SEED, rows, i, *shape, DELTA) for i in range(len(lam))])
     expected = run(place, model, tensors, noise=lam)
@@ -91,7 +110,7 @@ def test_the_streams_lam_is_keyed_by_step_and_row(place, small_model):
 def test_at_the_samplers_trajectory_it_gives_the_samplers_moves(place, small_model):
     """The fixed point that Picard iteration looks for."""
     model, (e, mask, x, taus), _ = setup(small_model)
-    rows = torch.arange(5)
+    rows = torch.arange(3)
     with torch.no_grad():
         points = euler_sampler(
             e, mask, x[:, 0], taus, model.fm.sampler_weights(), times=torch.zeros(len(taus)),
@@ -106,17 +125,16 @@ def test_at_the_samplers_trajectory_it_gives_the_samplers_moves(place, small_mod
 
 def test_a_point_depends_on_itself_alone(place, small_model):
     """Neither on the other steps' guesses nor on the batch."""
-    model, tensors, _ = setup(small_model)
+    model, tensors, _ = setup(small_model, batch=2, steps=3, length=5)
     e, mask, x, taus = tensors
-    rows = torch.tensor([4, 2, 7, 8, 1])
+    rows = torch.tensor([4, 2])
     whole = run(place, model, tensors, seed=SEED, rows=rows)
     changed = x.clone()
-    changed[:, 2] += 1
+    changed[:, 1] += 1
     other = run(place, model, (e, mask, changed, taus), seed=SEED, rows=rows)
-    assert ((other - whole).abs().amax(dim=(0, 2)) > 1e-2).tolist() == [False, False, True, False]
-    part = torch.tensor([3, 0])
-    some = run(place, model, (e[part], mask[part], x[part], taus), seed=SEED, rows=rows[part])
-    torch.testing.assert_close(some, whole[part], atol=1e-5, rtol=1e-5)
+    assert ((other - whole).abs().amax(dim=(0, 2)) > 1e-2).tolist() == [False, True, False]
+    some = run(place, model, (e[1:], mask[1:], x[1:], taus), seed=SEED, rows=rows[1:])
+    torch.testing.assert_close(some, whole[1:], atol=1e-5, rtol=1e-5)
 
 
 def test_non_contiguous_inputs(place, small_model):
@@ -158,7 +176,7 @@ def test_causal_attention_runs_the_definition_and_says_so(place, small_model):
 
 
 def test_gradients_flow_where_they_are_needed(small_model):
-    model, (e, mask, x, taus), lam = setup(small_model)
+    model, (e, mask, x, taus), lam = setup(small_model, steps=4)
     x.requires_grad_()
     with dispatch_log() as log:
         out = picard_sweep(e, mask, x, taus, model.fm.sampler_weights(), noise=lam)
@@ -170,7 +188,7 @@ def test_gradients_flow_where_they_are_needed(small_model):
 
 
 def test_a_seed_left_open_is_torchs(place, small_model):
-    model, tensors, _ = setup(small_model)
+    model, tensors, _ = setup(small_model, batch=1, steps=1, length=5)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -194,7 +212,7 @@ def test_a_seed_left_open_is_torchs(place, small_model):
     ],
 )
 def test_bad_inputs_are_named(small_model, change, error, message):
-    model, tensors, lam = setup(small_model)
+    model, tensors, lam = setup(small_model, batch=5, steps=4)
     given = dict(zip(("e", "mask", "x", "taus"), tensors))
     given.update(noise=lam, weights=model.fm.sampler_weights())
     given.update(change)
@@ -244,7 +262,7 @@ def test_every_instruction_set_and_number_of_threads(isa, small_model, shape):
 
 @needs_cpp
 def test_the_boundary_names_what_is_off(small_model):
-    model, tensors, lam = setup(small_model)
+    model, tensors, lam = setup(small_model, batch=5, steps=4)
     weights = model.fm.sampler_weights()
     e, mask, x, taus = (t.numpy() for t in tensors)
     given = {

@@ -22,8 +22,8 @@ from fmrec_fast.ops import (
     picard_sweep,
 )
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
+from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.ops.euler_sampler import SamplerWeights
-from fmrec_fast.ops.picard_sweep import PRECISIONS
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
@@ -338,8 +338,7 @@ class FMRec(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`integrate`, and the residual [B] of method 'parallel'; step by step it is 0."""
         network = self.xstart_model
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        check_precision(precision)
         if method not in INTEGRATORS:
             raise ValueError(f"method must be one of {INTEGRATORS}, got {method!r}")
         if method == "euler" and (sweeps is not None or tol is not None):
@@ -352,12 +351,19 @@ class FMRec(nn.Module):
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
-            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device)
+            length, width = item_rep.shape[1:]
+            work = picard.evaluation_flops(length, width, self.config.num_blocks)
+            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device, work)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
                 "method 'parallel' needs the network in evaluation mode: in training mode it "
                 "samples through its dropouts, step by step"
+            )
+        if network.training and precision != "float32":
+            raise ValueError(
+                f"precision = {precision!r} needs the network in evaluation mode: in training mode "
+                "it samples through its dropouts, in float32"
             )
         if network.training:
             if padding != "published":  # dropout makes padded positions differ
@@ -391,6 +397,7 @@ class FMRec(nn.Module):
             trajectory=self.trajectory,
             target=self.target,
             return_trajectory=return_trajectory,
+            precision=precision,
             padding=padding,
         )
         return x, z0.new_zeros(len(z0))

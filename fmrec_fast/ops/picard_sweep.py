@@ -10,17 +10,16 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, candidate, choose
 from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient
+from fmrec_fast.ops.encoder import check_precision, encoder, kernel_declines, needs_gradient
 from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
 from fmrec_fast.reference.encoder import NORM_EPS
 from fmrec_fast.reference.euler_sampler import tie_padding
 
-PRECISIONS = ("float32",)
 # Sequences that the definition takes together on a GPU, which bounds its memory.
 GPU_ROWS = 4096
 
@@ -55,11 +54,11 @@ def picard_sweep(
         x: guessed trajectory [B, q, D]; taus: time embeddings of the q steps [q, D].
         seed, rows: key the stream's lam (a seed of None is drawn), whose step word is i; `noise`
             gives lam explicitly [q, B, L, D].
-        precision: of the encoder's matrix products; 'float32'.
+        precision: of the encoder's matrix products, see `encoder`.
         padding: 'published' or 'tied', as in `euler_sampler`.
 
     Returns:
-        [B, q, D]. The C++ kernel is not differentiable and runs where no gradient is needed.
+        [B, q, D]. The kernels are not differentiable and run where no gradient is needed.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, `precision` or `padding` are off.
@@ -71,8 +70,7 @@ def picard_sweep(
     check_shape("x", x, "B q D", sizes)
     check_shape("taus", taus, "q D", sizes)
     check_float(e=e, mask=mask, x=x, taus=taus, noise=noise)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    check_precision(precision)
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
     tied = padding == "tied"
@@ -94,8 +92,21 @@ def picard_sweep(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    if choose("picard_sweep", *tensors, declined=declined) is Backend.CPP:
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
+    if tied and candidate(e.device) is Backend.TRITON:
+        declined = declined or "its Triton kernel has padding 'published' only"
+    backend = choose("picard_sweep", *tensors, declined=declined)
+    if backend is Backend.CPP:
         return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise, tied)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import picard_sweep as kernels
+
+        out = x.new_empty(x.shape)
+        inputs = (t.contiguous() for t in (e, mask, x, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.picard_sweep(*inputs, weights, lam, rows, seed, precision, out)
+        return out
 
     most = CPU_ROWS if e.device.type == "cpu" else GPU_ROWS
     pieces = [slice(i, i + most) for i in range(0, len(e), most)] or [slice(None)]
@@ -110,6 +121,7 @@ def picard_sweep(
             None if rows is None else rows[piece],
             None if noise is None else noise[:, piece],
             max(1, most // max(len(e), 1)),
+            precision,
             tied,
         )
         for piece in pieces
@@ -127,6 +139,7 @@ def _composed(
     rows: Tensor | None,
     noise: Tensor | None,
     steps_at_once: int,
+    precision: str,
     tied: bool,
 ) -> Tensor:
     """The definition over the ops noise_fusion and encoder."""
@@ -145,6 +158,7 @@ def _composed(
             weights.blocks,
             num_heads=weights.num_heads,
             attention=weights.attention,
+            precision=precision,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
