@@ -87,7 +87,8 @@ def test_a_call_without_a_plan_runs_the_definition_and_says_why(length, width, h
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_packed_weights(precision):
-    from fmrec_fast.kernels.transformer import MATRICES, VECTORS, pack
+    from fmrec_fast.kernels.launch import pack
+    from fmrec_fast.kernels.transformer import MATRICES, VECTORS
 
     blocks = TransformerStack(32, 2, 4, "published").weights()
     matrices, vectors = pack(blocks, 32, precision)
@@ -103,7 +104,7 @@ def test_packed_weights(precision):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_weights_of_another_width_are_refused():
-    from fmrec_fast.kernels.transformer import pack
+    from fmrec_fast.kernels.launch import pack
 
     blocks = TransformerStack(32, 1, 4, "published").weights()
     with pytest.raises(ValueError, match=r"must be \(64,\), got \(32,\)"):
