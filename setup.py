@@ -25,6 +25,7 @@ KERNEL_SOURCES = [
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
+    "csrc/item_cross_entropy.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
