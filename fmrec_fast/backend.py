@@ -60,8 +60,6 @@ MISSING: dict[tuple[str, Backend], str] = {
     ("attention", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
     ("euler_sampler", Backend.TRITON): _COMPOSED,
-    ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
-    ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.CPP): _NO_KERNEL,
@@ -185,12 +183,18 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         _log.reset(token)
 
 
-def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
+def choose(
+    op: str,
+    *tensors: Tensor,
+    declined: str = "",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
     Args:
         declined: why the op's kernels do not cover this call, if they do not: the definition then
             runs, also where a backend was named, and the log says why.
+        dtypes: what the op's Triton kernels take; the C++ ones take float32.
 
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
@@ -198,15 +202,16 @@ def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     wanted = current_backend()
     device, reason = tensors[0].device, ""
     chosen = Backend.REFERENCE
+    taken = {Backend.TRITON: dtypes}
     if wanted is Backend.AUTO:
         candidate = Backend.TRITON if device.type == "cuda" else Backend.CPP
         reason = MISSING.get((op, candidate)) or declined
-        reason = reason or _obstacle(candidate, device, tensors) or ""
+        reason = reason or _obstacle(candidate, device, tensors, taken) or ""
         chosen = Backend.REFERENCE if reason else candidate
     elif wanted is not Backend.REFERENCE:
         reason = MISSING.get((op, wanted)) or declined
         if not reason:
-            obstacle = _obstacle(wanted, device, tensors)
+            obstacle = _obstacle(wanted, device, tensors, taken)
             if obstacle:
                 raise BackendError(f"backend {wanted.value!r} was asked for {op}, but {obstacle}")
             chosen = wanted
@@ -216,13 +221,20 @@ def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     return chosen
 
 
-def _obstacle(backend: Backend, device: torch.device, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(
+    backend: Backend,
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    taken: dict[Backend, tuple[torch.dtype, ...]],
+) -> str | None:
     reason = availability(backend, device)
     if reason:
         return reason
+    dtypes = taken.get(backend, (torch.float32,))
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"its kernels take float32, got {tensor.dtype}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"its kernels take {names}, got {tensor.dtype}"
     return None
 
 
