@@ -14,6 +14,7 @@ from fmrec_fast.reference import item_cross_entropy as reference
 from fmrec_fast.reference.item_cross_entropy import Terms
 
 REDUCTIONS = ("mean", "sum", "none")
+WIDEST_TRITON = 256
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The C++ kernels keep scores for the backward pass if they are at most this many floats (32 MB):
@@ -42,7 +43,9 @@ def item_cross_entropy(
     Equivalent PyTorch::
 
         scores = logit_scale * rep @ item_weight.T + bias
-        F.cross_entropy(scores, target, weight, reduction=..., ignore_index=..., label_smoothing=...)
+        F.cross_entropy(
+            scores, target, weight, reduction=..., ignore_index=..., label_smoothing=...
+        )
 
     plus ``z_loss * logsumexp(scores)**2`` for each row (divided under 'mean' by what the rest is
     divided by), except that a mean over no row (an empty batch, all rows ignored) is 0, not NaN.
@@ -111,7 +114,9 @@ def item_cross_entropy(
     if not compiling:
         check_range("target", target, 0, sizes["V"], {ignore_index: "ignore_index"})
     weight = None if weight is None else weight.detach()
-    declined = "its kernels need at least one channel, got D = 0" if sizes["D"] == 0 else ""
+    declined = ""
+    if not 0 < sizes["D"] <= (WIDEST_TRITON if rep.is_cuda else math.inf):
+        declined = f"its kernels take 1 .. {WIDEST_TRITON} channels, got D = {sizes['D']}"
     tensors = (rep, item_weight) if bias is None else (rep, item_weight, bias)
     backend = choose("item_cross_entropy", *tensors, declined=declined, dtypes=TRITON_DTYPES)
     smooth = label_smoothing > 0
