@@ -675,9 +675,10 @@ void item_cross_entropy_backward(const py::object& rep, const py::object& weight
         std::fill_n(a.d_bias, a.d_bias ? a.items : 0, 0.0f);
         return;
     }
-    // Whole chunks: what lies past the rows gets coefficients of 0.
+    // Whole chunks: what lies past the rows has no probability and coefficients of 0.
     const std::int64_t padded = call.chunks * XENT_ROWS;
     const Floats rows = allocate_floats(5 * padded, true);
+    std::fill_n(rows.get() + a.batch, padded - a.batch, 3.0e38f);
     for (std::int64_t row = 0; row < 5; ++row) {
         std::copy_n(data<float>(given) + row * a.batch, a.batch, rows.get() + row * padded);
     }

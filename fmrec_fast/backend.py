@@ -199,6 +199,30 @@ def choose(
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
     """
+    if torch.compiler.is_compiling():
+        given = tuple(tensor.dtype for tensor in tensors)
+        kind = tensors[0].device.type
+        return Backend(_choose_while_compiling(op, kind, given, declined, dtypes))
+    return _choose(op, tensors, declined, dtypes)
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_compiling(
+    op: str,
+    device: str,
+    given: tuple[torch.dtype, ...],
+    declined: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> str:
+    """The choice at compile time, which the compiled program keeps; it logs when it runs."""
+    with dispatch_log():
+        tensors = tuple(torch.empty(0, dtype=dtype, device=device) for dtype in given)
+        return _choose(op, tensors, declined, dtypes).value
+
+
+def _choose(
+    op: str, tensors: tuple[Tensor, ...], declined: str, dtypes: tuple[torch.dtype, ...]
+) -> Backend:
     wanted = current_backend()
     device, reason = tensors[0].device, ""
     chosen = Backend.REFERENCE

@@ -156,9 +156,9 @@ def combine_kernel(p_partial, p_statistics, batch, ranges, BLOCK_B: tl.constexpr
 
 @triton.jit
 def load_rows(p_rows, o_b, m_b, batch):
-    """The five float32 vectors [BB] of the rows, 0 where there is no row."""
+    """The five float32 vectors [BB] of the rows, without effect where there is no row."""
     p_rows += o_b
-    b_top = tl.load(p_rows, mask=m_b, other=0.0)
+    b_top = tl.load(p_rows, mask=m_b, other=float("inf"))  # 2^(x - top) is 0 then
     b_coefficient = tl.load(p_rows + batch, mask=m_b, other=0.0)
     b_smooth = tl.load(p_rows + 2 * batch, mask=m_b, other=0.0)
     b_at = tl.load(p_rows + 3 * batch, mask=m_b, other=0.0)
@@ -386,7 +386,13 @@ def item_cross_entropy_backward(
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple:
-    return tuple(None if t is None else t.detach().contiguous() for t in tensors)
+    # numpy, in which the interpreter multiplies, has no bfloat16.
+    exact = triton.knobs.runtime.interpret
+    cast = {torch.bfloat16: torch.float32} if exact else {}
+    return tuple(
+        None if t is None else t.detach().to(cast.get(t.dtype, t.dtype)).contiguous()
+        for t in tensors
+    )
 
 
 def _ranges(rep: torch.Tensor, row_tiles: int, most: int) -> int:

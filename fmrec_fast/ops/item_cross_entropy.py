@@ -76,12 +76,6 @@ def item_cross_entropy(
             would wait for it; under ``FMREC_FAST_CHECK=1`` it raises there too.
         BackendError: a named backend cannot run.
     """
-    kind = rep.device.type if isinstance(rep, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        rep, item_weight = rep.to(dtype), item_weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        weight = None if weight is None else weight.to(dtype)
     sizes: dict[str, int] = {}
     check_shape("rep", rep, "B D", sizes)
     check_shape("item_weight", item_weight, "V D", sizes)
@@ -89,6 +83,24 @@ def item_cross_entropy(
     for name, vector in (("bias", bias), ("weight", weight)):
         if vector is not None:
             check_shape(name, vector, "V", sizes)
+    kind = rep.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return item_cross_entropy(
+                rep.to(dtype),
+                item_weight.to(dtype),
+                target,
+                bias=None if bias is None else bias.to(dtype),
+                weight=None if weight is None else weight.to(dtype),
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                logit_scale=logit_scale,
+                return_lse=return_lse,
+                filter_eps=filter_eps,
+            )
     check_float(rep=rep, item_weight=item_weight, bias=bias, weight=weight)
     check_integer("target", target)
     if target.device != rep.device:
@@ -131,13 +143,16 @@ def item_cross_entropy(
             smooth=smooth,
         )
     else:
+        smoothing = None
+        if smooth:
+            smoothing = torch.ones_like(item_weight[:, 0]) if weight is None else weight
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         arguments = (
             rep,
             item_weight,
             bias,
             target,
-            weight if smooth else None,
+            smoothing,
             float(logit_scale),
             float(filter_eps or 0.0),
             backend.value,
@@ -149,7 +164,7 @@ def item_cross_entropy(
             row = Terms(*_Terms.apply(*arguments))
         else:
             statistics, _ = _statistics(*arguments)
-            row = _terms(statistics, item_weight, weight if smooth else None)
+            row = _terms(statistics, item_weight, smoothing)
     loss = reference.reduce(
         row,
         target,
@@ -215,17 +230,13 @@ def _terms(statistics: Tensor, item_weight: Tensor, smoothing: Tensor | None) ->
     largest, total, gap, dot = statistics.unbind()
     log_total = total.log()
     dtype = reference.accumulator(item_weight.dtype)
-    count = _count(item_weight, smoothing)
+    # Without smoothing nobody reads the third term.
+    count = 0 if smoothing is None else smoothing.to(statistics.dtype).sum()
     return Terms(
         (gap * LN_2 + log_total).to(dtype),
         (largest * LN_2 + log_total).to(dtype),
         (count * log_total - dot * LN_2).to(dtype),
     )
-
-
-def _count(item_weight: Tensor, smoothing: Tensor | None) -> Tensor | int:
-    """The sum of the smoothing weights."""
-    return item_weight.shape[0] if smoothing is None else smoothing.double().sum()
 
 
 def _gradients(
@@ -251,10 +262,8 @@ def _gradients(
         coefficient = coefficient + d_nll
     if d_lse is not None:
         coefficient = coefficient + d_lse
-    if d_smooth is not None:
-        coefficient = coefficient + _count(item_weight, smoothing) * d_smooth
-        if smoothing is None:
-            smoothing = torch.ones_like(item_weight[:, 0])
+    if d_smooth is not None and smoothing is not None:
+        coefficient = coefficient + smoothing.to(share.dtype).sum() * d_smooth
     nothing = torch.zeros_like(share)
     rows = torch.stack(
         (
@@ -279,7 +288,7 @@ def _gradients(
             rep,
             item_weight,
             bias,
-            None if d_smooth is None else smoothing,
+            smoothing,
             target,
             scale,
             rows,
@@ -293,7 +302,7 @@ def _gradients(
             _array(rep),
             _array(item_weight),
             _array(bias),
-            None if d_smooth is None else _array(smoothing),
+            _array(smoothing),
             _array(target),
             scale,
             rows.numpy(),
