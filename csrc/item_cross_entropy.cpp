@@ -121,6 +121,10 @@ void forward(const ItemCrossEntropy* a, int64_t part, int64_t begin, int64_t end
             const int64_t row_width = xent_padded(rows);
             float* x = a->cache ? a->cache + (number * chunks + chunk) * XENT_ITEMS * XENT_ROWS
                                 : a->scratch + part * xent_scratch(a->width);
+            if (a->cache && (row_width < XENT_ROWS || tile.items < XENT_ITEMS)) {
+                // Who copies or compares a cache finds no undefined floats.
+                __builtin_memset(x, 0, XENT_ITEMS * XENT_ROWS * sizeof(float));
+            }
             for (int64_t b = 0; b < row_width; b += XENT_PANEL) {
                 const int64_t panel = smallest(row_width - b, XENT_PANEL);
                 scores(a, &tile, chunk, b, panel, x);
