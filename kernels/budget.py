@@ -13,6 +13,7 @@ A kernel module lists what to compile in `COMPILE_CASES`, dicts with the keys
     options     further compiler options
     name        what to call the case, if one kernel is compiled with several constants (optional)
     dtypes      element types, if it is not compiled for all of `DTYPES` (optional)
+    backends    "cuda" or "hip", if it is not compiled for both (optional)
 
 Budgets are for the Triton version that they name, for registers differ by a few between
 versions. Registers are budgeted in the 8 per thread in
@@ -64,8 +65,9 @@ def compile_all() -> tuple[dict[str, dict], list[str]]:
             problems.append(f"kernels/{stem}.py has no COMPILE_CASES")
         for case in cases:
             name = case.get("name", case["kernel"].__name__)
+            targets = [t for t in TARGETS if t[0] in case.get("backends", ("cuda", "hip"))]
             for dtype in case.get("dtypes", DTYPES):
-                for target in TARGETS:
+                for target in targets:
                     key = f"{stem}.{name} {dtype} {target[0]}:{target[1]}"
                     measured[key] = measure(case, dtype, target)
     return measured, problems

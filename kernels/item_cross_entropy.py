@@ -17,6 +17,7 @@ time, at 10 B V D FLOP instead of 8, for d_rep and d_weight each compute the sco
 """
 
 import functools
+import itertools
 import os
 
 import torch
@@ -26,31 +27,25 @@ import triton.language as tl
 # Below every score, but so that its difference to minus infinity is no NaN.
 LOWEST = tl.constexpr(-3.0e38)
 LOG2_E = 1.4426950408889634
-LARGEST_WIDTH = 256
+# Of float32 products, on NVIDIA and on AMD: both to float32's round-off.
+PRECISION = ("tf32x3", "ieee")
 
-# The pinned configurations: bytes of an element, then the widest D. Not tuned by measurement.
+# The pinned configurations by bytes of an element and widest D: chosen so that nothing spills on
+# any target of `budget`, not tuned by measurement. OWN is the side that a program keeps.
 FORWARD = {
-    2: {
-        128: {"BLOCK_B": 128, "BLOCK_V": 128, "STAGES": 3, "num_warps": 8},
-        256: {"BLOCK_B": 64, "BLOCK_V": 64, "STAGES": 2, "num_warps": 4},
-    },
-    4: {
-        128: {"BLOCK_B": 64, "BLOCK_V": 64, "STAGES": 2, "num_warps": 8},
-        256: {"BLOCK_B": 32, "BLOCK_V": 32, "STAGES": 2, "num_warps": 4},
-    },
+    (2, 128): {"BLOCK_OWN": 128, "BLOCK_PASS": 64, "STAGES": 2},
+    (2, 256): {"BLOCK_OWN": 64, "BLOCK_PASS": 64, "STAGES": 2},
+    (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 2},
 }
 BACKWARD = {
-    2: {
-        128: {"BLOCK_OWN": 128, "BLOCK_PASS": 64, "STAGES": 2, "num_warps": 8},
-        256: {"BLOCK_OWN": 64, "BLOCK_PASS": 32, "STAGES": 2, "num_warps": 8},
-    },
-    4: {
-        128: {"BLOCK_OWN": 64, "BLOCK_PASS": 32, "STAGES": 2, "num_warps": 8},
-        256: {"BLOCK_OWN": 32, "BLOCK_PASS": 16, "STAGES": 2, "num_warps": 8},
-    },
+    (2, 128): {"BLOCK_OWN": 128, "BLOCK_PASS": 32, "STAGES": 2},
+    (2, 256): {"BLOCK_OWN": 64, "BLOCK_PASS": 32, "STAGES": 2},
+    (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 2},
 }
-# What FMREC_FAST_AUTOTUNE=1 tries.
-SEARCH = [(a, b, s, w) for a in (64, 128) for b in (32, 64, 128) for s in (1, 2, 3) for w in (4, 8)]
+THREADS = 256
+WARP = 64 if torch.version.hip else 32
+# What FMREC_FAST_AUTOTUNE=1 tries: own, pass, stages, threads.
+SEARCH = itertools.product((32, 64, 128), (32, 64, 128), (1, 2, 3), (128, 256))
 # Programs for each multiprocessor, and the most memory that d_rep's ranges may take.
 WAVES = 2
 PARTIAL_BYTES = 1 << 25
@@ -69,29 +64,29 @@ def forward_kernel(
     factor,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_PASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_B rows, one range of items. Grid (row tiles, ranges)."""
-    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
+    """One program: BLOCK_OWN rows, one range of items. Grid (row tiles, ranges)."""
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)  # [BB]
     o_d = tl.arange(0, WIDTH)  # [WD]
-    o_v = tl.arange(0, BLOCK_V)  # [BV]
+    o_v = tl.arange(0, BLOCK_PASS)  # [BV]
     m_b = o_b < batch
     m_rep = m_b[:, None] & (o_d < D)[None, :]
     b_rep = tl.load(p_rep + o_b[:, None] * D + o_d[None, :], mask=m_rep, other=0.0)  # [BB, WD]
     b_target = tl.load(p_target + o_b, mask=m_b, other=-1)  # [BB]
-    b_top = tl.full((BLOCK_B,), LOWEST, tl.float32)
-    b_total = tl.zeros((BLOCK_B,), tl.float32)
-    b_at = tl.zeros((BLOCK_B,), tl.float32)
-    b_dot = tl.zeros((BLOCK_B,), tl.float32)
+    b_top = tl.full((BLOCK_OWN,), LOWEST, tl.float32)
+    b_total = tl.zeros((BLOCK_OWN,), tl.float32)
+    b_at = tl.zeros((BLOCK_OWN,), tl.float32)
+    b_dot = tl.zeros((BLOCK_OWN,), tl.float32)
     before = 0.0
-    tiles = tl.cdiv(items, BLOCK_V)
+    tiles = tl.cdiv(items, BLOCK_PASS)
     share = tl.cdiv(tiles, tl.num_programs(1))
     first = tl.program_id(1) * share
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
-        start = tile * tl.full((), BLOCK_V, tl.int64)
+        start = tile * tl.full((), BLOCK_PASS, tl.int64)
         m_v = o_v < items - start
         p_tile = p_weight + start * D + (o_v[None, :] * D + o_d[:, None])
         b_weight = tl.load(p_tile, mask=m_v[None, :] & (o_d < D)[:, None], other=0.0)  # [WD, BV]
@@ -99,7 +94,7 @@ def forward_kernel(
         if p_bias is not None:
             b_bias = tl.load(p_bias + start + o_v, mask=m_v, other=0.0).to(tl.float32)  # [BV]
             b_x += (b_bias * 1.4426950408889634)[None, :]
-        if start + BLOCK_V > items:
+        if start + BLOCK_PASS > items:
             b_x = tl.where(m_v[None, :], b_x, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_x, 1))
         b_fall = b_top - b_new
@@ -110,7 +105,7 @@ def forward_kernel(
             b_dot += before * b_fall + tl.sum(b_term, 1)
             before += tl.sum(b_s, 0)
         b_at_v = b_target - start  # [BB]
-        m_hit = (b_at_v >= 0) & (b_at_v < BLOCK_V)
+        m_hit = (b_at_v >= 0) & (b_at_v < BLOCK_PASS)
         if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles have a target: the rest skip it
             b_at += tl.sum(tl.where(o_v[None, :] == b_at_v[:, None], b_x, 0.0), 1)
         b_top = b_new
@@ -331,8 +326,8 @@ def item_cross_entropy_forward(
     ranges = _ranges(rep, triton.cdiv(batch, 128), triton.cdiv(items, 128))
     partial = statistics.new_empty(5, ranges, batch)
     _launch(
-        _tuned(forward_kernel, *_key(rep)),
-        lambda meta: (triton.cdiv(batch, meta["BLOCK_B"]), ranges),
+        _tuned(forward_kernel, _key(rep)),
+        lambda meta: (triton.cdiv(batch, meta["BLOCK_OWN"]), ranges),
         (rep, weight, bias, smoothing, target, partial, batch, items, scale * LOG2_E),
         _constants(rep),
     )
@@ -366,7 +361,7 @@ def item_cross_entropy_backward(
     constants = _constants(rep) | {"FULL": rep.dtype != torch.bfloat16, "FILTER": filter_eps > 0}
     if d_weight is not None or d_bias is not None:
         _launch(
-            _tuned(d_weight_kernel, *_key(rep)),
+            _tuned(d_weight_kernel, _key(rep)),
             lambda meta: (triton.cdiv(items, meta["BLOCK_OWN"]),),
             (*inputs, d_weight, d_bias, *numbers),
             constants,
@@ -377,7 +372,7 @@ def item_cross_entropy_backward(
         ranges = _ranges(rep, triton.cdiv(batch, 128), tiles)
         partial = rows.new_empty(ranges, batch, width)
         _launch(
-            _tuned(d_rep_kernel, *_key(rep)),
+            _tuned(d_rep_kernel, _key(rep)),
             lambda meta: (triton.cdiv(batch, meta["BLOCK_OWN"]), ranges),
             (*inputs, partial, *numbers),
             constants,
@@ -403,27 +398,32 @@ def _ranges(rep: torch.Tensor, row_tiles: int, most: int) -> int:
     return max(1, min(triton.cdiv(WAVES * multiprocessors, row_tiles), most, 1024))
 
 
+def widest(element_size: int) -> int:
+    """The largest D that the kernels take for elements of so many bytes."""
+    return max(width for size, width in FORWARD if size == element_size)
+
+
 def _key(rep: torch.Tensor) -> tuple[int, int]:
-    return rep.element_size(), 128 if rep.shape[1] <= 128 else LARGEST_WIDTH
+    size, width = rep.element_size(), rep.shape[1]
+    if width > widest(size):
+        raise ValueError(f"{rep.dtype} is taken with D up to {widest(size)}, got {width}")
+    return size, min(limit for other, limit in FORWARD if other == size and limit >= width)
 
 
 def _constants(rep: torch.Tensor) -> dict:
-    width = rep.shape[1]
-    if width > LARGEST_WIDTH:
-        raise ValueError(f"the kernels take at most {LARGEST_WIDTH} channels, got {width}")
-    precision = "ieee" if torch.version.hip else "tf32x3"
-    return {"D": width, "WIDTH": max(triton.next_power_of_2(width), 16), "PRECISION": precision}
+    width = max(triton.next_power_of_2(rep.shape[1]), 16)
+    return {"D": rep.shape[1], "WIDTH": width, "PRECISION": PRECISION[bool(torch.version.hip)]}
 
 
 @functools.cache
-def _tuned(kernel, size: int, widest: int) -> tuple:
+def _tuned(kernel, key: tuple[int, int]) -> tuple:
     """The kernel and its pinned constants; under FMREC_FAST_AUTOTUNE=1 a search over configs."""
-    pinned = (FORWARD if kernel is forward_kernel else BACKWARD)[size][widest]
     if os.environ.get("FMREC_FAST_AUTOTUNE", "0") != "1" or triton.knobs.runtime.interpret:
-        return kernel, pinned
-    names = [name for name in pinned if name.startswith("BLOCK")]
+        pinned = (FORWARD if kernel is forward_kernel else BACKWARD)[key]
+        return kernel, {**pinned, "num_warps": THREADS // WARP}
     configs = [
-        triton.Config({names[0]: a, names[1]: b, "STAGES": s}, num_warps=w) for a, b, s, w in SEARCH
+        triton.Config({"BLOCK_OWN": a, "BLOCK_PASS": b, "STAGES": s}, num_warps=t // WARP)
+        for a, b, s, t in SEARCH
     ]
     return triton.autotune(configs, key=["batch", "items", "D"])(kernel), {}
 
@@ -435,50 +435,48 @@ def _launch(tuned: tuple, grid, arguments: tuple, constants: dict) -> None:
         kernel[grid](*arguments, **constants, **pinned)
 
 
-def _compile_cases() -> list[dict]:
-    """What `budget` compiles: D = 128 and 256, each dtype with its own tiles."""
-    scalars = {"batch": "i32", "items": "i32", "factor": "fp32"}
-    inputs = {"p_rep": "*{dtype}", "p_weight": "*{dtype}", "p_target": "*i64"}
-    adjoint = {"p_rows": "*fp32", "scale": "fp32", "filter_eps": "fp32"}
-    kinds = {
-        forward_kernel: {"p_partial": "*fp32"},
-        d_weight_kernel: {"p_d_weight": "*{dtype}", **adjoint},
-        d_rep_kernel: {"p_partial": "*fp32", **adjoint},
+def _compile_case(kernel, size: int, width: int, hip: bool) -> dict:
+    """What `budget` compiles, without bias and smoothing; float32 has a precision per vendor."""
+    signature = {"p_rep": "*{dtype}", "p_weight": "*{dtype}", "p_target": "*i64"}
+    signature |= {"batch": "i32", "items": "i32", "factor": "fp32"}
+    constants = {"D": width, "WIDTH": width, "PRECISION": PRECISION[hip]}
+    constants |= {"p_bias": None, "p_smoothing": None}
+    if kernel is d_weight_kernel:
+        signature["p_d_weight"] = "*{dtype}"
+        constants["p_d_bias"] = None
+    else:
+        signature["p_partial"] = "*fp32"
+    if kernel is forward_kernel:
+        constants |= FORWARD[size, width]
+    else:
+        signature |= {"p_rows": "*fp32", "scale": "fp32", "filter_eps": "fp32"}
+        constants |= {"FULL": size == 4, "FILTER": False, **BACKWARD[size, width]}
+    return {
+        "name": f"{kernel.__name__}_{width}",
+        "kernel": kernel,
+        "signature": signature,
+        "constants": constants,
+        "threads": THREADS,
+        "options": {},
+        "dtypes": ("bfloat16",) if size == 2 else ("float32",),
+        "backends": ("hip",) if hip else ("cuda",),
     }
-    cases = []
-    for kernel, own in kinds.items():
-        for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            for width in (128, 256):
-                tiles = dict((FORWARD if kernel is forward_kernel else BACKWARD)[size][width])
-                warps = tiles.pop("num_warps")
-                constants = {"D": width, "WIDTH": width, "PRECISION": "tf32x3", **tiles}
-                constants |= dict.fromkeys(("p_bias", "p_smoothing"), None)
-                if kernel is not forward_kernel:
-                    constants |= {"FULL": size == 4, "FILTER": False}
-                if kernel is d_weight_kernel:
-                    constants["p_d_bias"] = None
-                case = {
-                    "name": f"{kernel.__name__}_{width}",
-                    "kernel": kernel,
-                    "signature": inputs | own | scalars,
-                    "constants": constants,
-                    "threads": 32 * warps,
-                    "options": {},
-                    "dtypes": (dtype,),
-                }
-                cases.append(case)
-    cases.append(
-        {
-            "kernel": combine_kernel,
-            "signature": {"p_partial": "*fp32", "p_statistics": "*fp32", "batch": "i32"}
-            | {"ranges": "i32"},
-            "constants": {"BLOCK_B": 128},
-            "threads": 128,
-            "options": {},
-            "dtypes": ("float32",),
-        }
-    )
-    return cases
 
 
-COMPILE_CASES = _compile_cases()
+COMPILE_CASES = [
+    _compile_case(kernel, size, width, hip)
+    for kernel in (forward_kernel, d_weight_kernel, d_rep_kernel)
+    for size, width in FORWARD
+    for hip in (False, True)
+]
+COMPILE_CASES.append(
+    {
+        "kernel": combine_kernel,
+        "signature": dict.fromkeys(("p_partial", "p_statistics"), "*fp32")
+        | dict.fromkeys(("batch", "ranges"), "i32"),
+        "constants": {"BLOCK_B": 128},
+        "threads": 128,
+        "options": {},
+        "dtypes": ("float32",),
+    }
+)

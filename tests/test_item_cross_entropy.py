@@ -25,7 +25,7 @@ SHAPES = [
     (2, 1, 5),
     (150, 20, 97),
 ]
-BIAS_SHAPES = [(5, 36, 61), (3, 130, 203)]
+BIAS_SHAPES = [(5, 36, 61), (3, 100, 203)]
 
 
 def inputs(batch: int, width: int, items: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,9 @@ from fmrec_fast.reference import item_cross_entropy as reference
 from fmrec_fast.reference.item_cross_entropy import Terms
 
 REDUCTIONS = ("mean", "sum", "none")
-WIDEST_TRITON = 256
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the Triton kernels take, and the largest D of it.
+WIDEST_TRITON = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+TRITON_DTYPES = tuple(WIDEST_TRITON)
 
 # The C++ kernels keep scores for the backward pass if they are at most this many floats (32 MB):
 # then nothing is computed twice. Beyond it they keep 32 bytes a row.
@@ -126,9 +127,10 @@ def item_cross_entropy(
     if not compiling:
         check_range("target", target, 0, sizes["V"], {ignore_index: "ignore_index"})
     weight = None if weight is None else weight.detach()
+    widest = WIDEST_TRITON.get(rep.dtype, 0) if rep.is_cuda else sizes["D"]
     declined = ""
-    if not 0 < sizes["D"] <= (WIDEST_TRITON if rep.is_cuda else math.inf):
-        declined = f"its kernels take 1 .. {WIDEST_TRITON} channels, got D = {sizes['D']}"
+    if not 0 < sizes["D"] <= widest:
+        declined = f"its kernels take 1 .. {widest} channels of {rep.dtype}, got D = {sizes['D']}"
     tensors = (rep, item_weight) if bias is None else (rep, item_weight, bias)
     backend = choose("item_cross_entropy", *tensors, declined=declined, dtypes=TRITON_DTYPES)
     smooth = label_smoothing > 0
