@@ -37,11 +37,12 @@ FORWARD = {
     (2, 256): {"BLOCK_OWN": 64, "BLOCK_PASS": 64, "STAGES": 2},
     (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 2},
 }
-BACKWARD = {
+D_WEIGHT = {
     (2, 128): {"BLOCK_OWN": 128, "BLOCK_PASS": 32, "STAGES": 2},
     (2, 256): {"BLOCK_OWN": 64, "BLOCK_PASS": 32, "STAGES": 2},
-    (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 2},
+    (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 1},
 }
+D_REP = {**D_WEIGHT, (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 32, "STAGES": 2}}
 THREADS = 256
 WARP = 64 if torch.version.hip else 32
 # What FMREC_FAST_AUTOTUNE=1 tries: own, pass, stages, threads.
@@ -419,13 +420,16 @@ def _constants(rep: torch.Tensor) -> dict:
 def _tuned(kernel, key: tuple[int, int]) -> tuple:
     """The kernel and its pinned constants; under FMREC_FAST_AUTOTUNE=1 a search over configs."""
     if os.environ.get("FMREC_FAST_AUTOTUNE", "0") != "1" or triton.knobs.runtime.interpret:
-        pinned = (FORWARD if kernel is forward_kernel else BACKWARD)[key]
-        return kernel, {**pinned, "num_warps": THREADS // WARP}
+        return kernel, {**_pinned(kernel)[key], "num_warps": THREADS // WARP}
     configs = [
         triton.Config({"BLOCK_OWN": a, "BLOCK_PASS": b, "STAGES": s}, num_warps=t // WARP)
         for a, b, s, t in SEARCH
     ]
     return triton.autotune(configs, key=["batch", "items", "D"])(kernel), {}
+
+
+def _pinned(kernel) -> dict:
+    return {forward_kernel: FORWARD, d_weight_kernel: D_WEIGHT, d_rep_kernel: D_REP}[kernel]
 
 
 def _launch(tuned: tuple, grid, arguments: tuple, constants: dict) -> None:
@@ -446,11 +450,10 @@ def _compile_case(kernel, size: int, width: int, hip: bool) -> dict:
         constants["p_d_bias"] = None
     else:
         signature["p_partial"] = "*fp32"
-    if kernel is forward_kernel:
-        constants |= FORWARD[size, width]
-    else:
+    constants |= _pinned(kernel)[size, width]
+    if kernel is not forward_kernel:
         signature |= {"p_rows": "*fp32", "scale": "fp32", "filter_eps": "fp32"}
-        constants |= {"FULL": size == 4, "FILTER": False, **BACKWARD[size, width]}
+        constants |= {"FULL": size == 4, "FILTER": False}
     return {
         "name": f"{kernel.__name__}_{width}",
         "kernel": kernel,

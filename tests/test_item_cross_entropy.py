@@ -13,6 +13,7 @@ from fmrec_fast import extension
 from fmrec_fast.backend import Backend, availability, dispatch_log, use_backend
 from fmrec_fast.ops import item_cross_entropy
 from fmrec_fast.testing import assert_close_to_truth, error_to_truth
+from conftest import Place
 
 pytestmark = pytest.mark.op("item_cross_entropy")
 # B, D, V: no multiple of a tile, channels that are no power of two, more rows than a chunk.
@@ -32,6 +33,11 @@ def inputs(batch: int, width: int, items: int) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(batch + width + items)
     rep = torch.randn(batch, width, generator=g)
     return rep, torch.randn(items, width, generator=g), torch.randint(items, (batch,), generator=g)
+
+
+def registered():
+    """The module, which the package hides behind the function of the same name."""
+    return sys.modules["fmrec_fast.ops.item_cross_entropy"]
 
 
 def vector(size: int, seed: int) -> Tensor:
@@ -290,6 +296,36 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
             assert error_to_truth(one, right) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+@pytest.mark.parametrize("isa", extension.load().supported_isas() if extension.available() else [])
+@pytest.mark.parametrize("shape", [(150, 33, 517), (1, 20, 5)])
+def test_every_instruction_set_and_thread_count(isa, shape):
+    """Scores kept for the backward pass or computed anew: the same bits either way."""
+    module, before = extension.load(), (extension.load().isa(), torch.get_num_threads())
+    rep, item_weight, target = inputs(*shape)
+    place = Place(Backend.CPP, "cpu")
+    options = {"bias": vector(shape[2], 3), "label_smoothing": 0.1}
+    found = []
+    try:
+        module.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check(place, rep, item_weight, target, **options)
+        for limit in (registered().CACHED_SCORES, 0):
+            with pytest.MonkeyPatch.context() as patch, use_backend("cpp"):
+                patch.setattr(registered(), "CACHED_SCORES", limit)
+                found.append(
+                    with_gradients(
+                        lambda r, w: (item_cross_entropy(r, w, target),), (rep, item_weight), None
+                    )
+                )
+    finally:
+        module.set_isa(before[0])
+        torch.set_num_threads(before[1])
+    for kept, anew in zip(*found):
+        assert torch.equal(kept, anew)
+
+
 def test_double_runs_the_definition_and_says_so():
     rep, item_weight, target = inputs(5, 36, 61)
     with dispatch_log() as log:
@@ -379,10 +415,6 @@ def test_bad_inputs_are_named(change, error, message):
 
 
 # --- torch.compile and the registered operators ----------------------------------------------
-
-
-def registered():
-    return sys.modules["fmrec_fast.ops.item_cross_entropy"]
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=str)

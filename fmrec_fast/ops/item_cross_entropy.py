@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,42 @@ TRITON_DTYPES = tuple(WIDEST_TRITON)
 # then nothing is computed twice. Beyond it they keep 32 bytes a row.
 CACHED_SCORES = 1 << 23
 LN_2 = math.log(2)
+
+
+@overload
+def item_cross_entropy(
+    rep: Tensor,
+    item_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    logit_scale: float = ...,
+    return_lse: Literal[False] = ...,
+    filter_eps: float | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def item_cross_entropy(
+    rep: Tensor,
+    item_weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    logit_scale: float = ...,
+    return_lse: bool,
+    filter_eps: float | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def item_cross_entropy(
@@ -166,7 +203,7 @@ def item_cross_entropy(
             row = Terms(*_Terms.apply(*arguments))
         else:
             statistics, _ = _statistics(*arguments)
-            row = _terms(statistics, item_weight, smoothing)
+            row = Terms(*_terms(statistics, item_weight, smoothing))
     loss = reference.reduce(
         row,
         target,
@@ -228,13 +265,16 @@ def _array(tensor: Tensor | None):
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
-def _terms(statistics: Tensor, item_weight: Tensor, smoothing: Tensor | None) -> Terms:
+def _terms(
+    statistics: Tensor, item_weight: Tensor, smoothing: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `Terms`."""
     largest, total, gap, dot = statistics.unbind()
     log_total = total.log()
     dtype = reference.accumulator(item_weight.dtype)
     # Without smoothing nobody reads the third term.
     count = 0 if smoothing is None else smoothing.to(statistics.dtype).sum()
-    return Terms(
+    return (
         (gap * LN_2 + log_total).to(dtype),
         (largest * LN_2 + log_total).to(dtype),
         (count * log_total - dot * LN_2).to(dtype),
@@ -327,19 +367,14 @@ class _Terms(torch.autograd.Function):
         ctx.save_for_backward(rep, item_weight, bias, target, smoothing, statistics, cache)
         ctx.constants = (scale, filter_eps, backend)
         ctx.set_materialize_grads(False)
-        return tuple(_terms(statistics, item_weight, smoothing))
+        return _terms(statistics, item_weight, smoothing)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_nll, d_lse, d_smooth):
-        found = _gradients(
-            d_nll,
-            d_lse,
-            d_smooth,
-            *ctx.saved_tensors,
-            *ctx.constants,
-            list(ctx.needs_input_grad[:3]),
-        )
+        wants = list(ctx.needs_input_grad[:3])
+        given = (d_nll, d_lse, d_smooth, *ctx.saved_tensors, *ctx.constants, wants)
+        found = _gradients(*given)
         return *found, None, None, None, None, None, None
 
 
@@ -362,7 +397,8 @@ def _registered(
     statistics, cache = _statistics(
         rep, item_weight, bias, target, smoothing, scale, filter_eps, backend, keep
     )
-    return *_terms(statistics, item_weight, smoothing), statistics, cache
+    nll, lse, smooth = _terms(statistics, item_weight, smoothing)
+    return nll, lse, smooth, statistics, cache
 
 
 @_registered.register_fake
