@@ -690,7 +690,7 @@ void item_cross_entropy_backward(const py::object& rep, const py::object& weight
     if (a.d_weight) prefer_huge_pages(a.d_weight, a.items * a.width * 4);
     call.pack(kernels, num_threads);
     const std::int64_t wide = xent_padded(a.width);
-    const std::int64_t group = std::max<std::int64_t>(XENT_PARTIAL_FLOATS / (XENT_ROWS * wide), 1);
+    const std::int64_t group = XENT_PARTIAL_FLOATS / (XENT_ROWS * (wide + XENT_WIDTH)) + 1;
     for (a.first_chunk = 0; a.first_chunk < call.chunks; a.first_chunk = a.last_chunk) {
         a.last_chunk = std::min(a.first_chunk + group, call.chunks);
         a.add = a.first_chunk > 0;
