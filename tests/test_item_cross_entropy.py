@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Place
 from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, availability, dispatch_log, use_backend
 from fmrec_fast.ops import item_cross_entropy
 from fmrec_fast.testing import assert_close_to_truth, error_to_truth
-from conftest import Place
 
 pytestmark = pytest.mark.op("item_cross_entropy")
 # B, D, V: no multiple of a tile, channels that are no power of two, more rows than a chunk.
