@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,15 +38,18 @@ def measure(run: Any) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = resident()
+    before = resident("VmRSS")
     run()
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
+    # Not getrusage's ru_maxrss, which begins with the parent's.
+    return max(resident("VmHWM") - before, 0)
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident(what: str) -> int:
+    """Bytes of this process in memory now (VmRSS) or at most so far (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status says nothing of {what}")
 
 
 def main() -> None:
