@@ -414,6 +414,16 @@ def test_bad_inputs_are_named(change, error, message):
         item_cross_entropy(**{**arguments, **change})
 
 
+@pytest.mark.skipif(availability("triton") is not None, reason=str(availability("triton")))
+def test_the_op_knows_how_wide_the_kernels_go():
+    from fmrec_fast.kernels import item_cross_entropy as kernels
+
+    for dtype, widest in registered().WIDEST_TRITON.items():
+        assert kernels.widest(dtype.itemsize) == widest
+        with pytest.raises(ValueError, match=f"D up to {widest}, got {widest + 1}"):
+            kernels._key(torch.empty(1, widest + 1, dtype=dtype))
+
+
 def test_the_training_step_uses_it(small_model):
     """The losses of the definition, from the same seed."""
     data = make_sequences(5, 12, 61, seed=1)
