@@ -36,6 +36,7 @@ KERNEL_SOURCES = [
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",
     "csrc/picard_sweep.cpp",
+    "csrc/item_cross_entropy.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

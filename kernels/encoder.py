@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.transformer import compile_cases, pack, query_scale, settings, stack
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.transformer import query_scale, stack
 from fmrec_fast.reference.encoder import BlockWeights
 
 

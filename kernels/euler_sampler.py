@@ -16,16 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
 from fmrec_fast.kernels.philox import load_seed
-from fmrec_fast.kernels.transformer import (
-    compile_cases,
-    fuse,
-    norm_row,
-    pack,
-    query_scale,
-    settings,
-    stack,
-)
+from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
 if TYPE_CHECKING:
     from fmrec_fast.ops.euler_sampler import SamplerWeights
