@@ -28,6 +28,8 @@ KERNEL_SOURCES = [
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
+    "csrc/picard_sweep.cpp",
+    "csrc/item_cross_entropy.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
