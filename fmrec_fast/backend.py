@@ -62,7 +62,6 @@ MISSING: dict[tuple[str, Backend], str] = {
     ("euler_sampler", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
     ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
-    ("history_loss", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.CPP): _NO_KERNEL,
 }

@@ -166,7 +166,9 @@ def lam(
 ) -> Tensor:
     """lam ~ Normal(delta, delta) of one step (FMRec eq. 14): float32 [B, L, D]."""
     device = rows.device
-    steps = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1)
+    # A number is filled in on the device: copied there, it could not be in a CUDA graph.
+    steps = step if isinstance(step, Tensor) else torch.full((), step, device=device)
+    steps = steps.to(device, torch.int64).reshape(1)
     n = normals(seed, rows, steps, torch.arange(length, device=device), channels)[0]
     return delta + delta * n
 

@@ -12,6 +12,7 @@ A kernel module lists what to compile in `COMPILE_CASES`, dicts with the keys
     threads     threads per program
     options     further compiler options
     name        what to call the case, if one kernel is compiled with several constants (optional)
+    dtypes      element types to compile for, if not all of `DTYPES` (optional)
 
 Budgets are for the Triton version that they name, for registers differ by a few between
 versions. Registers are budgeted in the 8 per thread in
@@ -63,7 +64,7 @@ def compile_all() -> tuple[dict[str, dict], list[str]]:
             problems.append(f"kernels/{stem}.py has no COMPILE_CASES")
         for case in cases:
             name = case.get("name", case["kernel"].__name__)
-            for dtype in DTYPES:
+            for dtype in case.get("dtypes", DTYPES):
                 for target in TARGETS:
                     key = f"{stem}.{name} {dtype} {target[0]}:{target[1]}"
                     measured[key] = measure(case, dtype, target)
