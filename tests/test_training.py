@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from fmrec_fast import FMRecConfig, checkpoint, training
+from fmrec_fast import backend as backend_module
+from fmrec_fast.backend import dispatch_log, use_backend, use_rng
+from fmrec_fast.capture import Capture
 from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.data import Dataset, TrainingSamples, synthetic_dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
@@ -309,6 +312,136 @@ def test_resume_refuses_another_run(tmp_path, tiny):
     more = Dataset.from_histories([*histories, [1, 2, 3, 4]], item_ids=tiny.item_ids)
     with pytest.raises(CheckpointError, match="on other histories of the same items"):
         Trainer(more, config, tmp_path / "run").fit(resume=True)
+
+
+# ---------------------------------------------------------------------------- steps as a graph
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_steps_through_static_buffers_are_the_same_to_the_bit(tmp_path, tiny, optimizer):
+    """All of a graph but its capture: batches of the whole size go through `Capture`, the others
+    do not; the learning rate changes on the way."""
+    config = TINY.replace(optimizer=optimizer, decay_step=1, epochs=3)
+    Trainer(tiny, config, tmp_path / "eager", graph=False).fit()
+    trainer = Trainer(tiny, config, tmp_path / "graph", graph=True)
+    with dispatch_log() as log:
+        trainer.fit()
+    assert trainer._graphed.capture is not None
+    assert "history_loss" in {entry.op for entry in log}
+    assert_same_run(tmp_path / "eager", tmp_path / "graph")
+    # The first batch makes the optimizer's state; of nine, three are short.
+    replays = []
+    fresh = Trainer(tiny, config, tmp_path / "count", graph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Capture.replay
+        patch.setattr(Capture, "replay", lambda self: replays.append(1) or whole(self))
+        fresh.fit()
+    assert len(replays) == 5
+
+
+def test_resumed_between_replays(tmp_path, tiny, whole):
+    for after in (3, 5, 9):
+        run = tmp_path / f"after-{after}"
+        with pytest.raises(Interrupted):
+            Trainer(
+                tiny, TINY, run, graph=True, checkpoint_steps=1, listener=Interrupt(after)
+            ).fit()
+        trainer = Trainer(tiny, TINY, run, graph=True)
+        trainer.fit(resume=True)
+        assert_same_run(whole, run)
+        # And the same trainer once more, whose graph knows the replaced state no longer.
+        trainer.fit(resume=True)
+        assert_same_run(whole, run)
+
+
+def test_a_graph_cannot_hold_published_draws(tmp_path, tiny):
+    with (
+        use_rng("published"),
+        pytest.raises(ValueError, match=r"graph must be None or False.*True"),
+    ):
+        Trainer(tiny, TINY, tmp_path / "run", graph=True).fit()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_step_waits_for_nothing(tmp_path, tiny, monkeypatch, backend):
+    """On the device 'meta' there is nothing to look at: a step that looked would fail. Copies
+    from the host, which no graph can hold, are made by two functions only."""
+    trainer = Trainer(tiny, TINY, tmp_path / "run", device="cpu")
+    trainer.device = torch.device("meta")
+    trainer.model.to("meta")
+    trainer.samples = TrainingSamples(tiny, TINY.max_len, "meta")
+    for name in ("tally", "rate"):
+        setattr(trainer, name, getattr(trainer, name).to("meta"))
+    trainer.sums, trainer.bad_step, trainer.steps = trainer.tally.split((4, 1, 1))
+    # Fused optimizers do not run there; that Adam does not look is what its `capturable` says.
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    if backend == "triton":
+        from fmrec_fast.kernels import history_loss, noise_fusion
+
+        monkeypatch.setattr(backend_module, "availability", lambda *_: None)
+        for module in (history_loss, noise_fusion):
+            monkeypatch.setattr(module, "_launch", lambda *_, **__: None)
+
+    def no_copy(*args, **kwargs):
+        device = kwargs.get("device")
+        assert device is None or torch.device(device).type == "cpu", (args, kwargs)
+        return original[0](*args, **kwargs)
+
+    original = [torch.tensor]
+    monkeypatch.setattr(torch, "tensor", no_copy)
+    monkeypatch.setattr(torch, "as_tensor", no_copy)
+    index = torch.arange(40, device="meta")
+    with use_backend(backend), dispatch_log() as log:
+        trainer._train_step(index)
+    ran = {entry.op: entry.backend.value for entry in log}
+    assert ran["history_loss"] == backend and ran["noise_fusion"] == backend
+    for probe in (lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            probe(trainer.tally)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_captured_steps_are_those_of_eager(tmp_path, tiny, optimizer):
+    config = TINY.replace(optimizer=optimizer, decay_step=1)
+    torch.cuda.manual_seed(3)
+    Trainer(tiny, config, tmp_path / "eager", device="cuda", graph=False).fit()
+    torch.cuda.manual_seed(3)
+    trainer = Trainer(tiny, config, tmp_path / "graph", device="cuda")
+    trainer.fit()
+    assert trainer._graphed.capture.graph is not None
+    for one, other in zip(records(tmp_path / "eager"), records(tmp_path / "graph"), strict=True):
+        assert one["lr"] == other["lr"]
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_resumes(tmp_path, tiny):
+    Trainer(tiny, TINY, tmp_path / "whole", device="cuda").fit()
+    with pytest.raises(Interrupted):
+        Trainer(
+            tiny, TINY, tmp_path / "run", device="cuda", checkpoint_steps=2, listener=Interrupt(7)
+        ).fit()
+    Trainer(tiny, TINY, tmp_path / "run", device="cuda").fit(resume=True)
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "run"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_replays_draw_anew_and_nothing_waits(tmp_path, tiny):
+    trainer = Trainer(tiny, TINY.replace(lr=1e-30), tmp_path / "run", device="cuda")
+    trainer.model.train()
+    index = torch.arange(40, device="cuda")
+    losses = []
+    for step in range(6):
+        trainer.sums.zero_()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            trainer._graphed(index)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(trainer.sums.tolist())
+    assert len({tuple(loss) for loss in losses}) == 6
 
 
 # ---------------------------------------------------------------------------- the published loop
