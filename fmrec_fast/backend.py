@@ -55,7 +55,6 @@ OPS = (
 _COMPOSED = "composed of the ops noise_fusion and encoder, which choose for themselves"
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
-    ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
