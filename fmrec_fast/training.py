@@ -179,6 +179,8 @@ class Trainer:
         self._write_history()
         while not self._over():
             self._train_epoch()
+        # The optimizer is done with them; of large tables they take as much as the model.
+        self.optimizer.zero_grad(set_to_none=True)
         role = "best" if self.progress.evaluations else "last"
         tested = checkpoint.build_model(
             checkpoint.load(checkpoint.locate(self.run, role)), self.device
@@ -282,8 +284,9 @@ class Trainer:
         if bad < 0 and parameters:
             # A finite loss may have had a gradient that is not; the next loss would show it, but
             # a checkpoint must not hold it.
-            finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
-            if not finite.all():
+            # Smallest and largest value: `isfinite` takes as much memory as the parameter.
+            ends = [torch.stack(p.detach().aminmax()) for p in self.model.parameters()]
+            if not torch.stack(ends).isfinite().all():
                 what, bad = "parameters were", self.progress.global_step - 1
         if bad >= 0:
             raise DivergedError(

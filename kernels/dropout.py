@@ -1,12 +1,12 @@
 """Dropout with masks from the stream, tanh-GELU before it and residual after it; its gradient.
 
     out[b, i, c] = residual[b, i, c] + where(kept, f(x[b, i, c]) * scale, 0)
-    kept         = word (c % 4) of Philox at (c // 4, offset + stride * i, site, rows[b]) >= threshold
+    kept = word (c % 4) of Philox at (c // 4, offset + stride * i, site, rows[b]) >= threshold
 
 f is the identity or tanh-GELU; the gradient is the same pass over `grad` with f(x) replaced by
-grad * f'(at). x, out, residual, at [B, P, C], contiguous float32, bfloat16 or float16, arithmetic in
-float32; rows int64 [B]; seed int64 scalar on the device. Masks are generated in registers, forward
-and backward, never stored.
+grad * f'(at). x, out, residual, at [B, P, C], contiguous float32, bfloat16 or float16; arithmetic
+is float32; rows int64 [B]; seed int64 scalar on the device. Masks are generated in registers,
+forward and backward, never stored.
 
 The unit of work is a group: the four channels of one Philox call, and in float32 one 128-bit access
 (see `noise_fusion`).
