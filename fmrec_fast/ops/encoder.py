@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose
-from fmrec_fast.config import ATTENTIONS
+from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.config import ATTENTIONS, PRECISIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
@@ -30,6 +30,7 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -49,13 +50,15 @@ def encoder(
         attention: 'published' or 'causal'.
         tap: index of a block whose output at the last position is returned too.
         drop: dropout, with probability `p`; none by default.
+        precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
+            rounds both operands and multiplies in float32; all else is float32.
 
     Returns:
-        ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
+        ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
         gradient is needed.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
+        TypeError, ValueError: dtypes, shapes, heads, or one of the options are off.
         BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
@@ -72,10 +75,16 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
+    check_precision(precision)
     parameters = [tensor for block in blocks for tensor in block]
-    declined = _declined(x, parameters, attention, drop, p)
-    if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
+    declined = _declined(x, parameters, attention, drop, p) or kernel_declines(
+        x, num_heads, precision
+    )
+    backend = choose("encoder", x, *parameters, declined=declined)
+    if backend is Backend.CPP:
         return _encoder_cpp(x, mask, blocks, num_heads, tap)
+    if backend is Backend.TRITON:
+        return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
     return reference.encoder(
         x,
         mask,
@@ -88,7 +97,31 @@ def encoder(
         prune=prune,
         linear=linear,
         attend=_attend(drop, p),
+        precision=precision,
     )
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for what is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+
+
+def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
+    """Why the candidate backend's kernel has no such network; empty where it has.
+
+    Args:
+        e: [B, L, D]: its sizes and its device.
+    """
+    backend = candidate(e.device)
+    if backend is Backend.CPP and precision != "float32":
+        return f"its kernel multiplies in float32 only, got precision {precision!r}"
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels.plans import plan
+
+        found = plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
+        return found if isinstance(found, str) else ""
+    return ""
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -121,7 +154,7 @@ def _attend_without_dropout(
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
-    """Why the C++ kernel does not cover a call; empty where it does."""
+    """Why no kernel covers a call; empty where they may."""
     if attention != "published":
         return f"its kernel has the published attention only, got {attention!r}"
     if drop is not no_drop and p > 0:
@@ -144,5 +177,23 @@ def _encoder_cpp(
         out.numpy(),
         None if tapped is None else tapped.numpy(),
         torch.get_num_threads(),
+    )
+    return out, tapped
+
+
+def _encoder_triton(
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    precision: str,
+) -> tuple[Tensor, Tensor | None]:
+    from fmrec_fast.kernels import encoder as kernels
+
+    out = x.new_empty(x.shape[0], x.shape[2])
+    tapped = None if tap is None else torch.empty_like(out)
+    kernels.encoder(
+        x.contiguous(), mask.contiguous(), blocks, num_heads, precision, tap, out, tapped
     )
     return out, tapped

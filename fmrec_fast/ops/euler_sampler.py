@@ -12,12 +12,19 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, candidate, choose
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    pack,
+)
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
+from fmrec_fast.reference.noise_fusion import euler_update
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -50,6 +57,7 @@ def euler_sampler(
     trajectory: str = "straight",
     target: str = "data",
     return_trajectory: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -69,6 +77,7 @@ def euler_sampler(
             [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
+        precision: of the encoder's matrix products, see `encoder`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -77,6 +86,7 @@ def euler_sampler(
         TypeError, ValueError: dtypes or shapes do not agree.
         BackendError: a named backend cannot run.
     """
+    check_precision(precision)
     sizes: dict[str, int] = {}
     check_shape("e", e, "B L D", sizes)
     check_shape("mask", mask, "B L", sizes)
@@ -104,8 +114,20 @@ def euler_sampler(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
+    backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is Backend.CPP:
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import euler_sampler as kernels
+
+        points = (sizes["q"] + 1,) if return_trajectory else ()
+        out = z0.new_empty((*points, *z0.shape))
+        inputs = (t.contiguous() for t in (e, mask, z0, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
+        return out
 
     pieces = [slice(None)]
     if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
@@ -125,6 +147,7 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            precision,
         )
         for piece in pieces
     ]
@@ -145,22 +168,41 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    precision: str,
 ) -> Tensor:
     """The definition over the ops noise_fusion and encoder."""
 
-    def step_network(x: Tensor, i: int) -> Tensor:
+    def lam_of(i: int) -> dict[str, Any]:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
-        fused = noise_fusion(
-            e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
-        )
+        return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
+
+    def network(fused: Tensor) -> Tensor:
         last, _ = encoder(
             fused,
             mask,
             weights.blocks,
             num_heads=weights.num_heads,
             attention=weights.attention,
+            precision=precision,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
+
+    q = taus.shape[0]
+    published = trajectory == "straight" and target == "data"
+    if published and q > 0 and candidate(e.device) is Backend.TRITON:
+        # There each update is one pass with the noise fusion that follows it.
+        x, fused = z0, noise_fusion(e, z0, taus[0], **lam_of(0))
+        points = [z0]
+        for i in range(1, q):
+            x, fused = euler_noise_fusion(
+                e, x, network(fused), z0, taus[i], steps=q, **lam_of(i)
+            )
+            points.append(x)
+        points.append(euler_update(x, network(fused) - z0, q))
+        return torch.stack(points) if return_trajectory else points[-1]
+
+    def step_network(x: Tensor, i: int) -> Tensor:
+        return network(noise_fusion(e, x, taus[i], **lam_of(i)))
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
         if target == "velocity":
@@ -168,7 +210,7 @@ def _composed(
         return flow.velocity(pred, z0, times[i], trajectory)
 
     return reference.euler_sampler(
-        z0, step_network, velocity_of, taus.shape[0], return_trajectory=return_trajectory
+        z0, step_network, velocity_of, q, return_trajectory=return_trajectory
     )
 
 
