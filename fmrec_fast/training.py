@@ -383,7 +383,8 @@ class Trainer:
                 f"{', '.join(named)})"
             )
         free = {"epochs", "patience", "eval_interval"}
-        then, now = state["config"], self.config.to_dict()
+        # A setting that came later had its default.
+        then, now = FMRecConfig().to_dict() | state["config"], self.config.to_dict()
         changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
         changed = [text for text in changed if text.split(":")[0] not in free]
         if changed:

@@ -171,9 +171,7 @@ class Lam(NamedTuple):
     given: torch.Tensor | None = None
 
 
-def noise_fusion_forward(
-    e: torch.Tensor, shift: torch.Tensor, lam: Lam, out: torch.Tensor
-) -> None:
+def noise_fusion_forward(e: torch.Tensor, shift: torch.Tensor, lam: Lam, out: torch.Tensor) -> None:
     """out = e + lam * shift[:, None, :]; shapes and dtypes as above."""
     _fuse(e, shift, None, None, None, lam, 1, None, out)
 
@@ -293,9 +291,7 @@ COMPILE_CASES = [
     _compile_case(
         "forward_kernel", forward_kernel, "p_e p_shift p_rows p_seed p_out", *_FORWARD_CASE
     ),
-    _compile_case(
-        "forward_kernel(lam)", forward_kernel, "p_e p_shift p_lam p_out", *_FORWARD_CASE
-    ),
+    _compile_case("forward_kernel(lam)", forward_kernel, "p_e p_shift p_lam p_out", *_FORWARD_CASE),
     _compile_case("update_kernel", forward_kernel, f"{_UPDATE} p_rows p_seed", *_FORWARD_CASE),
     _compile_case("update_kernel(lam)", forward_kernel, f"{_UPDATE} p_lam", *_FORWARD_CASE),
     _compile_case(

@@ -38,9 +38,7 @@ NORM_EPS = tl.constexpr(1e-12)
 # Where a block's parameters lie, in units of D^2 and of D.
 KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (1, 2, 3, 4, 8))
 MATRICES = tl.constexpr(12)
-NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (
-    tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12)
-)
+NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12))
 VECTORS = tl.constexpr(13)
 
 
@@ -192,7 +190,9 @@ def block(
         b_s = tl.where(m_key, b_s, float("-inf"))
         b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
         b_total = tl.sum(b_s, 0)
-        b_mixed = product(operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT), zero, INPUT)
+        b_mixed = product(
+            operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT), zero, INPUT
+        )
         b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
@@ -347,9 +347,7 @@ def stack(
     return b_last
 
 
-def pack(
-    blocks: list[BlockWeights], precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(blocks: list[BlockWeights], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
 
     Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.

@@ -79,9 +79,7 @@ class Place(NamedTuple):
     device: str
 
     @contextmanager
-    def forced(
-        self, op: str, *, declines: bool | Collection[Backend] = False
-    ) -> Iterator[None]:
+    def forced(self, op: str, *, declines: bool | Collection[Backend] = False) -> Iterator[None]:
         """Run on this backend, and assert that `op` did.
 
         With `declines`, a call that the op's kernels of these backends (True is C++) do not cover:

@@ -354,6 +354,28 @@ def test_resumed_between_replays(tmp_path, tiny, whole):
         assert_same_run(whole, run)
 
 
+def test_bf16_changes_the_linear_layers_of_training_only(tmp_path, tiny):
+    config = TINY.replace(epochs=1, precision="bf16")
+    trainer = Trainer(tiny, config, tmp_path / "near")
+    sequence, target = trainer.samples.batch(torch.arange(40))
+    losses = {}
+    for precision in ("float32", "bf16"):
+        trainer.model.fm.xstart_model.att.precision = precision
+        for training_mode in (True, False):
+            trainer.model.train(training_mode)
+            with torch.no_grad():
+                found = training.training_losses(trainer.model, sequence, target, seed=3)
+            losses[precision, training_mode] = found.total.item()
+    assert losses["bf16", False] == losses["float32", False]
+    assert losses["bf16", True] != losses["float32", True]
+    assert losses["bf16", True] == pytest.approx(losses["float32", True], rel=1e-2)
+    trainer.fit()
+    kept = checkpoint.load(checkpoint.locate(tmp_path / "near", "last"))
+    assert all(value.dtype == torch.float32 for value in kept["model"].values())
+    with pytest.raises(CheckpointError, match="precision: 'bf16' -> 'float32'"):
+        Trainer(tiny, TINY.replace(epochs=1), tmp_path / "near").fit(resume=True)
+
+
 def test_a_graph_cannot_hold_published_draws(tmp_path, tiny):
     with (
         use_rng("published"),

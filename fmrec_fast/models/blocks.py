@@ -86,12 +86,20 @@ class TransformerBlock(nn.Module):
 class TransformerStack(nn.Module):
     """All blocks; `forward` is the op `encoder`."""
 
-    def __init__(self, hidden_size: int, num_blocks: int, num_heads: int, attention: str) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int,
+        num_heads: int,
+        attention: str,
+        precision: str = "float32",
+    ) -> None:
         super().__init__()
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(hidden_size) for _ in range(num_blocks)
         )
         self.num_heads, self.attention = num_heads, attention
+        self.precision = precision  # of the linear layers in training
 
     def weights(self) -> list[BlockWeights]:
         """The parameters of all blocks."""
@@ -118,6 +126,7 @@ class TransformerStack(nn.Module):
             drop=drop,
             p=p,
             prune=prune,
+            linear_precision=self.precision if self.training else "float32",
         )
 
 

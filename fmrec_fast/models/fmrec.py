@@ -52,7 +52,9 @@ class XStartModel(nn.Module):
             nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
         )
         self.fuse_linear = nn.Linear(3 * width, width)
-        self.att = TransformerStack(width, config.num_blocks, config.num_heads, config.attention)
+        self.att = TransformerStack(
+            width, config.num_blocks, config.num_heads, config.attention, config.precision
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims

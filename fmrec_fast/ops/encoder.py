@@ -31,6 +31,7 @@ def encoder(
     p: float = 0.0,
     prune: bool = True,
     precision: str = "float32",
+    linear_precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -52,6 +53,8 @@ def encoder(
         drop: dropout, with probability `p`; none by default.
         precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
             rounds both operands and multiplies in float32; all else is float32.
+        linear_precision: that of the op `linear` for the linear layers alone, with gradients of the
+            same precision: for training. Only with `precision` 'float32'.
 
     Returns:
         ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
@@ -76,9 +79,19 @@ def encoder(
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
     check_precision(precision)
+    if linear_precision != "float32" and precision != "float32":
+        raise ValueError(
+            f"only one of precision and linear_precision may differ from 'float32', got "
+            f"{precision!r} and {linear_precision!r}"
+        )
     parameters = [tensor for block in blocks for tensor in block]
-    declined = _declined(x, parameters, attention, drop, p) or kernel_declines(
-        x, num_heads, precision
+    declined = (
+        "" if linear_precision == "float32" else "its kernel has one precision for all products"
+    )
+    declined = (
+        declined
+        or _declined(x, parameters, attention, drop, p)
+        or kernel_declines(x, num_heads, precision)
     )
     backend = choose("encoder", x, *parameters, declined=declined)
     if backend is Backend.CPP:
@@ -95,7 +108,7 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
-        linear=linear,
+        linear=partial(linear, precision=linear_precision),
         attend=_attend(drop, p),
         precision=precision,
     )

@@ -194,9 +194,7 @@ def _composed(
         x, fused = z0, noise_fusion(e, z0, taus[0], **lam_of(0))
         points = [z0]
         for i in range(1, q):
-            x, fused = euler_noise_fusion(
-                e, x, network(fused), z0, taus[i], steps=q, **lam_of(i)
-            )
+            x, fused = euler_noise_fusion(e, x, network(fused), z0, taus[i], steps=q, **lam_of(i))
             points.append(x)
         points.append(euler_update(x, network(fused) - z0, q))
         return torch.stack(points) if return_trajectory else points[-1]

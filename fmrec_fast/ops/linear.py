@@ -14,7 +14,11 @@ from fmrec_fast.reference import linear as reference
 WIDTH, FEWEST_ROWS = 16, 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+# What the operands of the products may be rounded to.
+LINEAR_PRECISIONS = ("float32", "bf16")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
     """A linear layer.
 
     Equivalent PyTorch::
@@ -24,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: [..., I].
         weight: [O, I]; bias: [O].
+        precision: 'float32', or 'bf16': the operands of the product, and of those of its gradients,
+            are rounded to bfloat16, multiplied and added up in float32. Results are float32.
 
     Returns:
         [..., O]. Differentiable in all three. On a CPU the results do not depend on the number of
@@ -37,8 +43,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_shape("weight", weight, "O I", sizes)
     check_shape("bias", bias, "O", sizes)
     check_float(x=x, weight=weight, bias=bias)
+    if precision not in LINEAR_PRECISIONS:
+        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
     declined = ""
-    if sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
+    if precision != "float32":
+        declined = f"its kernel multiplies in float32 only, got precision {precision!r}"
+    elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
             f"{sizes['O']}"
@@ -47,7 +57,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
     if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
         return _Linear.apply(x, weight, bias)
+    if precision == "bf16":
+        return _LinearOfBfloat16.apply(x, weight, bias)
     return reference.linear(x, weight, bias)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b of bfloat16 matrices, accumulated and returned in `dtype`."""
+    if a.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.to(dtype) @ b.to(dtype)
+
+
+class _LinearOfBfloat16(torch.autograd.Function):
+    """Operands in bfloat16, which is also how the input is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        near, near_weight = x.to(torch.bfloat16).flatten(0, -2), weight.to(torch.bfloat16)
+        ctx.save_for_backward(near, near_weight)
+        ctx.shape = x.shape
+        out = _product(near, near_weight.T, x.dtype) + bias
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad = grad.flatten(0, -2)
+        near = grad.to(torch.bfloat16)
+        d_x = _product(near, weight, grad.dtype).view(ctx.shape) if wants_x else None
+        d_weight = _product(near.T, x, grad.dtype) if wants_weight else None
+        return d_x, d_weight, grad.sum(0) if wants_bias else None
 
 
 class _Linear(torch.autograd.Function):
