@@ -467,6 +467,46 @@ def test_replays_draw_anew_and_nothing_waits(tmp_path, tiny):
     assert len({tuple(loss) for loss in losses}) == 6
 
 
+# ---------------------------------------------------------------------------- memory
+
+LARGE = """
+import sys
+from pathlib import Path
+import torch
+from fmrec_fast import FMRecConfig
+from fmrec_fast.data import Dataset
+from fmrec_fast.training import Trainer
+
+items, run = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dataset = Dataset.from_histories([range(1, items // 2), range(items // 2, items)])
+config = FMRecConfig(
+    hidden_size=32, decoder_dims=(64, 32), max_len=9, num_blocks=2, last=1, sample_N=1, batch_size=8
+)
+Trainer(dataset, config, run, max_steps=3, checkpoint_seconds=1e9).fit()
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_what_an_item_costs_in_memory(tmp_path):
+    """Weights, gradients and two moments of both tables; one more gradient of the embeddings, from
+    the lookups; the scores of the batch and their gradient; and of data, which names each item by
+    a Python object, 200 bytes. Not a table more."""
+    peaks = []
+    for items in (50_000, 200_000):
+        command = [sys.executable, "-c", LARGE, str(items), str(tmp_path / str(items))]
+        # Freed blocks go back at once: the peak is that of what is in use.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    per_item = (peaks[1] - peaks[0]) / 150_000
+    tables, embeddings, scores = 4 * 4 * (32 + 32), 4 * 32, 4 * 8
+    print(f"{per_item:.0f} bytes per item, {tables} of them for the tables")
+    assert tables < per_item < tables + embeddings + 3 * scores + 200
+
+
 # ---------------------------------------------------------------------------- the published loop
 
 
