@@ -60,8 +60,8 @@ def check_range(
 ) -> None:
     """On the CPU, every id must satisfy low <= id < high or be one of `allowed`.
 
-    On another device nothing is checked, since looking would wait for it; nor while a compiler
-    traces, since there is nothing to look at.
+    On another device nothing is checked, since looking would wait for it, and a compiled program
+    does not look either.
 
     Raises:
         ValueError: names the first offending id.

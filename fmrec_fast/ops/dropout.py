@@ -84,10 +84,10 @@ def _run(
     rows: Tensor,
     seed: Tensor,
     constants: tuple,
-    backend: Backend,
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
+    backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -120,7 +120,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, residual, rows, seed, constants, gelu, backend):
         ctx.save_for_backward(rows, seed, x if gelu else None)
         ctx.constants, ctx.backend = constants, backend
-        return _run(x, residual, rows, seed, constants, backend, gelu=gelu)
+        return _run(x, residual, rows, seed, constants, gelu=gelu, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -128,7 +128,7 @@ class _Dropout(torch.autograd.Function):
         rows, seed, gelu_at = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _run(grad, None, rows, seed, ctx.constants, ctx.backend, gelu_at=gelu_at)
+            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at, backend=ctx.backend)
         return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
