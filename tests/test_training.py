@@ -17,7 +17,7 @@ import torch
 
 from fmrec_fast import FMRecConfig, checkpoint, training
 from fmrec_fast import backend as backend_module
-from fmrec_fast.backend import dispatch_log, use_backend, use_rng
+from fmrec_fast.backend import availability, dispatch_log, use_backend, use_rng
 from fmrec_fast.capture import Capture
 from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.data import Dataset, TrainingSamples, synthetic_dataset
@@ -421,6 +421,27 @@ def test_a_step_waits_for_nothing(tmp_path, tiny, monkeypatch, backend):
     for probe in (lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
             probe(trainer.tally)
+
+
+@pytest.mark.skipif(availability("triton") is not None, reason=f"triton: {availability('triton')}")
+def test_a_step_of_triton_kernels_is_that_of_the_definitions(tmp_path, tiny):
+    trainer = Trainer(tiny, TINY, tmp_path / "run")
+    model = trainer.model.train()
+    sequence, target = trainer.samples.batch(torch.arange(0, 64, 8))
+    found = {}
+    for backend in ("reference", "triton"):
+        model.zero_grad()
+        with use_backend(backend), dispatch_log() as log:
+            losses = training.training_losses(model, sequence, target, seed=5)
+            losses.total.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[backend] = (vars(losses), gradients)
+    ran = {entry.op for entry in log if entry.backend.value == "triton"}
+    assert ran >= {"noise_fusion", "dropout", "history_loss"}
+    for one, other in zip(*found.values(), strict=True):
+        assert list(one) == list(other)
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.gpu
