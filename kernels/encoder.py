@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.plans import plan
-from fmrec_fast.kernels.transformer import pack, query_scale, settings, stack
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.transformer import query_scale, stack
 from fmrec_fast.reference.encoder import BlockWeights
 
 
@@ -62,18 +62,23 @@ def encoder(
     tapped: torch.Tensor | None,
 ) -> None:
     """Launch; shapes as above."""
-    batch, length, width = x.shape
+    batch, length = x.shape[:2]
     if batch == 0:
         return
-    found = plan(length, width, num_heads, precision, x.device)
-    if isinstance(found, str):
-        raise ValueError(found)
-    tensors = (x, mask, *pack(blocks, precision), out, tapped)
+    tensors = (x, mask, *pack(blocks, x.shape[2], precision), out, tapped)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         encoder_kernel[(batch,)](
             *tensors,
             length,
             len(blocks),
             -1 if tap is None else tap,
-            **settings(found, width, num_heads, precision),
+            **settings(x, num_heads, precision),
         )
+
+
+COMPILE_CASES = compile_cases(
+    encoder_kernel,
+    "p_x p_mask p_matrices p_vectors p_out p_tapped",
+    "length num_blocks tap",
+    {},
+)

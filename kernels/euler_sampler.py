@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
 from fmrec_fast.kernels.philox import load_seed
-from fmrec_fast.kernels.plans import plan
-from fmrec_fast.kernels.transformer import fuse, norm_row, pack, query_scale, settings, stack
+from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
 if TYPE_CHECKING:
     from fmrec_fast.ops.euler_sampler import SamplerWeights
@@ -99,13 +99,10 @@ def euler_sampler(
     out: torch.Tensor,
 ) -> None:
     """Launch; `out` with one dimension more than z0 takes all points. Shapes as above."""
-    batch, length, width = e.shape
+    batch, length = e.shape[:2]
     if batch == 0:
         return
-    found = plan(length, width, weights.num_heads, precision, e.device)
-    if isinstance(found, str):
-        raise ValueError(found)
-    matrices, vectors = pack(weights.blocks, precision)
+    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
     tensors = (e, mask, z0, taus, matrices, vectors, norm, noise, rows, seed, out)
     sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
@@ -114,5 +111,13 @@ def euler_sampler(
             *tensors,
             *sizes,
             TRAJECTORY=out.ndim > z0.ndim,
-            **settings(found, width, weights.num_heads, precision),
+            **settings(e, weights.num_heads, precision),
         )
+
+
+COMPILE_CASES = compile_cases(
+    euler_sampler_kernel,
+    "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
+    "batch length steps num_blocks delta",
+    {"p_noise": None, "TRAJECTORY": False},
+)

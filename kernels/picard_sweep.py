@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
 from fmrec_fast.kernels.philox import load_seed
-from fmrec_fast.kernels.plans import plan
-from fmrec_fast.kernels.transformer import fuse, norm_row, pack, query_scale, settings, stack
+from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
 if TYPE_CHECKING:
     from fmrec_fast.ops.euler_sampler import SamplerWeights
@@ -86,18 +86,23 @@ def picard_sweep(
     out: torch.Tensor,
 ) -> None:
     """Launch; shapes as above."""
-    batch, length, width = e.shape
+    batch, length = e.shape[:2]
     steps = taus.shape[0]
     if batch * steps == 0:
         return
-    found = plan(length, width, weights.num_heads, precision, e.device)
-    if isinstance(found, str):
-        raise ValueError(found)
-    matrices, vectors = pack(weights.blocks, precision)
+    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
     tensors = (e, mask, x, taus, matrices, vectors, norm, noise, rows, seed, out)
     sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))
     with torch.cuda.device_of(e):  # Triton launches on the current device
         picard_sweep_kernel[(batch * steps,)](
-            *tensors, *sizes, **settings(found, width, weights.num_heads, precision)
+            *tensors, *sizes, **settings(e, weights.num_heads, precision)
         )
+
+
+COMPILE_CASES = compile_cases(
+    picard_sweep_kernel,
+    "p_e p_mask p_x p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
+    "batch length steps num_blocks delta",
+    {"p_noise": None},
+)

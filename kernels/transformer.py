@@ -19,20 +19,15 @@ PRECISION is that of the products' operands: "float32", "tf32" (rounded to neare
 matrix units would truncate) or "bf16"; accumulators, norms, softmax and residuals are float32.
 INPUT says how they are multiplied: "3xtf32" or "ieee" for float32, "tf32", "bf16".
 
-Weights come in two tensors of all blocks (`pack`): matrices [blocks, 12 D^2], each [out, in] row by
-row, and vectors [blocks, 13 D] in float32.
+Weights come in two tensors of all blocks (`launch.pack`): matrices [blocks, 12 D^2], each [out, in]
+row by row, and vectors [blocks, 13 D] in float32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.philox import four_normals
-from fmrec_fast.kernels.plans import Plan
-from fmrec_fast.reference.encoder import BlockWeights, rounded
 
-# No launch multiplies and adds in one rounding unless the kernel says tl.fma.
-OPTIONS = {"enable_fp_fusion": False}
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
 # Where a block's parameters lie, in units of D^2 and of D.
@@ -158,7 +153,6 @@ def block(
     b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION, INPUT)  # [D, T]
     m_key = (tl.arange(0, T) < length)[:, None]
     b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
-    zero = tl.zeros((W, T), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
         if STACKED:
             # Queries, keys and values in one product, whose 4 W rows fill the matrix units.
@@ -190,9 +184,8 @@ def block(
         b_s = tl.where(m_key, b_s, float("-inf"))
         b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
         b_total = tl.sum(b_s, 0)
-        b_mixed = product(
-            operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT), zero, INPUT
-        )
+        b_v, b_s = operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT)
+        b_mixed = product(b_v, b_s, tl.zeros((W, T), tl.float32), INPUT)
         b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
@@ -345,39 +338,3 @@ def stack(
         if tap == num_blocks - 1:
             tl.store(p_tapped + tl.arange(0, D), b_last)
     return b_last
-
-
-def pack(blocks: list[BlockWeights], precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
-
-    Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.
-    """
-    matrices = [
-        getattr(w, f"{name}_weight").detach().reshape(-1)
-        for w in blocks
-        for name in ("query", "key", "value", "output", "w1", "w2")
-    ]
-    vectors = [
-        getattr(w, name).detach()
-        for w in blocks
-        for name in (
-            "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
-            "norm2_weight", "norm2_bias", "w1_bias", "w2_bias",
-        )
-    ]  # fmt: skip
-    packed = torch.cat(matrices)
-    packed = packed.bfloat16() if precision == "bf16" else rounded(packed, precision)
-    return packed, torch.cat(vectors)
-
-
-def settings(plan: Plan, width: int, num_heads: int, precision: str) -> dict[str, object]:
-    """The constants and the compiler options of a launch."""
-    how = precision
-    if triton.knobs.runtime.interpret:
-        how = "ieee"
-    elif precision == "float32":
-        how = "ieee" if torch.version.hip else "3xtf32"
-    tiles = plan._asdict()
-    warps = tiles.pop("warps")
-    kind = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
-    return {**tiles, **kind, "num_warps": warps, **OPTIONS}

@@ -186,9 +186,7 @@ def test_precisions(place, shape, precision):
         assert {"tf32": 1e-5, "bf16": 1e-4}[precision] < wrong < 0.05
 
 
-@pytest.mark.parametrize(
-    "width, heads, blocks", [(32, 1, 2), (32, 32, 2), (64, 1, 1), (128, 4, 2), (256, 4, 2)]
-)
+@pytest.mark.parametrize("width, heads, blocks", [(32, 1, 2), (32, 32, 2), (64, 1, 1), (128, 4, 2)])
 def test_heads_and_widths(place, width, heads, blocks):
     x, mask, _ = inputs(2, 5, width)
     stack = make_stack(width, blocks)

@@ -130,9 +130,9 @@ def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
     if backend is Backend.CPP and precision != "float32":
         return f"its kernel multiplies in float32 only, got precision {precision!r}"
     if backend is Backend.TRITON:
-        from fmrec_fast.kernels.plans import plan
+        from fmrec_fast.kernels.plans import family, plan
 
-        found = plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
+        found = plan(e.shape[1], e.shape[2], num_heads, precision, *family(e.device))
         return found if isinstance(found, str) else ""
     return ""
 

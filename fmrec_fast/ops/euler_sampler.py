@@ -110,8 +110,8 @@ def euler_sampler(
         )
     elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
-    elif sizes["q"] == 0:
-        declined = "there is no step to take"
+    elif sizes["q"] == 0 or not weights.blocks:
+        declined = "there is no step to take, or no block to run"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
     else:
