@@ -1,76 +1,62 @@
-"""Peak memory of one call, measured: resident memory of a fresh process on a CPU, the
-allocator's statistics on CUDA.
+"""Peak memory of a sampler: ``python -m benchmarks.memory NAME B`` prints the bytes it added.
 
-    python -m benchmarks.memory MODULE FUNCTION ARGUMENTS-AS-JSON
-
-prints, in JSON, by how many bytes the peak of ``FUNCTION(*ARGUMENTS)()`` lies above what was in
-use before: FUNCTION prepares the inputs and returns the call.
+On a CPU it is measured in a process of its own: the memory that one call added to the resident set
+at its peak, model and histories not counted. On a GPU the allocator counts it.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-STATUS = Path("/proc/self/status")
-PEAKS = Path("/proc/self/clear_refs")
+from benchmarks.inputs import FULL
+from benchmarks.samplers import Samplers
 
-
-def extra_bytes(module: str, function: str, *arguments: Any) -> int:
-    """The bytes, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", module, function, json.dumps(arguments)]
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])["extra_bytes"]
-
-
-def measure(run: Any) -> int:
-    """By how much ``run()`` raises the peak."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if PEAKS.exists():
-        PEAKS.write_text("5")  # what the preparation took at most does not count
-    before = resident()
-    run()
-    return max(peak() - before, 0)
+STEPS = 2  # memory does not grow with them, except for 'parallel', which takes all
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    """Bytes of this process that are in memory now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak() -> int:
-    """The most bytes of this process in memory so far.
+def on_cuda(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that one call of `run` adds at its peak, by the CUDA allocator."""
+    run()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
-    Not `getrusage`: what it reports starts at the size of the process that started this one.
-    """
-    if not STATUS.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
+
+def in_fresh_process(name: str, batch: int) -> int:
+    """What `main` prints, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, str(batch)]
+    folder = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
-def main() -> None:
-    """The command line above."""
-    module, function, arguments = sys.argv[1:]
-    run = getattr(importlib.import_module(module), function)(*json.loads(arguments))
-    print(json.dumps({"extra_bytes": measure(run)}))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the bytes."""
+    name, batch = arguments or sys.argv[1:]
+    samplers = Samplers(FULL, torch.device("cpu"), int(batch))
+    steps = FULL.steps if name == "parallel" else STEPS
+    run = getattr(samplers, name)
+    run(STEPS, 1)  # what is allocated once stays out of the count
+    before = resident()
+    run(steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(max(0, peak - before))
 
 
 if __name__ == "__main__":

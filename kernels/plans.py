@@ -16,6 +16,9 @@ WIDTHS = (32, 64, 128, 256)
 LONGEST = 128
 WIDEST_HEAD = 64
 THREADS = 256
+# Elements of the weights of queries, keys and values that one product takes: those of the layouts'
+# measurements, D = 128 and heads of 32.
+LARGEST_STACK = 4 * 32 * 128
 
 
 class Plan(NamedTuple):
@@ -109,11 +112,13 @@ def plan(
         if width > widest or length > longest:
             continue
         for layout in kinds.get(kind, {}).get(precision, []):
+            if layout.stacked and 4 * width * (width // num_heads) > LARGEST_STACK:
+                continue
             if layout.shared <= shared:
                 tile = max(16, 1 << (length - 1).bit_length())
                 chunk = min(layout.chunk, 4 * width)
                 return Plan(tile, chunk, 4096 // width, layout.stacked, layout.stages)
     return (
-        f"its kernel has no layout for D = {width}, L = {length} in {precision} on {kind} with "
-        f"{shared} bytes of shared memory"
+        f"its kernel has no layout for D = {width}, L = {length}, {num_heads} heads in {precision} "
+        f"on {kind} with {shared} bytes of shared memory"
     )

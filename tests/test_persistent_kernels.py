@@ -48,8 +48,9 @@ def test_the_papers_sizes_have_a_plan_everywhere(kind, precision):
         ((200, 128, 4, "bf16", *H100), r"L in 1 \.\. 128, got 200"),
         ((0, 128, 4, "bf16", *H100), "got 0"),
         ((50, 128, 5, "bf16", *H100), "heads must divide D = 128, got 5"),
-        ((100, 128, 4, "float32", *H100), "no layout for D = 128, L = 100 in float32 on cuda:90"),
-        ((50, 256, 4, "tf32", *H100), "no layout for D = 256, L = 50 in tf32"),
+        ((100, 128, 4, "float32", *H100), "D = 128, L = 100, 4 heads in float32 on cuda:90"),
+        ((50, 128, 2, "float32", *H100), "2 heads in float32"),
+        ((50, 256, 4, "tf32", *H100), "no layout for D = 256, L = 50, 4 heads in tf32"),
         ((50, 128, 4, "bf16", "cuda:90", 65536), "with 65536 bytes of shared memory"),
     ],
 )
@@ -64,6 +65,11 @@ def test_less_shared_memory_takes_the_next_layout():
     assert first.shared > second.shared
     assert plan(50, 128, 4, "bf16", "cuda:90", first.shared).CHUNK == first.chunk
     assert plan(50, 128, 4, "bf16", "cuda:90", first.shared - 1).CHUNK == second.chunk
+
+
+def test_wide_heads_take_a_layout_of_three_products():
+    assert plan(50, 128, 4, "bf16", *H100).STACKED
+    assert not plan(50, 128, 2, "bf16", *H100).STACKED
 
 
 def test_the_interpreter_counts_as_the_largest():
