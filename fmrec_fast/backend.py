@@ -55,10 +55,8 @@ OPS = (
 
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
-    ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("history_loss", Backend.TRITON): _NO_KERNEL,
 }
 
 
@@ -177,6 +175,13 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         yield log
     finally:
         _log.reset(token)
+
+
+def log_again(entries: list[Dispatch]) -> None:
+    """Enter what ran before into the dispatch log: a replayed graph runs it without choosing."""
+    log = _log.get()
+    if log is not None:
+        log.extend(entries)
 
 
 def candidate(device: torch.device) -> Backend:

@@ -70,6 +70,12 @@ def build_parser():
     train.add_argument(
         "--checkpoint_steps", type=int | None, default=None, help="instead, steps between them"
     )
+    train.add_argument(
+        "--graph",
+        type=bool | None,
+        default=None,
+        help="steps of whole batches as one CUDA graph; default: on cuda",
+    )
     train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
     train.add_argument(
         "--config", action="config", help="YAML file of the settings below; flags after it win"
@@ -353,6 +359,7 @@ def _train(options: Any) -> None:
         device=device,
         checkpoint_seconds=options.checkpoint_seconds,
         checkpoint_steps=options.checkpoint_steps,
+        graph=options.graph,
         max_steps=options.max_steps,
         source=source,
         listener=console,

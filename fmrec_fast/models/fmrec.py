@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmrec_fast import flow, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.models.blocks import LayerNorm, TransformerStack, look_up, sinusoid
 from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
@@ -61,7 +61,9 @@ class XStartModel(nn.Module):
             nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
         )
         self.fuse_linear = nn.Linear(3 * width, width)
-        self.att = TransformerStack(width, config.num_blocks, config.num_heads, config.attention)
+        self.att = TransformerStack(
+            width, config.num_blocks, config.num_heads, config.attention, config.precision
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims
@@ -579,7 +581,10 @@ class FMRecommender(nn.Module):
 
     def embed(self, sequence: Tensor, drop: Drop = no_drop) -> tuple[Tensor, Tensor]:
         """(embedded history [B, L, D], mask [B, L])."""
-        e = drop(self.item_embeddings(sequence), self.embed_dropout.p, EMBEDDING_SITE)
+        return self._prepare(self.item_embeddings(sequence), sequence, drop)
+
+    def _prepare(self, looked_up: Tensor, sequence: Tensor, drop: Drop) -> tuple[Tensor, Tensor]:
+        e = drop(looked_up, self.embed_dropout.p, EMBEDDING_SITE)
         return self.LayerNorm(e), (sequence > 0).to(e.dtype)
 
     def forward(
@@ -622,8 +627,8 @@ class FMRecommender(nn.Module):
             )
             return None, x1, None, None, None, z0
         tag = self.check_tag(tag, len(sequence))
-        e, mask = self.embed(sequence, drop)
-        item_tag = self.item_embeddings(tag[:, 0])
+        history, item_tag = look_up(self.item_embeddings.weight, sequence, tag[:, 0])
+        e, mask = self._prepare(history, sequence, drop)
         prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)
         if self.fm.target == "velocity":
             at = t[:, None]

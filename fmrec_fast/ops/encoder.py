@@ -32,6 +32,7 @@ def encoder(
     prune: bool = True,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
+    linear_precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -55,6 +56,8 @@ def encoder(
             rounds both operands and multiplies in float32; all else is float32.
         first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
             stand for n equal positions. Published attention only.
+        linear_precision: that of the op `linear` for the linear layers alone, with gradients of the
+            same precision: for training. Only with `precision` 'float32'.
 
     Returns:
         ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
@@ -84,9 +87,19 @@ def encoder(
         if attention != "published":
             raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
     check_precision(precision)
+    if linear_precision != "float32" and precision != "float32":
+        raise ValueError(
+            f"only one of precision and linear_precision may differ from 'float32', got "
+            f"{precision!r} and {linear_precision!r}"
+        )
     parameters = [tensor for block in blocks for tensor in block]
-    declined = _declined(x, parameters, attention, drop, p) or kernel_declines(
-        x, num_heads, precision
+    declined = (
+        "" if linear_precision == "float32" else "its kernel has one precision for all products"
+    )
+    declined = (
+        declined
+        or _declined(x, parameters, attention, drop, p)
+        or kernel_declines(x, num_heads, precision)
     )
     if first_key_bias is not None and candidate(x.device) is Backend.TRITON:
         declined = declined or "its Triton kernel has no key bias"
@@ -105,7 +118,7 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
-        linear=linear,
+        linear=partial(linear, precision=linear_precision),
         attend=_attend(drop, p),
         precision=precision,
         first_key_bias=first_key_bias,
