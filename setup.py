@@ -27,6 +27,7 @@ KERNEL_SOURCES = [
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
+    "csrc/picard_sweep.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -127,6 +127,7 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         equality: dict[str, Any],
         work: Work | None = None,
         flops: Mapping[str, int] | None = None,
+        peaks: Mapping[str, int] | None = None,
         items: int | None = None,
         note: str = "",
         left_out: dict[str, str] | None = None,
@@ -144,6 +145,7 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         timings = robin.run(benchmark, budget=budget, least=least, most=most, round_s=round_s)
         for timing in timings:
             timing.flops = (flops or {}).get(timing.name)
+            timing.peak_bytes = (peaks or {}).get(timing.name)
         record = Record(op, case, sizes, ours, equality, timings, work, items, note, left_out or {})
         suite.records.append(record)
         benchmark.group = op

@@ -44,12 +44,13 @@ RAISED = 1 << 30
 
 @dataclass
 class Timing:
-    """One variant's seconds, one entry a round, and the FLOPs counted in one run of it."""
+    """One variant's seconds, one entry a round, and FLOPs and peak memory of one run of it."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     flops: int | None = None
     note: str = ""
+    peak_bytes: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """The rounds with their median, quartiles and percentiles."""
@@ -68,6 +69,7 @@ class Timing:
             "p50_s": statistics.median(ordered),
             "p99_s": percentiles[98] if percentiles else None,
             "flops": self.flops,
+            "peak_bytes": self.peak_bytes,
             "note": self.note,
             "seconds": self.seconds,
         }

@@ -28,6 +28,7 @@
 #include "noise_fusion.h"
 #include "packed_encoder.h"
 #include "parallel.h"
+#include "picard_sweep.h"
 
 namespace py = pybind11;
 
@@ -685,6 +686,11 @@ template <typename Kernels, typename Arguments>
 void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
     const std::int64_t size = group_size(a.encoder, batch, num_threads);
     const std::int64_t groups = (batch + size - 1) / size;
+    // Equal groups, the larger ones first: 30 sequences on two threads are 8 + 7 on each.
+    const auto first_of = [=](std::int64_t group) {
+        const std::int64_t larger = batch % groups;
+        return group * (batch / groups) + (group < larger ? group : larger);
+    };
     const std::int64_t slabs = groups < num_threads ? groups : num_threads;
     const std::int64_t slab_size = round_up(kernels.scratch(&a, size), UNIT);
     const Floats memory = allocate_floats(slabs * slab_size, true);
@@ -694,8 +700,8 @@ void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, 
         if (group >= groups) return;
         float* slab = memory.get() + next_slab.fetch_add(1) * slab_size;
         for (; group < groups; group = next_group.fetch_add(1)) {
-            const std::int64_t begin = group * size;
-            kernels.run(&a, begin, begin + size < batch ? begin + size : batch, slab);
+            const std::int64_t begin = first_of(group);
+            kernels.run(&a, begin, first_of(group + 1), slab);
         }
     });
 }
@@ -737,64 +743,107 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
     run_groups(kernels, a, batch, num_threads);
 }
 
-void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
-                   const py::object& norm_bias_, const py::object& e_, const py::object& mask_,
-                   const py::object& z0_, const py::object& taus_, const py::object& noise_,
-                   const py::object& rows_, const py::object& seed, double delta,
+// The arrays of a SamplerNetwork, kept while the kernel runs.
+struct NetworkArrays {
+    py::array norm_weight, norm_bias, e, mask, taus, noise, rows;
+};
+
+// Checks what the samplers share and fills it in; `out` must overlap none of it.
+NetworkArrays sampler_network(SamplerNetwork& a, const PackedEncoder& packed,
+                              const py::object& norm_weight, const py::object& norm_bias,
+                              const py::object& e, const py::object& mask, const py::object& taus,
+                              const py::object& noise, const py::object& rows,
+                              const py::object& seed, double delta, const py::array& out) {
+    NetworkArrays k{input<float>(norm_weight, "norm_weight", 1),
+                    input<float>(norm_bias, "norm_bias", 1),
+                    input<float>(e, "e", 3),
+                    input<float>(mask, "mask", 2),
+                    input<float>(taus, "taus", 2),
+                    py::array(),
+                    py::array()};
+    const std::int64_t channels = packed.channels(), length = k.e.shape(1);
+    a.encoder = make_encoder(packed, length);
+    a.batch = k.e.shape(0);
+    a.steps = k.taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(k.norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(k.norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(k.e, "e", "[B, L, D]", {a.batch, length, channels});
+    check_shape(k.mask, "mask", "[B, L]", {a.batch, length});
+    check_shape(k.taus, "taus", "[q, D]", {a.steps, channels});
+    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "taus"};
+    const py::array* const inputs[] = {&k.norm_weight, &k.norm_bias, &k.e, &k.mask, &k.taus};
+    for (int i = 0; i < 5; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
+    if (!noise.is_none()) {
+        k.noise = input<float>(noise, "noise", 4);
+        check_shape(k.noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
+        check_overlap(out, "out", k.noise, "noise", false);
+        a.noise = data<float>(k.noise);
+    } else {
+        k.rows = input<std::int64_t>(rows, "rows", 1);
+        check_shape(k.rows, "rows", "[B]", {a.batch});
+        check_overlap(out, "out", k.rows, "rows", false);
+        a.rows = data<std::int64_t>(k.rows);
+        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    }
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(k.norm_weight);
+    a.norm_bias = data<float>(k.norm_bias);
+    a.e = data<float>(k.e);
+    a.mask = data<float>(k.mask);
+    a.taus = data<float>(k.taus);
+    return k;
+}
+
+void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
+                   const py::object& norm_bias, const py::object& e, const py::object& mask,
+                   const py::object& z0_, const py::object& taus, const py::object& noise,
+                   const py::object& rows, const py::object& seed, double delta,
                    const py::object& out_, int num_threads) {
-    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
-                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
-                    e = input<float>(e_, "e", 3), mask = input<float>(mask_, "mask", 2),
-                    z0 = input<float>(z0_, "z0", 2), taus = input<float>(taus_, "taus", 2);
     check_threads(num_threads);
     EulerSampler a{};
-    a.encoder = make_encoder(packed, e.shape(1));
-    a.batch = e.shape(0);
-    a.steps = taus.shape(0);
-    const std::int64_t channels = packed.channels(), length = e.shape(1);
     // All points, or the last one, by the number of dimensions.
     a.trajectory = py::isinstance<py::array>(out_) && py::cast<py::array>(out_).ndim() == 3;
     py::array out = output<float>(out_, "out", a.trajectory ? 3 : 2);
-    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
-    check_shape(norm_weight, "norm_weight", "[D]", {channels});
-    check_shape(norm_bias, "norm_bias", "[D]", {channels});
-    check_shape(e, "e", "[B, L, D]", {a.batch, length, channels});
-    check_shape(mask, "mask", "[B, L]", {a.batch, length});
+    const py::array z0 = input<float>(z0_, "z0", 2);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    const std::int64_t channels = packed.channels();
     check_shape(z0, "z0", "[B, D]", {a.batch, channels});
-    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_overlap(out, "out", z0, "z0", false);
     if (a.trajectory) {
         check_shape(out, "out", "[q + 1, B, D]", {a.steps + 1, a.batch, channels});
     } else {
         check_shape(out, "out", "[B, D]", {a.batch, channels});
     }
-    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "z0", "taus"};
-    const py::array* const inputs[] = {&norm_weight, &norm_bias, &e, &mask, &z0, &taus};
-    for (int i = 0; i < 6; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
-    py::array noise, rows;
-    if (!noise_.is_none()) {
-        noise = input<float>(noise_, "noise", 4);
-        check_shape(noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
-        check_overlap(out, "out", noise, "noise", false);
-        a.noise = data<float>(noise);
-    } else {
-        rows = input<std::int64_t>(rows_, "rows", 1);
-        check_shape(rows, "rows", "[B]", {a.batch});
-        check_overlap(out, "out", rows, "rows", false);
-        a.rows = data<std::int64_t>(rows);
-        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
-    }
-    a.delta = static_cast<float>(delta);
     const EulerSamplerKernels& kernels = FMREC_TABLE(euler_sampler);
     if (is_empty(out)) return;
-    a.norm_weight = data<float>(norm_weight);
-    a.norm_bias = data<float>(norm_bias);
-    a.e = data<float>(e);
-    a.mask = data<float>(mask);
     a.z0 = data<float>(z0);
-    a.taus = data<float>(taus);
     a.out = target(out);
     py::gil_scoped_release release;
     run_groups(kernels, a, a.batch, num_threads);
+}
+
+void picard_sweep(const PackedEncoder& packed, const py::object& norm_weight,
+                  const py::object& norm_bias, const py::object& e, const py::object& mask,
+                  const py::object& x_, const py::object& taus, const py::object& noise,
+                  const py::object& rows, const py::object& seed, double delta,
+                  const py::object& out_, int num_threads) {
+    check_threads(num_threads);
+    PicardSweep a{};
+    py::array out = output<float>(out_, "out", 3);
+    const py::array x = input<float>(x_, "x", 3);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    check_shape(x, "x", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_shape(out, "out", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_overlap(out, "out", x, "x", true);
+    const PicardSweepKernels& kernels = FMREC_TABLE(picard_sweep);
+    if (is_empty(out)) return;
+    a.x = data<float>(x);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    run_groups(kernels, a, a.batch * a.steps, num_threads);
 }
 
 // What forward and backward share, checked and filled in.
@@ -993,6 +1042,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
           py::arg("delta"), py::arg("out"), py::arg("num_threads"),
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
+    m.def("picard_sweep", &picard_sweep, py::arg("packed"), py::arg("norm_weight"),
+          py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("x"), py::arg("taus"),
+          py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          "The network at all points x [B, q, D]: row b at step i. out may be x.");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");
     m.def("supported_isas", &supported_isas, "Instruction sets built in and supported here.");

@@ -47,6 +47,7 @@ OPS = (
     "attention",
     "encoder",
     "euler_sampler",
+    "picard_sweep",
     "item_cross_entropy",
     "history_loss",
     "item_ranking",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
+from fmrec_fast import steps as step_study
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.data import (
     Dataset,
@@ -26,6 +27,7 @@ from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
 from fmrec_fast.sampler import sample
 
 OUTPUTS = (".parquet", ".csv", ".jsonl")
+PLOTS = (".png", ".pdf", ".svg")
 
 
 class UserError(Exception):
@@ -112,6 +114,30 @@ def build_parser():
     best.add_argument("--seed", type=int, default=0, help="sampling seed")
     best.add_argument("--out", default=None, help="file .parquet, .csv or .jsonl; default: print")
     commands.add_subcommand("recommend", best, help="recommend from a run")
+
+    fewer = ArgumentParser(
+        description="Compare numbers of sampling steps: metrics, overlap of the top items with the "
+        "largest number's, FLOPs, latency."
+    )
+    fewer.add_argument("run", help="run directory")
+    fewer.add_argument("data", nargs="?", default=None, help="dataset; default: the run's own")
+    _add_reading(fewer)
+    _add_device(fewer)
+    fewer.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    fewer.add_argument("--split", choices=("val", "test"), default="test")
+    fewer.add_argument(
+        "--steps", type=list[int], default=list(step_study.STEPS), help="as in [1,2,30]"
+    )
+    fewer.add_argument(
+        "--ks", type=list[int] | None, default=None, help="K of the metrics; default: the run's"
+    )
+    fewer.add_argument("--users", type=int | None, default=None, help="so many, drawn; default all")
+    fewer.add_argument("--seed", type=int, default=step_study.SEED, help="sampling seed")
+    fewer.add_argument("--out", default=None, help="also write the table to this file, as JSON")
+    fewer.add_argument(
+        "--plot", default=None, help="also draw it (extra [bench]): .png, .pdf, .svg"
+    )
+    commands.add_subcommand("steps", fewer, help="what fewer sampling steps cost")
 
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
@@ -406,6 +432,50 @@ def _evaluate(options: Any) -> None:
         checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
+def _steps(options: Any) -> None:
+    step_study.check_steps(options.steps)
+    if options.users is not None and options.users < 1:
+        raise UserError(f"--users must be at least 1, got {options.users}")
+    if options.plot is not None and Path(options.plot).suffix not in PLOTS:
+        raise UserError(f"--plot must end in one of {PLOTS}, got {options.plot!r}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'fmrec_fast[bench]'")
+    model, state = _load(options)
+    if options.data is None:
+        dataset = _run_dataset(state)
+    else:
+        dataset = with_items(_read(_reading(options, options.data)), state["item_ids"])
+    _show(dataset)
+    device = model.item_embeddings.weight.device
+    samples = EvaluationSamples(dataset, options.split, model.config.max_len, device)
+    count = min(len(samples), options.users or len(samples))
+    with _bar(count * (len(options.steps) + 1), "steps") as progress:
+        found = step_study.study(
+            model,
+            samples,
+            steps=options.steps,
+            ks=options.ks or model.config.metric_ks,
+            users=options.users,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(step_study.table(found))
+    if options.out is not None:
+        path = Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "run": str(options.run),
+            "split": options.split,
+            "seed": options.seed,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            **found.to_dict(),
+        }
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
+    if options.plot is not None:
+        step_study.draw(found, Path(options.plot))
+
+
 def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(columns.values())))
     print(f"{'percent':10}" + "".join(f"{title:>12}" for title in columns))
@@ -526,6 +596,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "recommend": _recommend,
+    "steps": _steps,
     "env": _env,
     "demo": _demo,
 }

@@ -65,6 +65,8 @@ def recommend(
     steps: int | None = None,
     seed: int | Tensor | None = None,
     rows: Tensor | None = None,
+    method: str = "auto",
+    precision: str = "float32",
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
 
@@ -75,7 +77,9 @@ def recommend(
         k: how many items.
         exclude_seen: do not recommend items of the whole given history.
         exclude: per user, further ids not to recommend.
-        steps, seed, rows: as in `sample`.
+        steps, seed, rows, precision: as in `sample`.
+        method: as in `sample`. The default 'auto' gives the step-by-step result to a relative 1e-5,
+            from all steps at once where that is expected to be faster.
 
     Returns:
         ids [B, k] and scores [B, k], best first. Where exclusions leave fewer than k items, the
@@ -101,6 +105,14 @@ def recommend(
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)
-        rep = sample(model, sequences[part], steps=steps, seed=seed, rows=rows[part])
+        rep = sample(
+            model,
+            sequences[part],
+            steps=steps,
+            method=method,
+            seed=seed,
+            rows=rows[part],
+            precision=precision,
+        )
         parts.append(rank_items(model, rep, k, pad_lists(lists[part], device)))
     return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))

@@ -30,6 +30,7 @@ from fmrec_fast.ops import (
     item_cross_entropy,
     linear,
     noise_fusion,
+    picard_sweep,
 )
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 
@@ -144,6 +145,9 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "encoder": lambda: encoder(double[:, None], double[:, :1], [block], num_heads=1),
         "euler_sampler": lambda: euler_sampler(
             double[:, None], double[:, :1], double, double, weights, times=double[:, 0]
+        ),
+        "picard_sweep": lambda: picard_sweep(
+            double[:, None], double[:, :1], double[:, None], double[:1], weights
         ),
     }
     message = f"'cpp' was asked for {op}, but its kernels take float32, got torch.float64"

@@ -242,6 +242,15 @@ def euler_sampler(call: Call) -> None:
     call.plain["delta"] = 1e-3
 
 
+def picard_sweep(call: Call) -> None:
+    euler_sampler(call)
+    del call.arrays["z0"], call.arrays["out"]
+    b, q = call.arrays["e"].array.shape[0], call.arrays["taus"].array.shape[0]
+    width = call.arrays["e"].array.shape[2]
+    call.floats("x", b, q, width)
+    call.output("out", b, q, width)
+
+
 def attention_forward(call: Call) -> None:
     b, length, heads = call.draw(sizes), call.draw(sizes), call.draw(st.integers(1, 3))
     width = heads * 16
@@ -274,6 +283,7 @@ CALLS = {
         history_loss_backward,
         encoder_forward,
         euler_sampler,
+        picard_sweep,
         attention_forward,
         attention_backward,
     )

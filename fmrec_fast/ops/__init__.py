@@ -9,6 +9,7 @@ from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import item_topk, target_rank
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
+from fmrec_fast.ops.picard_sweep import picard_sweep
 
 __all__ = [
     "StreamDropout",
@@ -23,5 +24,6 @@ __all__ = [
     "item_topk",
     "linear",
     "noise_fusion",
+    "picard_sweep",
     "target_rank",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ class SamplerWeights:
     num_heads: int
     attention: str
     delta: float
+
+    @cached_property
+    def packed(self) -> Any:
+        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
+        call of the sampler and does not outlive it, so that no change of a weight is missed."""
+        return pack(self.blocks, self.num_heads)
 
 
 def euler_sampler(
@@ -229,7 +236,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        pack(weights.blocks, weights.num_heads),
+        weights.packed,
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),

@@ -1,0 +1,45 @@
+#include "picard_sweep.h"
+
+#include "sampler_step.h"
+
+namespace fmrec {
+namespace {
+
+// Activations and outputs of a group, its rows of the mask, and what a step and the encoder need.
+int64_t scratch(const PicardSweep* a, int64_t count) {
+    const int64_t stride = row_stride(a->encoder.channels), length = a->encoder.length;
+    return count * (length + 1) * stride + round_up(count * length, UNIT) + step_scratch(a) +
+           FMREC_ISA::encoder.scratch(&a->encoder, count);
+}
+
+void run(const PicardSweep* a, int64_t begin, int64_t end, float* memory) {
+    const Encoder* encoder = &a->encoder;
+    const int64_t channels = encoder->channels, length = encoder->length;
+    const int64_t stride = row_stride(channels);
+    const int64_t count = end - begin, sequence = length * stride;
+    float* x = memory;                     // [count, L, stride]: activations
+    float* last = x + count * sequence;    // [count, stride]
+    float* mask = last + count * stride;   // [count, L]
+    SamplerStep step;
+    float* rest = make_step(a, mask + round_up(count * length, UNIT), &step);
+    for (int64_t i = 0; i < count * sequence; ++i) x[i] = 0.0f;
+    for (int64_t s = 0; s < count; ++s) {
+        const int64_t b = (begin + s) / a->steps, i = (begin + s) % a->steps;
+        fuse_noise(&step, b, i, a->x + (begin + s) * channels, x + s * sequence);
+        for (int64_t p = 0; p < length; ++p) mask[s * length + p] = a->mask[b * length + p];
+    }
+    FMREC_ISA::encoder.run(encoder, x, mask, count, last, nullptr, rest);
+    for (int64_t s = 0; s < count; ++s) {
+        layer_norm(&step.norm, last + s * stride, step.prediction, stride, 1);
+        float* out = a->out + (begin + s) * channels;
+        for (int64_t j = 0; j < channels; ++j) out[j] = step.prediction[j];
+    }
+}
+
+}  // namespace
+
+namespace FMREC_ISA {
+extern const PicardSweepKernels picard_sweep = {scratch, run};
+}
+
+}  // namespace fmrec
