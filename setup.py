@@ -28,6 +28,7 @@ KERNEL_SOURCES = [
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
     "csrc/picard_sweep.cpp",
+    "csrc/item_cross_entropy.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

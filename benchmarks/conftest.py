@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
     group.addoption("--quick", action="store_true", help="small sizes, three rounds")
     group.addoption("--compiled", action="store_true", help="torch.compile in a quick run too")
+    group.addoption("--large", action="store_true", help="item tables of up to 1e6 rows too")
     group.addoption("--save", action="store_true", help=f"write the record to {RESULTS}")
     group.addoption("--results", metavar="DIR", type=Path, help="folder of the record")
     group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
@@ -127,10 +128,10 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         equality: dict[str, Any],
         work: Work | None = None,
         flops: Mapping[str, int] | None = None,
-        peaks: Mapping[str, int] | None = None,
         items: int | None = None,
         note: str = "",
         left_out: dict[str, str] | None = None,
+        memory: dict[str, int] | None = None,
         budget: float = 4.0,
         least: int = 5,
         most: int = 200,
@@ -145,8 +146,19 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         timings = robin.run(benchmark, budget=budget, least=least, most=most, round_s=round_s)
         for timing in timings:
             timing.flops = (flops or {}).get(timing.name)
-            timing.peak_bytes = (peaks or {}).get(timing.name)
-        record = Record(op, case, sizes, ours, equality, timings, work, items, note, left_out or {})
+        record = Record(
+            op,
+            case,
+            sizes,
+            ours,
+            equality,
+            timings,
+            work,
+            items,
+            note,
+            left_out or {},
+            memory or {},
+        )
         suite.records.append(record)
         benchmark.group = op
         benchmark.extra_info["equality"] = equality

@@ -44,13 +44,12 @@ RAISED = 1 << 30
 
 @dataclass
 class Timing:
-    """One variant's seconds, one entry a round, and FLOPs and peak memory of one run of it."""
+    """One variant's seconds, one entry a round, and the FLOPs counted in one run of it."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     flops: int | None = None
     note: str = ""
-    peak_bytes: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """The rounds with their median, quartiles and percentiles."""
@@ -69,7 +68,6 @@ class Timing:
             "p50_s": statistics.median(ordered),
             "p99_s": percentiles[98] if percentiles else None,
             "flops": self.flops,
-            "peak_bytes": self.peak_bytes,
             "note": self.note,
             "seconds": self.seconds,
         }
@@ -117,6 +115,7 @@ class Record:
     items: int | None = None
     note: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self, limits: Limits) -> dict[str, Any]:
         """Plain values; the ratios say how many times as long as ours a variant took."""
@@ -131,6 +130,9 @@ class Record:
                 values["fraction_of_matmul_rate"] = rate / limits.matmul_flops_per_s
             if self.work is not None:
                 values["fraction_of_limit"] = limits.seconds(self.work) / values["median_s"]
+        for name, extra in self.memory.items():
+            # Peak beyond inputs and gradients.
+            variants[name]["extra_bytes"] = extra
         return {
             "op": self.op,
             "case": self.case,

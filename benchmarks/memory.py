@@ -1,62 +1,62 @@
-"""Peak memory of a sampler: ``python -m benchmarks.memory NAME B`` prints the bytes it added.
+"""Peak memory of one call, measured: resident memory of a fresh process on a CPU, the
+allocator's statistics on CUDA.
 
-On a CPU it is measured in a process of its own: the memory that one call added to the resident set
-at its peak, model and histories not counted. On a GPU the allocator counts it.
+    python -m benchmarks.memory MODULE FUNCTION ARGUMENTS-AS-JSON
+
+prints, in JSON, by how many bytes the peak of ``FUNCTION(*ARGUMENTS)()`` lies above what was in
+use before: FUNCTION prepares the inputs and returns the call.
 """
 
 from __future__ import annotations
 
-import os
-import resource
+import importlib
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.inputs import FULL
-from benchmarks.samplers import Samplers
 
-STEPS = 2  # memory does not grow with them, except for 'parallel', which takes all
+def extra_bytes(module: str, function: str, *arguments: Any) -> int:
+    """The bytes, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", module, function, json.dumps(arguments)]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])["extra_bytes"]
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def on_cuda(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that one call of `run` adds at its peak, by the CUDA allocator."""
+def measure(run: Any) -> int:
+    """By how much ``run()`` raises the peak."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident("VmRSS")
     run()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    # Not getrusage's ru_maxrss, which begins with the parent's.
+    return max(resident("VmHWM") - before, 0)
 
 
-def in_fresh_process(name: str, batch: int) -> int:
-    """What `main` prints, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, str(batch)]
-    folder = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def resident(what: str) -> int:
+    """Bytes of this process in memory now (VmRSS) or at most so far (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status says nothing of {what}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the bytes."""
-    name, batch = arguments or sys.argv[1:]
-    samplers = Samplers(FULL, torch.device("cpu"), int(batch))
-    steps = FULL.steps if name == "parallel" else STEPS
-    run = getattr(samplers, name)
-    run(STEPS, 1)  # what is allocated once stays out of the count
-    before = resident()
-    run(steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(max(0, peak - before))
+def main() -> None:
+    """The command line above."""
+    module, function, arguments = sys.argv[1:]
+    run = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    print(json.dumps({"extra_bytes": measure(run)}))
 
 
 if __name__ == "__main__":

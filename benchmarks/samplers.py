@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Sizes, config_of, histories, models
+from benchmarks.inputs import FULL, Sizes, config_of, histories, models
 from benchmarks.peers import Tuned
 from fmrec_fast import sample
 
@@ -56,3 +58,12 @@ class Samplers:
     def auto(self, steps: int, rows: int | None = None, **options: Any) -> Tensor:
         """Whichever of the two is expected to be faster."""
         return self.ours(steps, rows, method="auto", **options)
+
+
+def prepare(name: str, batch: int) -> Callable[[], Any]:
+    """The sampler `name` at full size, ready for one call, for `memory.extra_bytes`."""
+    run = getattr(Samplers(FULL, torch.device("cpu"), batch), name)
+    few = 2
+    run(few, 1)  # what is allocated once stays out of the count
+    # Memory does not grow with the steps, except for 'parallel', which takes all at once.
+    return partial(run, FULL.steps if name == "parallel" else few)

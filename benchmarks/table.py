@@ -106,7 +106,7 @@ def end_to_end(results: dict[str, Any]) -> str:
                     count(variant.get("flops_per_recommendation")),
                     percent(variant.get("fraction_of_matmul_rate")),
                     percent(variant.get("fraction_of_limit")),
-                    size(variant.get("peak_bytes")),
+                    size(variant.get("extra_bytes")),
                 )
             )
     header = (

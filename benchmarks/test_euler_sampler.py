@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import memory
 from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flops
+from benchmarks.memory import extra_bytes, measure
 from benchmarks.samplers import Samplers
 from fmrec_fast import dispatch_log, noise, use_backend
 from fmrec_fast.backend import Backend
@@ -107,10 +107,10 @@ def test_euler_sampler(suite, race, sampling_batch):
     peaks = {}
     if device.type == "cuda":
         for name, run in variants.items():
-            peaks[name] = memory.on_cuda(partial(run, sizes.steps), device)
+            peaks[name] = measure(partial(run, sizes.steps))
     elif batch == HUGE and not suite.quick:
         for name in ("published", "tuned", "ours", "parallel"):
-            peaks[name] = memory.in_fresh_process(name, batch)
+            peaks[name] = extra_bytes("benchmarks.samplers", "prepare", name, batch)
 
     for run in variants.values():  # the same warm-up for all: two steps at this batch
         run(2)
@@ -139,7 +139,7 @@ def test_euler_sampler(suite, race, sampling_batch):
             flops=flops["ours"],
         ),
         flops=flops,
-        peaks=peaks,
+        memory=peaks,
         items=batch,
         note="from ids to the embedding of the next item; scoring is not included. 'ours' is step "
         "by step; its FLOPs, the floor, do not subtract what a kernel saves on padding",

@@ -58,8 +58,6 @@ MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
-    ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.CPP): _NO_KERNEL,
@@ -191,22 +189,52 @@ def candidate(device: torch.device) -> Backend:
     return wanted
 
 
-def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
+def choose(
+    op: str,
+    *tensors: Tensor,
+    declined: str = "",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
     Args:
         declined: why the kernel of the `candidate` backend does not cover this call, if it does
             not: the definition then runs, also where a backend was named, and the log says why.
+        dtypes: what the op's Triton kernels take; the C++ ones take float32.
 
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
     """
+    if torch.compiler.is_compiling():
+        given = tuple(tensor.dtype for tensor in tensors)
+        kind = tensors[0].device.type
+        return Backend(_choose_while_compiling(op, kind, given, declined, dtypes))
+    return _choose(op, tensors, declined, dtypes)
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_compiling(
+    op: str,
+    device: str,
+    given: tuple[torch.dtype, ...],
+    declined: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> str:
+    """The choice at compile time, which the compiled program keeps; it logs when it runs."""
+    with dispatch_log():
+        tensors = tuple(torch.empty(0, dtype=dtype, device=device) for dtype in given)
+        return _choose(op, tensors, declined, dtypes).value
+
+
+def _choose(
+    op: str, tensors: tuple[Tensor, ...], declined: str, dtypes: tuple[torch.dtype, ...]
+) -> Backend:
     device, reason = tensors[0].device, ""
     chosen = candidate(device)
     if chosen is not Backend.REFERENCE:
         reason = MISSING.get((op, chosen)) or declined
         if not reason:
-            reason = _obstacle(chosen, device, tensors) or ""
+            reason = _obstacle(chosen, device, tensors, {Backend.TRITON: dtypes}) or ""
             if reason and current_backend() is not Backend.AUTO:
                 raise BackendError(f"backend {chosen.value!r} was asked for {op}, but {reason}")
         if reason:
@@ -217,13 +245,20 @@ def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     return chosen
 
 
-def _obstacle(backend: Backend, device: torch.device, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(
+    backend: Backend,
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    taken: dict[Backend, tuple[torch.dtype, ...]],
+) -> str | None:
     reason = availability(backend, device)
     if reason:
         return reason
+    dtypes = taken.get(backend, (torch.float32,))
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"its kernels take float32, got {tensor.dtype}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"its kernels take {names}, got {tensor.dtype}"
     return None
 
 

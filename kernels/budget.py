@@ -14,6 +14,7 @@ A kernel module lists what to compile in `COMPILE_CASES`, dicts with the keys
     name        what to call the case, if one kernel is compiled with several constants (optional)
     dtypes      instead of float32 and bfloat16 (optional)
     target      the one it is for, e.g. "cuda:90" (optional)
+    backends    "cuda" or "hip", if it is not compiled for both (optional)
 
 Budgets are for the Triton version that they name, for registers differ by a few between
 versions. Registers are budgeted in the 8 per thread in
@@ -71,6 +72,8 @@ def compile_all() -> tuple[dict[str, dict], list[str]]:
             name = case.get("name", case["kernel"].__name__)
             for dtype in case.get("dtypes", DTYPES):
                 for target in TARGETS:
+                    if target[0] not in case.get("backends", ("cuda", "hip")):
+                        continue
                     label = f"{target[0]}:{target[1]}"
                     if case.get("target", label) == label:
                         jobs[f"{stem}.{name} {dtype} {label}"] = (stem, index, dtype, target)

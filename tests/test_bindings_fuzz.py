@@ -28,6 +28,7 @@ GUARD_BYTE = 0xA5
 UNWRITTEN = np.uint32(0x7FC0DEAD)
 # Facts about the build, and the choice of instruction set; they take no array.
 WITHOUT_ARRAYS = {"build_info", "isa", "openmp", "set_isa", "supported_isas"}
+WITHOUT_ARRAYS |= {"item_cross_entropy_cache"}
 
 sizes = st.integers(0, 7)
 INT64 = np.iinfo(np.int64)
@@ -90,6 +91,10 @@ class Call:
     def sums(self, name: str, *shape: int) -> None:
         """It is added to."""
         self._place(name, np.zeros(shape, np.float32), "sums")
+
+    def double_sums(self, name: str, *shape: int) -> None:
+        """The same of float64."""
+        self._place(name, np.zeros(shape), "sums")
 
     def maybe(self, name: str) -> bool:
         """Whether an argument that may be None is given."""
@@ -211,6 +216,35 @@ def history_loss_backward(call: Call) -> None:
             call.sums(name, *shape)
 
 
+def item_cross_entropy(call: Call) -> int:
+    """What both directions take; returns B."""
+    b, v, d = sizes_of(call, "B V D")
+    v = max(v, 1)
+    call.floats("rep", b, d)
+    call.floats("weight", v, d)
+    call.integers("target", b)  # one that is no item is met nowhere
+    for name in ("bias", "smoothing"):
+        if call.maybe(name):
+            call.floats(name, v)
+    if call.maybe("cache"):
+        call.sums("cache", C.item_cross_entropy_cache(b, v))
+    call.plain["scale"] = call.draw(st.sampled_from([1.0, -2.0, 0.0]))
+    return b
+
+
+def item_cross_entropy_forward(call: Call) -> None:
+    call.double_sums("statistics", 4, item_cross_entropy(call))
+
+
+def item_cross_entropy_backward(call: Call) -> None:
+    call.floats("rows", 5, item_cross_entropy(call))
+    call.plain["filter"] = call.draw(st.sampled_from([0.0, 0.1]))
+    rep, weight = (call.arrays[name].array.shape for name in ("rep", "weight"))
+    for name, shape in (("d_rep", rep), ("d_weight", weight), ("d_bias", weight[:1])):
+        if call.maybe(name):
+            call.output(name, *shape)
+
+
 def encoder_forward(call: Call) -> None:
     width = packed(call)
     b, length = call.draw(sizes), call.draw(st.integers(1, 9))
@@ -281,6 +315,8 @@ CALLS = {
         linear_backward,
         history_loss_forward,
         history_loss_backward,
+        item_cross_entropy_forward,
+        item_cross_entropy_backward,
         encoder_forward,
         euler_sampler,
         picard_sweep,
