@@ -2,7 +2,7 @@
 
 The layouts follow from what the compiler makes of them (docs/performance.md), not from timings: the
 first of a list is preferred, those after it need less shared memory. What is not in the table was
-not compiled, does not fit into shared memory, or spends more than a tenth of the instructions of
+not compiled, does not fit into shared memory, or spends more than an eighth of the instructions of
 its inner loops on spilled registers; it is declined.
 """
 
