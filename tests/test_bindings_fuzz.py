@@ -302,11 +302,9 @@ def recommend(call: Call) -> None:
     call.floats("taus", q, width)
     call.integers("rows", b)
     if call.maybe("exclude"):
-        call.integers("exclude", b, call.draw(sizes))
+        call.integers("exclude", b, call.draw(sizes), limit=items)
     call.output("scores", b, k)
-    call.output("best", b, k)
-    best = call.arrays["best"]
-    call._place("best", np.zeros(best.array.shape, np.int64), "sums")
+    call.integer_output("best", b, k)
     call.plain |= {"seed": call.draw(words), "start_seed": call.draw(words), "delta": 1e-3}
     call.plain |= {"tied": call.draw(st.booleans())}
     call.plain |= {"tolerance": call.draw(st.sampled_from([0.0, 1e-5]))}
