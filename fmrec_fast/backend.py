@@ -185,6 +185,13 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         _log.reset(token)
 
 
+def log_again(entries: list[Dispatch]) -> None:
+    """Enter what ran before into the dispatch log: a replayed graph runs it without choosing."""
+    log = _log.get()
+    if log is not None:
+        log.extend(entries)
+
+
 def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
