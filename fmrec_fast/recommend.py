@@ -65,6 +65,7 @@ def recommend(
     steps: int | None = None,
     seed: int | Tensor | None = None,
     rows: Tensor | None = None,
+    graph: bool | None = None,
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
 
@@ -75,7 +76,7 @@ def recommend(
         k: how many items.
         exclude_seen: do not recommend items of the whole given history.
         exclude: per user, further ids not to recommend.
-        steps, seed, rows: as in `sample`.
+        steps, seed, rows, graph: as in `sample`; the ranking is part of the graph.
 
     Returns:
         ids [B, k] and scores [B, k], best first. Where exclusions leave fewer than k items, the
@@ -98,9 +99,29 @@ def recommend(
     ]
     rows = request_rows(rows, len(histories), device)
     seed = noise.as_seed(seed, device)
+    graphed = None
+    if graph is not False:
+        from fmrec_fast import graphs  # which imports this module
+
+        if graph or graphs.by_default(device, "euler", seed, None):
+            graphed = graphs.shared_sampler(model, steps=steps, k=k)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)
-        rep = sample(model, sequences[part], steps=steps, seed=seed, rows=rows[part])
-        parts.append(rank_items(model, rep, k, pad_lists(lists[part], device)))
+        excluded = pad_lists(lists[part], device)
+        if graphed is not None:
+            parts.append(
+                graphed.call(
+                    sequences[part],
+                    seed=seed,
+                    rows=rows[part],
+                    exclude=excluded,
+                    at_once=bool(graph),
+                )
+            )
+        else:
+            rep = sample(
+                model, sequences[part], steps=steps, seed=seed, rows=rows[part], graph=False
+            )
+            parts.append(rank_items(model, rep, k, excluded))
     return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))

@@ -25,6 +25,7 @@ def sample(
     rows: Tensor | None = None,
     z0: Tensor | None = None,
     noise: Tensor | None = None,
+    graph: bool | None = None,
 ) -> Tensor:
     """Sample the next item's embedding for each history (eq. 23).
 
@@ -45,13 +46,17 @@ def sample(
         rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
         z0: explicit start [B, D].
         noise: explicit lam [q, B, L, D].
+        graph: issue all launches as one (`graphs.GraphedSampler`; the model's graphs are kept
+            beside it). None does so on CUDA from the second call of a batch size on, where the
+            other arguments allow it and ``FMREC_FAST_GRAPH`` is not 0; True at once, and on a CPU
+            too, where it saves nothing.
 
     Returns:
         float32 [B, D].
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, steps or method are off, or (on CPU) an id is out
-            of range.
+        TypeError, ValueError: dtypes, shapes, steps or method are off, (on CPU) an id is out of
+            range, or `graph` is True for what cannot be one.
     """
     model.check_sequence(sequences)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
@@ -68,6 +73,15 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
+    if graph is not False:
+        from fmrec_fast import graphs  # which imports this module
+
+        if graph or graphs.by_default(device, method, seed, noise):
+            reason = graphs.obstacle(method, seed, noise)
+            if reason:
+                raise ValueError(f"graph = True: {reason}")
+            sampler = graphs.shared_sampler(model, steps=steps, method=method)
+            return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

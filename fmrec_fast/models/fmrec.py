@@ -262,6 +262,20 @@ class FMRec(nn.Module):
             delta=network.lambda_uncertainty,
         )
 
+    def sampler_settings(self) -> tuple:
+        """All that `integrate` reads at a call besides the parameters."""
+        network = self.xstart_model
+        stack = network.att
+        return (
+            self.sample_N,
+            self.eps,
+            self.trajectory,
+            self.target,
+            network.lambda_uncertainty,
+            stack.num_heads,
+            stack.attention,
+        )
+
     @torch.no_grad()
     def integrate(
         self,
