@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -127,6 +127,23 @@ def current_backend() -> Backend:
 
 def current_rng() -> Rng:
     """The source of random numbers: `use_rng`, else ``FMREC_FAST_RNG``, else 'stream'."""
+    if torch.compiler.is_compiling():
+        return Rng(_rng_while_compiling())
+    return _rng_in_force()
+
+
+def _constant_when_compiled(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, which imports the compiler to do it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
+def _rng_while_compiling() -> str:
+    return _rng_in_force().value
+
+
+def _rng_in_force() -> Rng:
     chosen = _rng.get()
     if chosen is None:
         source = "FMREC_FAST_RNG"
@@ -192,6 +209,13 @@ def log_again(entries: list[Dispatch]) -> None:
         log.extend(entries)
 
 
+def log_run(op: str, backend: str) -> None:
+    """Enter that a compiled program runs `op` on `backend`, which was chosen when it was compiled."""
+    log = _log.get()
+    if log is not None:
+        log.append(Dispatch(op, Backend(backend)))
+
+
 def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
@@ -202,6 +226,23 @@ def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
     """
+    if torch.compiler.is_compiling():
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        return Backend(_choose_while_compiling(op, tensors[0].device.type, dtypes, declined))
+    return _choose(op, tensors, declined)
+
+
+@_constant_when_compiled
+def _choose_while_compiling(
+    op: str, device: str, dtypes: tuple[torch.dtype, ...], declined: str
+) -> str:
+    """The choice at compile time, which the compiled program keeps; it logs when it runs."""
+    with dispatch_log():
+        tensors = tuple(torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
+        return _choose(op, tensors, declined).value
+
+
+def _choose(op: str, tensors: tuple[Tensor, ...], declined: str) -> Backend:
     wanted = current_backend()
     device, reason = tensors[0].device, ""
     chosen = Backend.REFERENCE

@@ -455,7 +455,7 @@ def _fill(
         inputs.rows[:batch].copy_(rows)
     if inputs.seed is not None:
         inputs.seed.copy_(noise.as_seed(seed, inputs.seed.device))
-    if inputs.z0 is not None:
+    if inputs.z0 is not None and z0 is not None:
         inputs.z0[:batch].copy_(z0)
     if exclude is not None:
         inputs.exclude[:batch, : exclude.shape[1]].copy_(exclude)

@@ -1,4 +1,4 @@
-"""The graphed sampler: every promise of its documentation, by a replay on CUDA, by a call on CPU."""
+"""The graphed sampler: every promise of its documentation, by replays on CUDA, by calls on CPU."""
 
 from __future__ import annotations
 
@@ -587,7 +587,7 @@ def test_bad_exclusions_are_named(small_model):
 
 
 def test_what_cannot_be_a_graph_says_so(model, sequences):
-    with pytest.raises(ValueError, match="graph = True: method must be .*got 'rk45'"):
+    with pytest.raises(ValueError, match=r"graph = True: method must be .*got 'rk45'"):
         sample(model, sequences[:2], method="rk45", graph=True)
     with pytest.raises(ValueError, match="graph = True: explicit noise"):
         noise = torch.zeros(2, 2, 12, 32, device=sequences.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
@@ -75,6 +76,9 @@ def encoder(
     parameters = [tensor for block in blocks for tensor in block]
     declined = _declined(x, parameters, attention, drop, p)
     if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
+        if torch.compiler.is_compiling():
+            out, tapped = torch.ops.fmrec_fast.encoder(x, mask, parameters, num_heads, tap)
+            return out, None if tap is None else tapped
         return _encoder_cpp(x, mask, blocks, num_heads, tap)
     return reference.encoder(
         x,
@@ -146,3 +150,27 @@ def _encoder_cpp(
         torch.get_num_threads(),
     )
     return out, tapped
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
+    """The blocks whose tensors `parameters` are, one after another."""
+    size = len(BlockWeights._fields)
+    return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
+
+
+@torch.library.custom_op("fmrec_fast::encoder", mutates_args=(), device_types="cpu")
+def _registered(
+    x: Tensor, mask: Tensor, parameters: Sequence[Tensor], num_heads: int, tap: int | None
+) -> tuple[Tensor, Tensor]:
+    log_run("encoder", "cpp")
+    out, tapped = _encoder_cpp(x, mask, unflatten(parameters), num_heads, tap)
+    return out, x.new_empty(0) if tapped is None else tapped
+
+
+@_registered.register_fake
+def _(x, mask, parameters, num_heads, tap):
+    out = x.new_empty(x.shape[0], x.shape[2])
+    return out, x.new_empty(0) if tap is None else torch.empty_like(out)

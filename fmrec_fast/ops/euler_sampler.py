@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
+from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, unflatten
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
@@ -105,6 +105,22 @@ def euler_sampler(
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
     if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
+        if torch.compiler.is_compiling():
+            return torch.ops.fmrec_fast.euler_sampler(
+                e,
+                mask,
+                z0,
+                taus,
+                [tensor for block in weights.blocks for tensor in block],
+                weights.norm_weight,
+                weights.norm_bias,
+                weights.num_heads,
+                weights.delta,
+                seed,
+                rows,
+                noise,
+                return_trajectory,
+            )
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
 
     pieces = [slice(None)]
@@ -204,3 +220,34 @@ def _euler_sampler_cpp(
         torch.get_num_threads(),
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::euler_sampler", mutates_args=(), device_types="cpu")
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    return_trajectory: bool,
+) -> Tensor:
+    log_run("euler_sampler", "cpp")
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+
+
+@_registered.register_fake
+def _(e, mask, z0, taus, parameters, *rest):
+    points = (taus.shape[0] + 1,) if rest[-1] else ()
+    return z0.new_empty((*points, *z0.shape))

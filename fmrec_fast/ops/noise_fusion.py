@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, noise
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import noise_fusion as reference
 
@@ -61,6 +61,8 @@ def noise_fusion(
     if backend is Backend.REFERENCE:
         drawn = _reference_lam(e, rows, seed, step, delta)
         return reference.noise_fusion(e, shift, drawn)
+    if torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.noise_fusion(e, shift, rows, seed, step, delta, backend.value)
     return _NoiseFusion.apply(e, shift, rows, seed, step, delta, backend)
 
 
@@ -128,3 +130,47 @@ class _NoiseFusion(torch.autograd.Function):
         rows, seed = ctx.saved_tensors
         d_shift = _backward(grad, rows, seed, *ctx.constants) if ctx.needs_input_grad[1] else None
         return grad, d_shift, None, None, None, None, None
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::noise_fusion", mutates_args=())
+def _registered(
+    e: Tensor, shift: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float, backend: str
+) -> Tensor:
+    log_run("noise_fusion", backend)
+    return _forward(e, shift, rows, seed, step, delta, Backend(backend))
+
+
+@torch.library.custom_op("fmrec_fast::noise_fusion_backward", mutates_args=())
+def _registered_backward(
+    grad: Tensor, rows: Tensor, seed: Tensor, step: int, delta: float, backend: str
+) -> Tensor:
+    return _backward(grad, rows, seed, step, delta, Backend(backend))
+
+
+@_registered.register_fake
+def _(e, shift, rows, seed, step, delta, backend):
+    return torch.empty_like(e, memory_format=torch.contiguous_format)
+
+
+@_registered_backward.register_fake
+def _(grad, rows, seed, step, delta, backend):
+    return grad.new_empty(grad.shape[0], grad.shape[2])
+
+
+def _setup(ctx, inputs, output):
+    _, _, rows, seed, *ctx.constants = inputs
+    ctx.save_for_backward(rows, seed)
+
+
+def _gradients(ctx, grad):
+    rows, seed = ctx.saved_tensors
+    d_shift = None
+    if ctx.needs_input_grad[1]:
+        d_shift = torch.ops.fmrec_fast.noise_fusion_backward(grad, rows, seed, *ctx.constants)
+    return grad, d_shift, None, None, None, None, None
+
+
+_registered.register_autograd(_gradients, setup_context=_setup)
