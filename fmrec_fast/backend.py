@@ -210,7 +210,7 @@ def log_again(entries: list[Dispatch]) -> None:
 
 
 def log_run(op: str, backend: str) -> None:
-    """Enter that a compiled program runs `op` on `backend`, which was chosen when it was compiled."""
+    """Enter that a compiled program runs `op` on `backend`, chosen when it was compiled."""
     log = _log.get()
     if log is not None:
         log.append(Dispatch(op, Backend(backend)))

@@ -531,7 +531,6 @@ def by_default(device: torch.device, method: str, seed: object, noise: Tensor | 
         device.type == "cuda"
         and os.environ.get("FMREC_FAST_GRAPH", "1") != "0"
         and not obstacle(method, seed, noise)
-        and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
     )
 

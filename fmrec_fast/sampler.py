@@ -49,7 +49,7 @@ def sample(
         graph: issue all launches as one (`graphs.GraphedSampler`; the model's graphs are kept
             beside it). None does so on CUDA from the second call of a batch size on, where the
             other arguments allow it and ``FMREC_FAST_GRAPH`` is not 0; True at once, and on a CPU
-            too, where it saves nothing.
+            too, where it saves nothing. A compiled program is none, whatever is said here.
 
     Returns:
         float32 [B, D].
@@ -73,7 +73,7 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
-    if graph is not False:
+    if graph is not False and not torch.compiler.is_compiling():
         from fmrec_fast import graphs  # which imports this module
 
         if graph or graphs.by_default(device, method, seed, noise):
@@ -82,17 +82,20 @@ def sample(
                 raise ValueError(f"graph = True: {reason}")
             sampler = graphs.shared_sampler(model, steps=steps, method=method)
             return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
         if z0 is None:
             z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
-        piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
+        # A compiled program is for any batch, and for one piece.
+        whole = device.type != "cpu" or not source.prunes or torch.compiler.is_compiling()
         out = torch.empty(batch, width, device=device)
-        for first in range(0, batch, piece):
-            part = slice(first, first + piece)
+        starts = [0] if whole else range(0, batch, CPU_ROWS)
+        for first in starts:
+            part = slice(first, None if whole else first + CPU_ROWS)
             e, mask = model.embed(sequences[part])
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(
@@ -110,8 +113,8 @@ def sample(
                 )
         return out
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ class XStartModel(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V]).
         """
-        source = random_source(len(item_rep), item_rep.device, seed=seed, rows=rows)
+        source = random_source(item_rep.shape[0], item_rep.device, seed=seed, rows=rows)
         x0, tapped = self.predict(item_rep, x_t, t, mask_seq, source, noise)
         return x0, self.decoder(tapped)
 
@@ -223,7 +223,7 @@ class FMRec(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V], t repeated [B, D], t [B], z0 [B, D]).
         """
-        source = random_source(len(item_tag), item_tag.device, seed=seed, rows=rows)
+        source = random_source(item_tag.shape[0], item_tag.device, seed=seed, rows=rows)
         x0, tapped, t, z0, _ = self.flow_step(
             item_rep, item_tag, mask_seq, source, draws or TrainingDraws()
         )
@@ -296,7 +296,7 @@ class FMRec(nn.Module):
         """
         network = self.xstart_model
         times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
-        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        source = random_source(z0.shape[0], z0.device, seed=seed, rows=rows)
         if network.training:
             return self._integrate_with_dropout(
                 item_rep, mask_seq, z0, times, source, noise, return_trajectory
@@ -492,7 +492,7 @@ class FMRecommender(nn.Module):
             TypeError, ValueError: dtypes or shapes are off, or (on CPU) an id is out of range.
         """
         self.check_sequence(sequence)
-        source = random_source(len(sequence), sequence.device, seed=seed, rows=rows)
+        source = random_source(sequence.shape[0], sequence.device, seed=seed, rows=rows)
         draws = draws or TrainingDraws()
         drop = source.dropout() if self.training else no_drop
         if not train_flag:
@@ -502,7 +502,7 @@ class FMRecommender(nn.Module):
                 e, mask, z0, seed=source.seed, rows=source.rows, noise=draws.noise
             )
             return None, x1, None, None, None, z0
-        tag = self.check_tag(tag, len(sequence))
+        tag = self.check_tag(tag, sequence.shape[0])
         e, mask = self.embed(sequence, drop)
         item_tag = self.item_embeddings(tag[:, 0])
         prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)

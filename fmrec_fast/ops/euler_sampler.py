@@ -124,7 +124,8 @@ def euler_sampler(
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
 
     pieces = [slice(None)]
-    if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
+    cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
+    if cut and lam_of_step is None:  # whose draws are for the whole batch
         pieces = [slice(i, i + CPU_ROWS) for i in range(0, len(e), CPU_ROWS)] or pieces
     parts = [
         _composed(

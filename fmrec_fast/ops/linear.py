@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
             f"{sizes['O']}"
         )
-    elif x.numel() < FEWEST_ROWS * sizes["I"]:
+    elif not torch.compiler.is_compiling() and x.numel() < FEWEST_ROWS * sizes["I"]:
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
     if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
         if torch.compiler.is_compiling():
@@ -110,9 +110,7 @@ def _registered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fmrec_fast::linear_backward", mutates_args=(), device_types="cpu")
-def _registered_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _registered_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(grad, x.contiguous(), weight.contiguous(), True, True, True)  # type: ignore
 
 
