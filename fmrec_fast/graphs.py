@@ -352,6 +352,7 @@ class GraphedSampler:
     ) -> tuple:
         """All that a capture takes as given, besides where the parameters lie."""
         device = model.item_embeddings.weight.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return (
             size,
             length,
@@ -362,7 +363,7 @@ class GraphedSampler:
             current_rng(),
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            autocast and torch.get_autocast_dtype(device),
             model.fm.sampler_settings(),
         )
 

@@ -160,10 +160,8 @@ CALLS = {
 }
 
 
-# The definition of the others is made of what these two have.
 RUNS = [pytest.param(op, "cpp", marks=CPP) for op in CALLS]
-RUNS += [("noise_fusion", "reference"), ("attention", "reference")]
-RUNS += [pytest.param("noise_fusion", "triton", marks=TRITON)]
+RUNS += [("noise_fusion", "reference"), pytest.param("noise_fusion", "triton", marks=TRITON)]
 
 
 @pytest.mark.parametrize("op, chosen", RUNS)

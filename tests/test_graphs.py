@@ -686,6 +686,27 @@ def test_the_check_above_finds_what_it_is_for(wrong):
         wrong(x)
 
 
+def test_around_a_replay_there_are_a_handful_of_launches(small_args, monkeypatch):
+    """Copies in, copies out: the numbers that docs/performance.md gives."""
+    with torch.device("meta"):  # no memory, and no look at it
+        model = FMRecommender.from_config(small_args()).eval()
+        exclude = torch.ones(5, 3, dtype=torch.int64)
+    for batch, k, options, launches in (
+        (8, None, {}, 3),  # histories, names of the rows; embeddings out
+        (5, None, {}, 4),  # empties the rows behind the batch
+        (5, 10, {"seed": 1, "exclude": exclude}, 9),  # seed, exclusions; ids and scores out
+    ):
+        sampler = GraphedSampler(model, k=k)
+        sequences = torch.ones(batch, 12, dtype=torch.int64, device="meta")
+        with use_backend("reference"):
+            sampler(sequences, **options)
+        (graph,) = sampler._graphs.values()
+        monkeypatch.setattr(graph.capture, "replay", lambda graph=graph: graph.capture.outputs)
+        with use_backend("reference"), NoHostOps() as seen:
+            sampler(sequences, **options)
+        assert seen.launches.total() == launches, seen.launches
+
+
 @pytest.mark.gpu
 def test_a_call_never_synchronises(small_model):
     model = small_model().eval().cuda()

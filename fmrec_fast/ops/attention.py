@@ -137,7 +137,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        d_qkv = _backward(grad, *ctx.saved_tensors, ctx.constants, ctx.num_heads)
+        qkv, query_scale, rows, seed = ctx.saved_tensors
+        d_qkv = _backward(grad, qkv, query_scale, rows, seed, ctx.constants, ctx.num_heads)
         return d_qkv, None, None, None, None, None
 
 
