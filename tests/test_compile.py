@@ -87,22 +87,22 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(2), 4, 1)),
+        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(2), 4, 1, "cpp")),
         id="encoder-tap",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(1), 4, None)),
+        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(1), 4, None, "cpp")),
         id="encoder",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.euler_sampler, (*SAMPLER, SEED, ROWS, None, False)),
+        lambda: (ops.euler_sampler, (*SAMPLER, SEED, ROWS, None, False, "cpp")),
         id="euler_sampler",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.euler_sampler, (*SAMPLER, None, None, randn(2, 3, 5, 16), True)),
+        lambda: (ops.euler_sampler, (*SAMPLER, None, None, randn(2, 3, 5, 16), True, "cpp")),
         id="euler_sampler-noise-trajectory",
         marks=CPP,
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast.backend import Backend, choose, use_backend
 from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
@@ -75,10 +75,10 @@ def encoder(
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
     parameters = [tensor for block in blocks for tensor in block]
     declined = _declined(x, parameters, attention, drop, p)
-    if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
-        if torch.compiler.is_compiling():
-            out, tapped = torch.ops.fmrec_fast.encoder(x, mask, parameters, num_heads, tap)
-            return out, None if tap is None else tapped
+    backend = choose("encoder", x, *parameters, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return _compiled(x, mask, parameters, num_heads, tap, backend)
+    if backend is Backend.CPP:
         return _encoder_cpp(x, mask, blocks, num_heads, tap)
     return reference.encoder(
         x,
@@ -161,16 +161,33 @@ def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
     return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
 
 
-@torch.library.custom_op("fmrec_fast::encoder", mutates_args=(), device_types="cpu")
+def _compiled(
+    x: Tensor,
+    mask: Tensor,
+    parameters: list[Tensor],
+    num_heads: int,
+    tap: int | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    out, tapped = torch.ops.fmrec_fast.encoder(x, mask, parameters, num_heads, tap, backend.value)
+    return out, None if tap is None else tapped
+
+
+@torch.library.custom_op("fmrec_fast::encoder", mutates_args=())
 def _registered(
-    x: Tensor, mask: Tensor, parameters: Sequence[Tensor], num_heads: int, tap: int | None
+    x: Tensor,
+    mask: Tensor,
+    parameters: Sequence[Tensor],
+    num_heads: int,
+    tap: int | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    log_run("encoder", "cpp")
-    out, tapped = _encoder_cpp(x, mask, unflatten(parameters), num_heads, tap)
+    with use_backend(backend):
+        out, tapped = encoder(x, mask, unflatten(parameters), num_heads=num_heads, tap=tap)
     return out, x.new_empty(0) if tapped is None else tapped
 
 
 @_registered.register_fake
-def _(x, mask, parameters, num_heads, tap):
+def _(x, mask, parameters, num_heads, tap, backend):
     out = x.new_empty(x.shape[0], x.shape[2])
     return out, x.new_empty(0) if tap is None else torch.empty_like(out)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast.backend import Backend, choose, use_backend
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, unflatten
 from fmrec_fast.ops.noise_fusion import noise_fusion
@@ -104,23 +104,25 @@ def euler_sampler(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
-        if torch.compiler.is_compiling():
-            return torch.ops.fmrec_fast.euler_sampler(
-                e,
-                mask,
-                z0,
-                taus,
-                [tensor for block in weights.blocks for tensor in block],
-                weights.norm_weight,
-                weights.norm_bias,
-                weights.num_heads,
-                weights.delta,
-                seed,
-                rows,
-                noise,
-                return_trajectory,
-            )
+    backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            return_trajectory,
+            backend.value,
+        )
+    if backend is Backend.CPP:
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
 
     pieces = [slice(None)]
@@ -226,7 +228,7 @@ def _euler_sampler_cpp(
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
-@torch.library.custom_op("fmrec_fast::euler_sampler", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fmrec_fast::euler_sampler", mutates_args=())
 def _registered(
     e: Tensor,
     mask: Tensor,
@@ -241,14 +243,29 @@ def _registered(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    backend: str,
 ) -> Tensor:
-    log_run("euler_sampler", "cpp")
     blocks = unflatten(parameters)
     weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
-    return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+    with use_backend(backend):
+        return euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            weights,
+            times=taus[:, 0],  # not read by what has a kernel
+            seed=seed,
+            rows=rows,
+            noise=noise,
+            return_trajectory=return_trajectory,
+        )
 
 
 @_registered.register_fake
-def _(e, mask, z0, taus, parameters, *rest):
-    points = (taus.shape[0] + 1,) if rest[-1] else ()
+def _(
+    e, mask, z0, taus, parameters, norm_weight, norm_bias, num_heads, delta, seed, rows, noise,
+    return_trajectory, backend,
+):  # fmt: skip
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
     return z0.new_empty((*points, *z0.shape))
