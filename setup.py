@@ -2,6 +2,8 @@
 
 The kernel sources are compiled once per instruction set (see csrc/isa.h), the rest once.
 FMREC_FAST_SKIP_CPP=1 leaves the extension out: the package then runs on PyTorch alone.
+FMREC_FAST_SANITIZE=1 builds it with AddressSanitizer and UndefinedBehaviorSanitizer (`make
+sanitize`); the process that loads it must have been started with libasan preloaded.
 """
 
 import os
@@ -15,7 +17,13 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp"]
+HOST_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/isa.cpp",
+    "csrc/packed_encoder.cpp",
+    "csrc/parallel.cpp",
+    "csrc/ranking.cpp",
+]
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",
@@ -25,6 +33,9 @@ KERNEL_SOURCES = [
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
+    "csrc/item_ranking.cpp",
+    "csrc/recommend.cpp",
+    "csrc/picard_sweep.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
@@ -41,6 +52,16 @@ ISA_FLAGS = {
         *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
     ],
 }
+SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+SANITIZERS += ["-fsanitize=address,undefined"]
+
+
+def switched_on(variable: str) -> bool:
+    """Whether an environment variable is 1; raises ValueError unless it is 0, 1 or not set."""
+    value = os.environ.get(variable, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def builds_for_x86_64() -> bool:
@@ -66,6 +87,9 @@ class BuildKernels(build_ext):
             macros.append(("FMREC_X86", "1"))
             isas = ISA_FLAGS
         flags = [*FLAGS, *self.openmp_flags()]
+        if switched_on("FMREC_FAST_SANITIZE"):
+            flags += SANITIZERS
+            ext.extra_link_args = SANITIZERS
         ext.extra_compile_args = flags
         ext.define_macros = macros
         ext.extra_objects = []
@@ -99,10 +123,7 @@ class BuildKernels(build_ext):
 
 
 def extensions() -> list[Extension]:
-    skip = os.environ.get("FMREC_FAST_SKIP_CPP", "0")
-    if skip not in ("", "0", "1"):
-        raise ValueError(f"FMREC_FAST_SKIP_CPP must be 0 or 1, got {skip!r}")
-    if skip == "1":
+    if switched_on("FMREC_FAST_SKIP_CPP"):
         return []
     import pybind11
 

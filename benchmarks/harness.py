@@ -116,6 +116,11 @@ class Record:
     note: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def times_as_fast(self, name: str) -> float:
+        """How many times as long as ours a variant took, by the medians."""
+        medians = {t.name: statistics.median(t.seconds) for t in self.timings}
+        return medians[name] / medians[self.ours]
+
     def to_dict(self, limits: Limits) -> dict[str, Any]:
         """Plain values; the ratios say how many times as long as ours a variant took."""
         variants = {timing.name: timing.summary() for timing in self.timings}

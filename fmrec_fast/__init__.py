@@ -7,6 +7,7 @@ from fmrec_fast.losses import Losses, training_losses
 from fmrec_fast.models import FMRec, FMRecommender, TrainingDraws
 from fmrec_fast.recommend import Recommendations, recommend
 from fmrec_fast.sampler import sample, scores
+from fmrec_fast.serving import Server
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Losses",
     "Recommendations",
     "Rng",
+    "Server",
     "TrainingDraws",
     "__version__",
     "dispatch_log",

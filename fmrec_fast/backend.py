@@ -47,6 +47,7 @@ OPS = (
     "attention",
     "encoder",
     "euler_sampler",
+    "picard_sweep",
     "item_cross_entropy",
     "history_loss",
     "item_ranking",
@@ -60,11 +61,11 @@ MISSING: dict[tuple[str, Backend], str] = {
     ("attention", Backend.TRITON): _NO_KERNEL,
     ("encoder", Backend.TRITON): _NO_KERNEL,
     ("euler_sampler", Backend.TRITON): _COMPOSED,
+    ("picard_sweep", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
     ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,
     ("item_ranking", Backend.TRITON): _NO_KERNEL,
-    ("item_ranking", Backend.CPP): _NO_KERNEL,
 }
 
 

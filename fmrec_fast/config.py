@@ -12,6 +12,8 @@ from typing import Any
 
 SCHEDULES = ("uniform", "logit_normal", "mode", "cosmap")
 ATTENTIONS = ("published", "causal")
+# What padded positions draw: each its own lam, or one for all of a row (an inference option).
+PADDINGS = ("published", "tied")
 TRAJECTORIES = ("straight", "cosine")
 TARGETS = ("data", "velocity")
 OPTIMIZERS = ("Adam", "SGD")

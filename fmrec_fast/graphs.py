@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from fmrec_fast import noise
 from fmrec_fast.backend import Rng, current_backend, current_rng
 from fmrec_fast.capture import Capture, Outputs, Pool
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.fmrec import PRECISIONS, FMRecommender
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
-from fmrec_fast.recommend import Recommendations, check_k, rank_items
-from fmrec_fast.sampler import sample
+from fmrec_fast.picard import check_options
+from fmrec_fast.recommend import rank_items
+from fmrec_fast.request import Recommendations, check_k
+from fmrec_fast.sampler import check_padding, sample
 
-METHODS = ("euler",)
+METHODS = ("euler", "parallel", "auto")
 MAX_BATCH = 512
 MAX_GRAPHS = 64
 # Kinds of samplers that one model's calls of `sample` and `recommend` keep.
@@ -72,11 +74,23 @@ class _Options:
     max_batch: int
     steps: int | None
     method: str
+    sweeps: int | None
+    precision: str
+    padding: str
     k: int | None
     max_graphs: int
 
     def of_sample(self) -> dict[str, Any]:
-        return {"steps": self.steps, "method": self.method}
+        """The keywords of `sample`. All that 'auto' could take without `sweeps` waits for the host,
+        except going step by step."""
+        stepwise = self.method == "auto" and self.sweeps is None
+        return {
+            "steps": self.steps,
+            "method": "euler" if stepwise else self.method,
+            "sweeps": self.sweeps,
+            "precision": self.precision,
+            "padding": self.padding,
+        }
 
 
 class GraphedSampler:
@@ -111,7 +125,9 @@ class GraphedSampler:
     Args:
         model: the joint model.
         max_batch: largest batch in one graph.
-        steps, method: as in `sample`; methods that wait for the host ('rk45') have no graph.
+        steps, method, sweeps, precision, padding: as in `sample`. What waits for the host has no
+            graph: not 'rk45', and 'parallel' only with `sweeps`; without them 'auto' goes step by
+            step.
         k: rank the items too, k of them; None returns the embeddings.
         max_graphs: graphs that are kept.
 
@@ -126,18 +142,28 @@ class GraphedSampler:
         max_batch: int = MAX_BATCH,
         steps: int | None = None,
         method: str = "euler",
+        sweeps: int | None = None,
+        precision: str = "float32",
+        padding: str = "published",
         k: int | None = None,
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
-        self._options = _Options(max_batch, steps, method, k, max_graphs)
+        self._options = _Options(
+            max_batch, steps, method, sweeps, precision, padding, k, max_graphs
+        )
         for name in ("max_batch", "steps", "k", "max_graphs"):
             value = getattr(self._options, name)
             if value is None and name in ("steps", "k"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS} in a graph, got {method!r}")
+        reason = _method_obstacle(method, sweeps)
+        if reason:
+            raise ValueError(reason)
+        check_options(sweeps, None)
+        check_padding(padding)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         if k is not None:
             check_k(model, k)
         self._model: Callable[[], FMRecommender | None] = lambda: model
@@ -406,8 +432,7 @@ class GraphedSampler:
         return _Graph(capture, inputs)
 
     def __reduce__(self) -> tuple:
-        options = {f.name: getattr(self._options, f.name) for f in fields(self._options)}
-        return _rebuild, (self.model, options)
+        return _rebuild, (self.model, asdict(self._options))
 
 
 def _rebuild(model: FMRecommender, options: dict[str, Any]) -> GraphedSampler:
@@ -505,6 +530,9 @@ def shared_sampler(
     *,
     steps: int | None = None,
     method: str = "euler",
+    sweeps: int | None = None,
+    precision: str = "float32",
+    padding: str = "published",
     k: int | None = None,
 ) -> GraphedSampler:
     """The sampler that calls of `sample` and `recommend` with these options share.
@@ -512,12 +540,12 @@ def shared_sampler(
     Kept beside the model, not in it, and only as long as the model lives: copies and pickles of
     the model know nothing of it.
     """
-    options = _Options(MAX_BATCH, steps, method, k, MAX_GRAPHS)
+    options = _Options(MAX_BATCH, steps, method, sweeps, precision, padding, k, MAX_GRAPHS)
     with _shared_lock:
         samplers = _shared.setdefault(model, OrderedDict())
         sampler = samplers.pop(options, None)
         if sampler is None:
-            sampler = GraphedSampler(model, steps=steps, method=method, k=k)
+            sampler = GraphedSampler(model, **asdict(options))
             sampler._model = weakref.ref(model)
         samplers[options] = sampler
         if len(samplers) > MAX_SHARED:
@@ -525,23 +553,40 @@ def shared_sampler(
         return sampler
 
 
-def by_default(device: torch.device, method: str, seed: object, noise: Tensor | None) -> bool:
-    """Whether `sample` takes a graph where it is not told: on CUDA, unless something speaks against
-    it, or ``FMREC_FAST_GRAPH=0``."""
+def by_default(device: torch.device) -> bool:
+    """Whether `sample` takes a graph where it is not told: on CUDA, unless ``FMREC_FAST_GRAPH=0``
+    or the call is captured already."""
     return (
         device.type == "cuda"
         and os.environ.get("FMREC_FAST_GRAPH", "1") != "0"
-        and not obstacle(method, seed, noise)
         and not torch.cuda.is_current_stream_capturing()
     )
 
 
-def obstacle(method: str, seed: object, noise: Tensor | None) -> str:
+def obstacle(
+    method: str,
+    seed: object,
+    *,
+    noise: Tensor | None = None,
+    sweeps: int | None = None,
+    tol: float | None = None,
+    return_residual: bool = False,
+) -> str:
     """Why a call of `sample` cannot be a graph; empty where it can."""
-    if method not in METHODS:
-        return f"method must be one of {METHODS} in a graph, got {method!r}"
+    if tol is not None or return_residual:
+        return "tol and the residual have none; a number of sweeps has"
     if noise is not None:
-        return "explicit noise has no graph, which would hold a copy of all of it"
+        return "explicit noise has none, which would hold a copy of all of it"
     if seed is None and current_rng() is Rng.PUBLISHED:
         return "the published draws are made on the host, which a graph cannot"
+    return _method_obstacle(method, sweeps)
+
+
+def _method_obstacle(method: str, sweeps: int | None) -> str:
+    if method not in METHODS:
+        return f"method must be one of {METHODS} in a graph, got {method!r}"
+    if method == "parallel" and sweeps is None:
+        return "method 'parallel' looks at the residual on the host, unless sweeps are given"
+    if method == "euler" and sweeps is not None:
+        return f"sweeps are for method 'parallel', got {sweeps} with 'euler'"
     return ""

@@ -28,14 +28,16 @@ from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
     item_cross_entropy,
+    item_topk,
     linear,
     noise_fusion,
+    picard_sweep,
 )
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 
 ROOT = Path(__file__).parent.parent
 needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
-COMPOSED = {"euler_sampler"}
+COMPOSED = {"euler_sampler", "picard_sweep"}
 
 
 @pytest.fixture(autouse=True)
@@ -141,12 +143,16 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "linear": lambda: linear(double.repeat(64, 4), double.repeat(8, 4), double.repeat(1, 4)[0]),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
+        "item_ranking": lambda: item_topk(double, double, 1),
         "attention": lambda: attention(
             torch.cat([double[:, None]] * 3, -1), double[:, :1], num_heads=1
         ),
         "encoder": lambda: encoder(double[:, None], double[:, :1], [block], num_heads=1),
         "euler_sampler": lambda: euler_sampler(
             double[:, None], double[:, :1], double, double, weights, times=double[:, 0]
+        ),
+        "picard_sweep": lambda: picard_sweep(
+            double[:, None], double[:, :1], double[:, None], double[:1], weights
         ),
     }
     message = f"'cpp' was asked for {op}, but its kernels take float32, got torch.float64"

@@ -87,22 +87,25 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(2), 4, 1, "cpp")),
+        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(2), 4, 1, randn(3), "cpp")),
         id="encoder-tap",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(1), 4, None, "cpp")),
+        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(1), 4, None, None, "cpp")),
         id="encoder",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.euler_sampler, (*SAMPLER, SEED, ROWS, None, False, "cpp")),
+        lambda: (ops.euler_sampler, (*SAMPLER, SEED, ROWS, None, False, "published", "cpp")),
         id="euler_sampler",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.euler_sampler, (*SAMPLER, None, None, randn(2, 3, 5, 16), True, "cpp")),
+        lambda: (
+            ops.euler_sampler,
+            (*SAMPLER, None, None, randn(2, 3, 5, 16), True, "published", "cpp"),
+        ),
         id="euler_sampler-noise-trajectory",
         marks=CPP,
     ),

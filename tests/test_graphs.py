@@ -95,6 +95,28 @@ def test_it_is_sample(model, sequences, batch):
     assert max((size for size, _ in sampler.captured), default=0) <= 8
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "parallel", "sweeps": 2},
+        {"method": "auto"},
+        {"method": "auto", "sweeps": 1},
+        {"padding": "tied"},
+        {"padding": "tied", "method": "parallel", "sweeps": 1},
+    ],
+    ids=str,
+)
+def test_the_options_are_those_of_sample(model, sequences, options):
+    sampler = GraphedSampler(model, steps=4, **options)
+    for batch in (1, 5):
+        expected = eager(model, sequences[:batch], seed=5, steps=4, **options)
+        got = sampler(sequences[:batch], seed=5)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        got = sample(model, sequences[:batch], seed=5, steps=4, **options, graph=True)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert graphs.shared_sampler(model, steps=4, **options).captures == 2
+
+
 def test_rows_and_starts_are_static_inputs(model, sequences):
     sampler = GraphedSampler(model)
     rows = torch.tensor([7, 2**33, 7, 1, 0], device=sequences.device)
@@ -179,7 +201,7 @@ def test_recommend(model, graph):
         got = recommend(model, histories, 9, **arguments, graph=graph)
         assert torch.equal(got.ids, expected.ids)
         torch.testing.assert_close(got.scores, expected.scores, **CLOSE)
-    shared = graphs.shared_sampler(model, k=9)
+    shared = graphs.shared_sampler(model, method="auto", k=9)
     assert shared.captures == (1 if graph or model.item_embeddings.weight.is_cuda else 0)
 
 
@@ -309,7 +331,7 @@ def test_every_setting_that_the_sampler_reads_is_in_its_key(model, sequences):
 
     fm = Spy(model.fm)
     e, mask = model.embed(sequences[:2])
-    type(model.fm).integrate(fm, e, mask, e[:, 0], seed=1)
+    type(model.fm).integrate_with_residual(fm, e, mask, e[:, 0], seed=1)
     values = {name: getattr(model.fm, name, None) for name in read}
     known = {"sample_N", "eps", "trajectory", "target", "time_scale", "training", "hidden_size"}
     assert set(values) <= known | {"lambda_uncertainty"}, values
@@ -549,6 +571,11 @@ def test_training_flags_and_inference_mode(model, sequences):
         ({"max_graphs": True}, ValueError, "max_graphs must be .*got True"),
         ({"k": 61}, ValueError, r"k must be in 1 .. 60 .*got 61"),
         ({"method": "rk45"}, ValueError, "in a graph, got 'rk45'"),
+        ({"method": "parallel"}, ValueError, "looks at the residual on the host"),
+        ({"sweeps": 2}, ValueError, "sweeps are for method 'parallel', got 2"),
+        ({"method": "parallel", "sweeps": 0}, ValueError, "sweeps must be at least 1, got 0"),
+        ({"padding": "none"}, ValueError, "padding must be one of .*got 'none'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of .*got 'fp8'"),
         ({"step": 3}, TypeError, "step"),
     ],
 )
@@ -592,6 +619,9 @@ def test_what_cannot_be_a_graph_says_so(model, sequences):
     with pytest.raises(ValueError, match="graph = True: explicit noise"):
         noise = torch.zeros(2, 2, 12, 32, device=sequences.device)
         sample(model, sequences[:2], noise=noise, graph=True)
+    for options in ({"tol": 1e-3}, {"return_residual": True}):
+        with pytest.raises(ValueError, match="graph = True: tol and the residual"):
+            sample(model, sequences[:2], method="parallel", **options, graph=True)
     with use_rng("published"), pytest.raises(ValueError, match="graph = True: the published"):
         sample(model, sequences[:2], graph=True)
 
@@ -643,15 +673,22 @@ class NoHostOps(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("attention", ["published", "causal"])
-@pytest.mark.parametrize("target, trajectory", [("data", "straight"), ("velocity", "cosine")])
-@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize(
+    "attention, target, trajectory, drawn, method, sweeps, padding",
+    [
+        ("published", "data", "straight", True, "euler", None, "published"),
+        ("causal", "velocity", "cosine", False, "euler", None, "published"),
+        ("published", "data", "straight", False, "euler", None, "tied"),
+        ("published", "data", "cosine", True, "parallel", 2, "published"),
+        ("published", "data", "straight", False, "parallel", 1, "tied"),
+    ],
+)
 def test_the_region_neither_copies_from_the_host_nor_waits_for_it(
-    small_args, attention, target, trajectory, drawn
+    small_args, attention, target, trajectory, drawn, method, sweeps, padding
 ):
     """On tensors without memory: every op of the definitions is seen, none is run."""
     args = small_args(attention=attention, target=target, trajectory=trajectory, num_heads=4)
-    options = graphs._Options(8, 3, "euler", 5, 1)
+    options = graphs._Options(8, 3, method, sweeps, "float32", padding, 5, 1)
     with use_backend("reference"):
         with torch.device("meta"):
             model = FMRecommender.from_config(args).eval()

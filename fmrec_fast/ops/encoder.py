@@ -31,6 +31,7 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -50,6 +51,8 @@ def encoder(
         attention: 'published' or 'causal'.
         tap: index of a block whose output at the last position is returned too.
         drop: dropout, with probability `p`; none by default.
+        first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
+            stand for n equal positions. Published attention only.
 
     Returns:
         ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
@@ -73,13 +76,18 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
+    if first_key_bias is not None:
+        check_shape("first_key_bias", first_key_bias, "B", sizes)
+        check_float(x=x, first_key_bias=first_key_bias)
+        if attention != "published":
+            raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
     parameters = [tensor for block in blocks for tensor in block]
     declined = _declined(x, parameters, attention, drop, p)
     backend = choose("encoder", x, *parameters, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
-        return _compiled(x, mask, parameters, num_heads, tap, backend)
+        return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, backend)
     if backend is Backend.CPP:
-        return _encoder_cpp(x, mask, blocks, num_heads, tap)
+        return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
     return reference.encoder(
         x,
         mask,
@@ -92,6 +100,7 @@ def encoder(
         prune=prune,
         linear=linear,
         attend=_attend(drop, p),
+        first_key_bias=first_key_bias,
     )
 
 
@@ -136,7 +145,12 @@ def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p
 
 
 def _encoder_cpp(
-    x: Tensor, mask: Tensor, blocks: list[BlockWeights], num_heads: int, tap: int | None
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
@@ -148,6 +162,7 @@ def _encoder_cpp(
         out.numpy(),
         None if tapped is None else tapped.numpy(),
         torch.get_num_threads(),
+        None if first_key_bias is None else first_key_bias.detach().contiguous().numpy(),
     )
     return out, tapped
 
@@ -167,9 +182,12 @@ def _compiled(
     parameters: list[Tensor],
     num_heads: int,
     tap: int | None,
+    first_key_bias: Tensor | None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
-    out, tapped = torch.ops.fmrec_fast.encoder(x, mask, parameters, num_heads, tap, backend.value)
+    out, tapped = torch.ops.fmrec_fast.encoder(
+        x, mask, parameters, num_heads, tap, first_key_bias, backend.value
+    )
     return out, None if tap is None else tapped
 
 
@@ -180,14 +198,22 @@ def _registered(
     parameters: Sequence[Tensor],
     num_heads: int,
     tap: int | None,
+    first_key_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with use_backend(backend):
-        out, tapped = encoder(x, mask, unflatten(parameters), num_heads=num_heads, tap=tap)
+        out, tapped = encoder(
+            x,
+            mask,
+            unflatten(parameters),
+            num_heads=num_heads,
+            tap=tap,
+            first_key_bias=first_key_bias,
+        )
     return out, x.new_empty(0) if tapped is None else tapped
 
 
 @_registered.register_fake
-def _(x, mask, parameters, num_heads, tap, backend):
+def _(x, mask, parameters, num_heads, tap, first_key_bias, backend):
     out = x.new_empty(x.shape[0], x.shape[2])
     return out, x.new_empty(0) if tap is None else torch.empty_like(out)

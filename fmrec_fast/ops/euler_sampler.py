@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, choose, use_backend
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, unflatten
 from fmrec_fast.ops.noise_fusion import noise_fusion
@@ -34,6 +37,12 @@ class SamplerWeights:
     attention: str
     delta: float
 
+    @cached_property
+    def packed(self) -> Any:
+        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
+        call of the sampler and does not outlive it, so that no change of a weight is missed."""
+        return pack(self.blocks, self.num_heads)
+
 
 def euler_sampler(
     e: Tensor,
@@ -50,6 +59,7 @@ def euler_sampler(
     trajectory: str = "straight",
     target: str = "data",
     return_trajectory: bool = False,
+    padding: str = "published",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -69,6 +79,9 @@ def euler_sampler(
             [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
+        padding: 'published', or 'tied': the leading padded positions of a row, whose embeddings
+            must be equal (on CPU this is checked), share the lam of position 0. Being equal,
+            they are computed as one token; see `reference.euler_sampler.tie_padding`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -88,6 +101,11 @@ def euler_sampler(
     elif lam_of_step is None:
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    tied = padding == "tied"
+    if tied:
+        check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
     tensors += [tensor for block in weights.blocks for tensor in block]
     if noise is not None:
@@ -120,13 +138,22 @@ def euler_sampler(
             rows,
             noise,
             return_trajectory,
+            padding,
             backend.value,
         )
     if backend is Backend.CPP:
-        return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+        return _euler_sampler_cpp(
+            e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
+        )
+    # A compiled program is for any batch: it neither looks for padding nor cuts.
+    cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tied and cut and lam_of_step is None and weights.attention == "published":
+        return _grouped_by_length(
+            e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
+            return_trajectory,
+        )  # fmt: skip
 
     pieces = [slice(None)]
-    cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
     if cut and lam_of_step is None:  # whose draws are for the whole batch
         pieces = [slice(i, i + CPU_ROWS) for i in range(0, len(e), CPU_ROWS)] or pieces
     parts = [
@@ -144,6 +171,7 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            tied=tied,
         )
         for piece in pieces
     ]
@@ -164,21 +192,37 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    *,
+    tied: bool = False,
+    padded: int | None = None,
 ) -> Tensor:
-    """The definition over the ops noise_fusion and encoder."""
+    """The definition over the ops noise_fusion and encoder.
+
+    Args:
+        tied: one lam for the leading padded positions of a row.
+        padded: how many there are, the same in every row (at least 1): they become one token.
+    """
+    if padded is not None:
+        kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
+        kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
 
     def step_network(x: Tensor, i: int) -> Tensor:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
         fused = noise_fusion(
             e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
         )
-        last, _ = encoder(
-            fused,
-            mask,
-            weights.blocks,
-            num_heads=weights.num_heads,
-            attention=weights.attention,
-        )
+        options: dict[str, Any] = {
+            "num_heads": weights.num_heads,
+            "attention": weights.attention,
+        }
+        if padded is not None:
+            last, _ = encoder(
+                fused[:, kept], kept_mask, weights.blocks, first_key_bias=first_key_bias, **options
+            )
+        else:
+            if tied:
+                fused = reference.tie_padding(fused, mask)
+            last, _ = encoder(fused, mask, weights.blocks, **options)
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
@@ -191,6 +235,64 @@ def _composed(
     )
 
 
+def check_equal_padding(e: Tensor, mask: Tensor) -> None:
+    """On the CPU, the leading padded positions of a row must hold equal embeddings.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
+    # Elsewhere looking would wait for the device, and a compiled program does not look.
+    if e.device.type != "cpu" or torch.compiler.is_compiling() or e.numel() == 0:
+        return
+    bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
+    different = (bits != reference.tie_padding(bits, mask)).any(-1)
+    if different.any():
+        row, position = different.nonzero()[0].tolist()
+        raise ValueError(
+            "padding='tied' needs equal embeddings e at the leading padded positions of a row, "
+            f"got another at e[{row}, {position}] than at e[{row}, 0]"
+        )
+
+
+def _grouped_by_length(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    times: Tensor,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    trajectory: str,
+    target: str,
+    return_trajectory: bool,
+) -> Tensor:
+    """Tied padding: rows with equally many padded positions together, which are then one token."""
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
+    padded = reference.leading_padding(mask).clamp(min=1)  # one position is a token already
+    for count in padded.unique().tolist():
+        for index in (padded == count).nonzero()[:, 0].split(CPU_ROWS * e.shape[1]):
+            out[..., index, :] = _composed(
+                e[index],
+                mask[index],
+                z0[index],
+                taus,
+                weights,
+                times,
+                seed,
+                None if rows is None else rows[index],
+                None if noise is None else noise[:, index],
+                None,
+                trajectory,
+                target,
+                return_trajectory,
+                padded=count,
+            )
+    return out
+
+
 def _euler_sampler_cpp(
     e: Tensor,
     mask: Tensor,
@@ -201,6 +303,7 @@ def _euler_sampler_cpp(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    tied: bool,
 ) -> Tensor:
     def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
@@ -208,7 +311,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        pack(weights.blocks, weights.num_heads),
+        weights.packed,
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),
@@ -221,6 +324,7 @@ def _euler_sampler_cpp(
         weights.delta,
         out.numpy(),
         torch.get_num_threads(),
+        tied,
     )
     return out
 
@@ -243,6 +347,7 @@ def _registered(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    padding: str,
     backend: str,
 ) -> Tensor:
     blocks = unflatten(parameters)
@@ -259,13 +364,14 @@ def _registered(
             rows=rows,
             noise=noise,
             return_trajectory=return_trajectory,
+            padding=padding,
         )
 
 
 @_registered.register_fake
 def _(
     e, mask, z0, taus, parameters, norm_weight, norm_bias, num_heads, delta, seed, rows, noise,
-    return_trajectory, backend,
+    return_trajectory, padding, backend,
 ):  # fmt: skip
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     return z0.new_empty((*points, *z0.shape))

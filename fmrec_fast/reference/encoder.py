@@ -104,6 +104,13 @@ def attention_bias(mask: Tensor, kind: str) -> Tensor | None:
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)[:, None]
 
 
+def first_key_bias_of(bias: Tensor, length: int) -> Tensor:
+    """What is added to the scores [B, 1, L, L] where the first token stands for exp(bias) equal
+    ones: `bias` [B], as a key, to every query."""
+    added = F.pad(bias[:, None], (0, length - 1))
+    return added[:, None, None, :].expand(-1, 1, length, -1)
+
+
 def attention(
     queries_from: Tensor,
     keys_from: Tensor,
@@ -219,6 +226,7 @@ def encoder(
     prune: bool = True,
     linear: Linear = linear_definition,
     attend: Attend | None = None,
+    first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -229,12 +237,15 @@ def encoder(
         prune: compute the last block at the last position only (the same function).
         linear: computes the linear layers.
         attend: see `attention`.
+        first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
     """
     tapped = None
     bias = attention_bias(mask, attention)
+    if first_key_bias is not None:
+        bias = first_key_bias_of(first_key_bias, x.shape[1])
     for index, weights in enumerate(blocks):
         x = block(
             x,
