@@ -53,15 +53,11 @@ OPS = (
     "item_ranking",
 )
 
-_COMPOSED = "composed of the ops noise_fusion and encoder, which choose for themselves"
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("encoder", Backend.TRITON): _NO_KERNEL,
-    ("euler_sampler", Backend.TRITON): _COMPOSED,
-    ("picard_sweep", Backend.TRITON): _COMPOSED,
     ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
     ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
     ("history_loss", Backend.TRITON): _NO_KERNEL,
@@ -133,13 +129,13 @@ def current_rng() -> Rng:
     return _rng_in_force()
 
 
-def _constant_when_compiled(function: Callable) -> Callable:
+def constant_when_compiled(function: Callable) -> Callable:
     """What `torch.compiler.assume_constant_result` does, which imports the compiler to do it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _rng_while_compiling() -> str:
     return _rng_in_force().value
 
@@ -217,12 +213,31 @@ def log_run(op: str, backend: str) -> None:
         log.append(Dispatch(op, Backend(backend)))
 
 
+def candidate(device: torch.device) -> Backend:
+    """The backend in force, where 'auto' stands for the fastest one for `device`."""
+    if torch.compiler.is_compiling():
+        return Backend(_candidate_while_compiling(device.type))
+    return _candidate(device.type)
+
+
+@constant_when_compiled
+def _candidate_while_compiling(device: str) -> str:
+    return _candidate(device).value
+
+
+def _candidate(device: str) -> Backend:
+    wanted = current_backend()
+    if wanted is Backend.AUTO:
+        return Backend.TRITON if device == "cuda" else Backend.CPP
+    return wanted
+
+
 def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
     Args:
-        declined: why the op's kernels do not cover this call, if they do not: the definition then
-            runs, also where a backend was named, and the log says why.
+        declined: why the kernel of the `candidate` backend does not cover this call, if it does
+            not: the definition then runs, also where a backend was named, and the log says why.
 
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
@@ -233,7 +248,7 @@ def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
     return _choose(op, tensors, declined)
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _choose_while_compiling(
     op: str, device: str, dtypes: tuple[torch.dtype, ...], declined: str
 ) -> str:
@@ -244,21 +259,16 @@ def _choose_while_compiling(
 
 
 def _choose(op: str, tensors: tuple[Tensor, ...], declined: str) -> Backend:
-    wanted = current_backend()
     device, reason = tensors[0].device, ""
-    chosen = Backend.REFERENCE
-    if wanted is Backend.AUTO:
-        candidate = Backend.TRITON if device.type == "cuda" else Backend.CPP
-        reason = MISSING.get((op, candidate)) or declined
-        reason = reason or _obstacle(candidate, device, tensors) or ""
-        chosen = Backend.REFERENCE if reason else candidate
-    elif wanted is not Backend.REFERENCE:
-        reason = MISSING.get((op, wanted)) or declined
+    chosen = _candidate(device.type)
+    if chosen is not Backend.REFERENCE:
+        reason = MISSING.get((op, chosen)) or declined
         if not reason:
-            obstacle = _obstacle(wanted, device, tensors)
-            if obstacle:
-                raise BackendError(f"backend {wanted.value!r} was asked for {op}, but {obstacle}")
-            chosen = wanted
+            reason = _obstacle(chosen, device, tensors) or ""
+            if reason and current_backend() is not Backend.AUTO:
+                raise BackendError(f"backend {chosen.value!r} was asked for {op}, but {reason}")
+        if reason:
+            chosen = Backend.REFERENCE
     log = _log.get()
     if log is not None:
         log.append(Dispatch(op, chosen, reason))

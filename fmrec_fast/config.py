@@ -17,6 +17,8 @@ PADDINGS = ("published", "tied")
 TRAJECTORIES = ("straight", "cosine")
 TARGETS = ("data", "velocity")
 OPTIMIZERS = ("Adam", "SGD")
+# Of the encoder's matrix products in sampling; accumulation and all else stay float32.
+PRECISIONS = ("float32", "tf32", "bf16")
 _NUMBERS = (
     "dropout emb_dropout lambda_uncertainty eps eps_reverse m_logNorm s_logNorm s_modsamp "
     "mask_ratio Loss_Alpha Loss_Beta lr weight_decay gamma"

@@ -87,31 +87,58 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(2), 4, 1, randn(3), "cpp")),
+        lambda: (
+            ops.encoder,
+            (randn(3, 5, 16), MASK, block_weights(2), 4, 1, randn(3), "float32", "cpp"),
+        ),
         id="encoder-tap",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.encoder, (randn(3, 5, 16), MASK, block_weights(1), 4, None, None, "cpp")),
+        lambda: (
+            ops.encoder,
+            (randn(3, 5, 16), MASK, block_weights(1), 4, None, None, "float32", "cpp"),
+        ),
         id="encoder",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.euler_sampler, (*SAMPLER, SEED, ROWS, None, False, "published", "cpp")),
+        lambda: (
+            ops.euler_sampler,
+            (*SAMPLER, SEED, ROWS, None, False, "published", "float32", "cpp"),
+        ),
         id="euler_sampler",
         marks=CPP,
     ),
     pytest.param(
         lambda: (
             ops.euler_sampler,
-            (*SAMPLER, None, None, randn(2, 3, 5, 16), True, "published", "cpp"),
+            (*SAMPLER, None, None, randn(2, 3, 5, 16), True, "published", "float32", "cpp"),
         ),
         id="euler_sampler-noise-trajectory",
         marks=CPP,
     ),
+    pytest.param(
+        lambda: (
+            ops.picard_sweep,
+            (
+                *SAMPLER[:2],
+                randn(3, 2, 16),
+                *SAMPLER[3:],
+                SEED,
+                ROWS,
+                None,
+                "float32",
+                "tied",
+                "cpp",
+            ),
+        ),
+        id="picard_sweep",
+        marks=CPP,
+    ),
 ]
 WIDE = randn(3, 5, 16, grad=True)
-FUSION = (randn(3, 5, 16, grad=True), randn(3, 16, seed=1, grad=True), ROWS, SEED)
+FUSION = (randn(3, 5, 16, grad=True), randn(3, 16, seed=1, grad=True), SEED, ROWS)
 SAMPLER = (
     randn(3, 5, 16),
     MASK,
@@ -133,7 +160,8 @@ def test_opcheck(case):
 
 
 def test_every_kernel_that_has_to_be_is_registered():
-    names = {"noise_fusion", "dropout", "linear", "attention", "encoder", "euler_sampler"}
+    names = {"noise_fusion", "dropout", "linear", "attention", "encoder"}
+    names |= {"euler_sampler", "picard_sweep"}
     for name in names:
         assert hasattr(ops, name), name
     assert names <= set(backend.OPS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmrec_fast import flow, picard
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import PRECISIONS, FMRecConfig
 from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
 from fmrec_fast.ops import (
     euler_sampler,
@@ -23,7 +23,6 @@ from fmrec_fast.ops import (
 )
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
 from fmrec_fast.ops.euler_sampler import SamplerWeights
-from fmrec_fast.ops.picard_sweep import PRECISIONS
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
@@ -406,6 +405,7 @@ class FMRec(nn.Module):
             target=self.target,
             return_trajectory=return_trajectory,
             padding=padding,
+            precision=precision,
         )
         return x, z0.new_zeros(z0.shape[0])
 

@@ -8,7 +8,7 @@ from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
 from fmrec_fast.ops.linear import linear
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.ops.picard_sweep import picard_sweep
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "dropout",
     "encoder",
+    "euler_noise_fusion",
     "euler_sampler",
     "history_loss",
     "item_cross_entropy",

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose, use_backend
-from fmrec_fast.config import ATTENTIONS
+from fmrec_fast.backend import (
+    Backend,
+    candidate,
+    choose,
+    constant_when_compiled,
+    use_backend,
+)
+from fmrec_fast.config import ATTENTIONS, PRECISIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
@@ -32,6 +38,7 @@ def encoder(
     p: float = 0.0,
     prune: bool = True,
     first_key_bias: Tensor | None = None,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -53,13 +60,15 @@ def encoder(
         drop: dropout, with probability `p`; none by default.
         first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
             stand for n equal positions. Published attention only.
+        precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
+            rounds both operands and multiplies in float32; all else is float32.
 
     Returns:
-        ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
+        ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
         gradient is needed.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
+        TypeError, ValueError: dtypes, shapes, heads, or one of the options are off.
         BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
@@ -81,13 +90,20 @@ def encoder(
         check_float(x=x, first_key_bias=first_key_bias)
         if attention != "published":
             raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
+    check_precision(precision)
     parameters = [tensor for block in blocks for tensor in block]
-    declined = _declined(x, parameters, attention, drop, p)
+    declined = _declined(x, parameters, attention, drop, p) or kernel_declines(
+        x, num_heads, precision
+    )
+    if not declined and first_key_bias is not None and candidate(x.device) is Backend.TRITON:
+        declined = "its kernel has no key that stands for several"
     backend = choose("encoder", x, *parameters, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
-        return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, backend)
+        return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend)
     if backend is Backend.CPP:
         return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
+    if backend is Backend.TRITON:
+        return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
     return reference.encoder(
         x,
         mask,
@@ -101,7 +117,36 @@ def encoder(
         linear=linear,
         attend=_attend(drop, p),
         first_key_bias=first_key_bias,
+        precision=precision,
     )
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for what is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+
+
+def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
+    """Why the candidate backend's kernel has no such network; empty where it has.
+
+    Args:
+        e: [B, L, D]: its sizes and its device.
+    """
+    backend = candidate(e.device)
+    if backend is Backend.CPP and precision != "float32":
+        return f"its kernel multiplies in float32 only, got precision {precision!r}"
+    if backend is Backend.TRITON:
+        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
+    return ""
+
+
+@constant_when_compiled
+def _no_plan(length: int, width: int, num_heads: int, precision: str, device: torch.device) -> str:
+    from fmrec_fast.kernels.plans import family, plan
+
+    found = plan(length, width, num_heads, precision, *family(device))
+    return found if isinstance(found, str) else ""
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -134,7 +179,7 @@ def _attend_without_dropout(
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
-    """Why the C++ kernel does not cover a call; empty where it does."""
+    """Why no kernel covers a call; empty where they may."""
     if attention != "published":
         return f"its kernel has the published attention only, got {attention!r}"
     if drop is not no_drop and p > 0:
@@ -167,6 +212,24 @@ def _encoder_cpp(
     return out, tapped
 
 
+def _encoder_triton(
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    precision: str,
+) -> tuple[Tensor, Tensor | None]:
+    from fmrec_fast.kernels import encoder as kernels
+
+    out = x.new_empty(x.shape[0], x.shape[2])
+    tapped = None if tap is None else torch.empty_like(out)
+    kernels.encoder(
+        x.contiguous(), mask.contiguous(), blocks, num_heads, precision, tap, out, tapped
+    )
+    return out, tapped
+
+
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
@@ -183,10 +246,11 @@ def _compiled(
     num_heads: int,
     tap: int | None,
     first_key_bias: Tensor | None,
+    precision: str,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     out, tapped = torch.ops.fmrec_fast.encoder(
-        x, mask, parameters, num_heads, tap, first_key_bias, backend.value
+        x, mask, parameters, num_heads, tap, first_key_bias, precision, backend.value
     )
     return out, None if tap is None else tapped
 
@@ -199,6 +263,7 @@ def _registered(
     num_heads: int,
     tap: int | None,
     first_key_bias: Tensor | None,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with use_backend(backend):
@@ -209,11 +274,12 @@ def _registered(
             num_heads=num_heads,
             tap=tap,
             first_key_bias=first_key_bias,
+            precision=precision,
         )
     return out, x.new_empty(0) if tapped is None else tapped
 
 
 @_registered.register_fake
-def _(x, mask, parameters, num_heads, tap, first_key_bias, backend):
+def _(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend):
     out = x.new_empty(x.shape[0], x.shape[2])
     return out, x.new_empty(0) if tap is None else torch.empty_like(out)

@@ -14,13 +14,21 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose, use_backend
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
 from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, unflatten
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    pack,
+    unflatten,
+)
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
+from fmrec_fast.reference.noise_fusion import euler_update
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -60,6 +68,7 @@ def euler_sampler(
     target: str = "data",
     return_trajectory: bool = False,
     padding: str = "published",
+    precision: str = "float32",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -82,6 +91,7 @@ def euler_sampler(
         padding: 'published', or 'tied': the leading padded positions of a row, whose embeddings
             must be equal (on CPU this is checked), share the lam of position 0. Being equal,
             they are computed as one token; see `reference.euler_sampler.tie_padding`.
+        precision: of the encoder's matrix products, see `encoder`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -90,6 +100,7 @@ def euler_sampler(
         TypeError, ValueError: dtypes or shapes do not agree.
         BackendError: a named backend cannot run.
     """
+    check_precision(precision)
     sizes: dict[str, int] = {}
     check_shape("e", e, "B L D", sizes)
     check_shape("mask", mask, "B L", sizes)
@@ -118,10 +129,14 @@ def euler_sampler(
         )
     elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
-    elif sizes["q"] == 0:
-        declined = "there is no step to take"
+    elif sizes["q"] == 0 or not weights.blocks:
+        declined = "there is no step to take, or no block to run"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
     backend = choose("euler_sampler", *tensors, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.euler_sampler(
@@ -139,18 +154,28 @@ def euler_sampler(
             noise,
             return_trajectory,
             padding,
+            precision,
             backend.value,
         )
     if backend is Backend.CPP:
         return _euler_sampler_cpp(
             e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
         )
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import euler_sampler as kernels
+
+        points = (sizes["q"] + 1,) if return_trajectory else ()
+        out = z0.new_empty((*points, *z0.shape))
+        inputs = (t.contiguous() for t in (e, mask, z0, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
+        return out
     # A compiled program is for any batch: it neither looks for padding nor cuts.
     cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
     if tied and cut and lam_of_step is None and weights.attention == "published":
         return _grouped_by_length(
             e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
-            return_trajectory,
+            return_trajectory, precision,
         )  # fmt: skip
 
     pieces = [slice(None)]
@@ -171,6 +196,7 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            precision,
             tied=tied,
         )
         for piece in pieces
@@ -192,6 +218,7 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    precision: str,
     *,
     tied: bool = False,
     padded: int | None = None,
@@ -202,28 +229,44 @@ def _composed(
         tied: one lam for the leading padded positions of a row.
         padded: how many there are, the same in every row (at least 1): they become one token.
     """
+    kept: Any = slice(None)
+    kept_mask, first_key_bias = mask, None
     if padded is not None:
         kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
         kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
 
-    def step_network(x: Tensor, i: int) -> Tensor:
+    def lam_of(i: int) -> dict[str, Any]:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
-        fused = noise_fusion(
-            e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
+        return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
+
+    def network(fused: Tensor) -> Tensor:
+        if tied:
+            fused = reference.tie_padding(fused, mask)
+        last, _ = encoder(
+            fused[:, kept],
+            kept_mask,
+            weights.blocks,
+            num_heads=weights.num_heads,
+            attention=weights.attention,
+            first_key_bias=first_key_bias,
+            precision=precision,
         )
-        options: dict[str, Any] = {
-            "num_heads": weights.num_heads,
-            "attention": weights.attention,
-        }
-        if padded is not None:
-            last, _ = encoder(
-                fused[:, kept], kept_mask, weights.blocks, first_key_bias=first_key_bias, **options
-            )
-        else:
-            if tied:
-                fused = reference.tie_padding(fused, mask)
-            last, _ = encoder(fused, mask, weights.blocks, **options)
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
+
+    q = taus.shape[0]
+    published = trajectory == "straight" and target == "data"
+    if published and q > 0 and candidate(e.device) is Backend.TRITON:
+        # There each update is one pass with the noise fusion that follows it.
+        x, fused = z0, noise_fusion(e, z0, taus[0], **lam_of(0))
+        points = [z0]
+        for i in range(1, q):
+            x, fused = euler_noise_fusion(e, x, network(fused), z0, taus[i], steps=q, **lam_of(i))
+            points.append(x)
+        points.append(euler_update(x, network(fused) - z0, q))
+        return torch.stack(points) if return_trajectory else points[-1]
+
+    def step_network(x: Tensor, i: int) -> Tensor:
+        return network(noise_fusion(e, x, taus[i], **lam_of(i)))
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
         if target == "velocity":
@@ -231,7 +274,7 @@ def _composed(
         return flow.velocity(pred, z0, times[i], trajectory)
 
     return reference.euler_sampler(
-        z0, step_network, velocity_of, taus.shape[0], return_trajectory=return_trajectory
+        z0, step_network, velocity_of, q, return_trajectory=return_trajectory
     )
 
 
@@ -267,6 +310,7 @@ def _grouped_by_length(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    precision: str,
 ) -> Tensor:
     """Tied padding: rows with equally many padded positions together, which are then one token."""
     points = (taus.shape[0] + 1,) if return_trajectory else ()
@@ -288,6 +332,7 @@ def _grouped_by_length(
                 trajectory,
                 target,
                 return_trajectory,
+                precision,
                 padded=count,
             )
     return out
@@ -348,6 +393,7 @@ def _registered(
     noise: Tensor | None,
     return_trajectory: bool,
     padding: str,
+    precision: str,
     backend: str,
 ) -> Tensor:
     blocks = unflatten(parameters)
@@ -365,13 +411,14 @@ def _registered(
             noise=noise,
             return_trajectory=return_trajectory,
             padding=padding,
+            precision=precision,
         )
 
 
 @_registered.register_fake
 def _(
     e, mask, z0, taus, parameters, norm_weight, norm_bias, num_heads, delta, seed, rows, noise,
-    return_trajectory, padding, backend,
+    return_trajectory, padding, precision, backend,
 ):  # fmt: skip
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     return z0.new_empty((*points, *z0.shape))

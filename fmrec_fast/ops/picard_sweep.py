@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,16 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
-from fmrec_fast.config import PADDINGS
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
+from fmrec_fast.config import PADDINGS, PRECISIONS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient
+from fmrec_fast.ops.encoder import encoder, kernel_declines, needs_gradient, unflatten
 from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
 from fmrec_fast.reference.encoder import NORM_EPS
 from fmrec_fast.reference.euler_sampler import tie_padding
 
-PRECISIONS = ("float32",)
 # Sequences that the definition takes together on a GPU, which bounds its memory.
 GPU_ROWS = 4096
 
@@ -55,7 +55,7 @@ def picard_sweep(
         x: guessed trajectory [B, q, D]; taus: time embeddings of the q steps [q, D].
         seed, rows: key the stream's lam (a seed of None is drawn), whose step word is i; `noise`
             gives lam explicitly [q, B, L, D].
-        precision: of the encoder's matrix products; 'float32'.
+        precision: of the encoder's matrix products, see `encoder`.
         padding: 'published' or 'tied', as in `euler_sampler`.
 
     Returns:
@@ -94,8 +94,39 @@ def picard_sweep(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    if choose("picard_sweep", *tensors, declined=declined) is Backend.CPP:
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
+    backend = choose("picard_sweep", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.picard_sweep(
+            e,
+            mask,
+            x,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            precision,
+            padding,
+            backend.value,
+        )
+    if backend is Backend.CPP:
         return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise, tied)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import picard_sweep as kernels
+
+        out = x.new_empty(x.shape)
+        inputs = (t.contiguous() for t in (e, mask, x, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.picard_sweep(*inputs, weights, lam, rows, seed, precision, out)
+        return out
 
     most = CPU_ROWS if e.device.type == "cpu" else GPU_ROWS
     pieces = [slice(i, i + most) for i in range(0, len(e), most)] or [slice(None)]
@@ -111,6 +142,7 @@ def picard_sweep(
             None if noise is None else noise[:, piece],
             max(1, most // max(len(e), 1)),
             tied,
+            precision,
         )
         for piece in pieces
     ]
@@ -128,6 +160,7 @@ def _composed(
     noise: Tensor | None,
     steps_at_once: int,
     tied: bool,
+    precision: str,
 ) -> Tensor:
     """The definition over the ops noise_fusion and encoder."""
 
@@ -145,6 +178,7 @@ def _composed(
             weights.blocks,
             num_heads=weights.num_heads,
             attention=weights.attention,
+            precision=precision,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
@@ -183,3 +217,36 @@ def _picard_sweep_cpp(
         tied,
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::picard_sweep", mutates_args=())
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    precision: str,
+    padding: str,
+    backend: str,
+) -> Tensor:
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    options = {"precision": precision, "padding": padding}
+    with use_backend(backend):
+        return picard_sweep(e, mask, x, taus, weights, seed=seed, rows=rows, noise=noise, **options)
+
+
+@_registered.register_fake
+def _(e, mask, x, *_):
+    return x.new_empty(x.shape)

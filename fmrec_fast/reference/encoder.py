@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -80,6 +81,22 @@ def no_drop(
     return x if residual is None else residual + x
 
 
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """`x` as an operand of a product of this precision, in the dtype of `x`.
+
+    'float32' is `x` itself; 'tf32' keeps 10 bits of mantissa, rounded to nearest, halves away
+    from 0; 'bf16' is bfloat16. The gradient passes as if nothing were rounded.
+    """
+    if precision == "float32":
+        return x
+    if precision == "bf16":
+        near = x.detach().to(torch.bfloat16)
+    else:
+        bits = x.detach().to(torch.float32).view(torch.int32)
+        near = ((bits + 0x1000) & -0x2000).view(torch.float32)
+    return x + (near.to(x.dtype) - x).detach()
+
+
 def dropout_sites(block: int) -> tuple[int, int, int, int, int]:
     """Site numbers of one block, in order of use: attention probabilities, attention output,
     feed-forward inner, feed-forward output, block output. The last norm's site is the first of
@@ -124,6 +141,7 @@ def attention(
     site: int,
     linear: Linear,
     attend: Attend | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
 
@@ -136,6 +154,7 @@ def attention(
         query_mask: [B, Lq], 1 at real positions.
         bias: None or [B, 1, Lq, L].
         attend: computes the whole published attention in the definition's place.
+        precision: see `encoder`; `linear` rounds its own operands.
     """
     length, width = keys_from.shape[1:]
     lq = queries_from.shape[1]
@@ -164,6 +183,7 @@ def attention(
             num_heads=num_heads,
             bias=bias,
             drop=None if drop is no_drop or p == 0 else drop_probabilities,
+            operand=None if precision == "float32" else partial(rounded, precision=precision),
         )
     return linear(mixed, w.output_weight, w.output_bias)
 
@@ -181,6 +201,7 @@ def block(
     last_only: bool = False,
     linear: Linear = linear_definition,
     attend: Attend | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
 
@@ -204,6 +225,7 @@ def block(
         site=sites[0],
         linear=linear,
         attend=attend,
+        precision=precision,
     )
     x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
     normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
@@ -211,6 +233,10 @@ def block(
     inner = drop(inner, p, sites[2], activation="gelu", position_offset=start)
     x = drop(linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start)
     return drop(x, p, sites[4], position_offset=start)
+
+
+def _rounded_linear(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+    return linear_definition(rounded(x, precision), rounded(weight, precision), bias)
 
 
 def encoder(
@@ -227,6 +253,7 @@ def encoder(
     linear: Linear = linear_definition,
     attend: Attend | None = None,
     first_key_bias: Tensor | None = None,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -238,6 +265,8 @@ def encoder(
         linear: computes the linear layers.
         attend: see `attention`.
         first_key_bias: [B], see `first_key_bias_of`; published attention only.
+        precision: both operands of every product are `rounded` to it and multiplied in float32;
+            with one that is not 'float32', `linear` and `attend` are not used.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
@@ -246,6 +275,8 @@ def encoder(
     bias = attention_bias(mask, attention)
     if first_key_bias is not None:
         bias = first_key_bias_of(first_key_bias, x.shape[1])
+    if precision != "float32":
+        attend, linear = None, partial(_rounded_linear, precision=precision)
     for index, weights in enumerate(blocks):
         x = block(
             x,
@@ -259,6 +290,7 @@ def encoder(
             last_only=prune and index == len(blocks) - 1,
             linear=linear,
             attend=attend,
+            precision=precision,
         )
         if index == tap:
             tapped = x[:, -1]
