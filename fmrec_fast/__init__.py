@@ -2,6 +2,7 @@
 
 from fmrec_fast.backend import Backend, Rng, dispatch_log, use_backend, use_rng
 from fmrec_fast.config import FMRecConfig
+from fmrec_fast.graphs import GraphedSampler
 from fmrec_fast.losses import Losses, training_losses
 from fmrec_fast.models import FMRec, FMRecommender, TrainingDraws
 from fmrec_fast.recommend import Recommendations, recommend
@@ -15,6 +16,7 @@ __all__ = [
     "FMRec",
     "FMRecConfig",
     "FMRecommender",
+    "GraphedSampler",
     "Losses",
     "Recommendations",
     "Rng",

@@ -87,7 +87,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
         raise TypeError(f"seed must be an int, an int64 tensor or None, got {seed!r}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must satisfy 0 <= seed < 2**64, got {seed}")
-    return torch.tensor(_signed(seed), dtype=torch.int64, device=device)
+    # Filled in on the device: a tensor of a Python number would be copied there, and waited for.
+    return torch.full((), _signed(seed), dtype=torch.int64, device=device)
 
 
 def philox_4x32(

@@ -42,6 +42,7 @@ def recommend(
     method: str = "auto",
     precision: str = "float32",
     padding: str = "published",
+    graph: bool | None = None,
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
 
@@ -55,7 +56,8 @@ def recommend(
         k: how many items.
         exclude_seen: do not recommend items of the whole given history.
         exclude: per user, further ids not to recommend.
-        steps, seed, rows, precision, padding: as in `sample`.
+        steps, seed, rows, precision, padding, graph: as in `sample`; the ranking is part of the
+            graph.
         method: as in `sample`. The default 'auto' gives the step-by-step result to a relative 1e-5,
             from all steps at once where that is expected to be faster.
 
@@ -78,11 +80,31 @@ def recommend(
         padding=padding,
     )
     seed = noise.as_seed(seed, model.item_embeddings.weight.device)
-    if not serving.obstacle(model, method, precision):
+    graphed = None
+    if graph is not False and not torch.compiler.is_compiling():
+        from fmrec_fast import graphs  # which imports this module
+
+        device = request.sequences.device
+        if graph or (graphs.by_default(device) and not graphs.obstacle(method, seed)):
+            graphed = graphs.shared_sampler(
+                model, steps=steps, method=method, precision=precision, padding=padding, k=k
+            )
+    if graphed is None and not serving.obstacle(model, method, precision):
         return serving.PackedModel(model).recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)
+        if graphed is not None:
+            parts.append(
+                graphed.call(
+                    request.sequences[part],
+                    seed=seed,
+                    rows=request.rows[part],
+                    exclude=request.exclude(part),
+                    at_once=bool(graph),
+                )
+            )
+            continue
         rep = sample(
             model,
             request.sequences[part],
@@ -92,6 +114,7 @@ def recommend(
             rows=request.rows[part],
             precision=precision,
             padding=padding,
+            graph=False,
         )
         best = item_topk(rep, model.item_embeddings.weight, k, exclude=request.exclude(part))
         parts.append(Recommendations(best[1], best[0]))

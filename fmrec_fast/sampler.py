@@ -53,6 +53,7 @@ def sample(
     return_residual: Literal[False] = ...,
     precision: str = ...,
     padding: str = ...,
+    graph: bool | None = ...,
 ) -> Tensor: ...
 
 
@@ -72,6 +73,7 @@ def sample(
     return_residual: Literal[True],
     precision: str = ...,
     padding: str = ...,
+    graph: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -91,6 +93,7 @@ def sample(
     return_residual: bool = False,
     precision: str = "float32",
     padding: str = "published",
+    graph: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample the next item's embedding for each history (eq. 23).
 
@@ -128,13 +131,17 @@ def sample(
         padding: 'published'; or 'tied', where a row's padded positions share one lam and are
             computed as one token: the same distribution at every position, and several times
             faster on short histories. Not for 'rk45'.
+        graph: issue all launches as one (`graphs.GraphedSampler`; the model's graphs are kept
+            beside it). None does so on CUDA from the second call of a batch size on, where the
+            other arguments allow it and ``FMREC_FAST_GRAPH`` is not 0; True at once, and on a CPU
+            too, where it saves nothing. A compiled program is none, whatever is said here.
 
     Returns:
         float32 [B, D], or ([B, D], residual [B]).
 
     Raises:
         TypeError, ValueError: dtypes, shapes, steps or method are off, an option is not for the
-            method, or (on CPU) an id is out of range.
+            method, (on CPU) an id is out of range, or `graph` is True for what cannot be one.
     """
     model.check_sequence(sequences)
     check_steps(steps)
@@ -163,6 +170,25 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
+    if graph is not False and not torch.compiler.is_compiling():
+        from fmrec_fast import graphs  # which imports this module
+
+        if graph or graphs.by_default(device):
+            reason = graphs.obstacle(
+                method, seed, noise=noise, sweeps=sweeps, tol=tol, return_residual=return_residual
+            )
+            if reason and graph:
+                raise ValueError(f"graph = True: {reason}")
+            if not reason:
+                sampler = graphs.shared_sampler(
+                    model,
+                    steps=steps,
+                    method=method,
+                    sweeps=sweeps,
+                    precision=precision,
+                    padding=padding,
+                )
+                return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -171,11 +197,13 @@ def sample(
         if z0 is None:
             z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
-        piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
+        # A compiled program is for any batch, and for one piece.
+        whole = device.type != "cpu" or not source.prunes or torch.compiler.is_compiling()
         out = torch.empty(batch, width, device=device)
         residual = torch.zeros(batch, device=device)
-        for first in range(0, batch, piece):
-            part = slice(first, first + piece)
+        starts = [0] if whole else range(0, batch, CPU_ROWS)
+        for first in starts:
+            part = slice(first, None if whole else first + CPU_ROWS)
             e, mask = model.embed(sequences[part])
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(

@@ -6,6 +6,8 @@ checkpoints do, and hand them over.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -159,5 +161,5 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     """concat(cos(t f), sin(t f)), f_j = exp(-ln(10000) j / (D/2)): [B] -> [B, D]."""
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * torch.exp(-torch.log(torch.tensor(10000.0)) * exponent)[None]
+    angle = t[:, None].float() * torch.exp(-math.log(10000.0) * exponent)[None]
     return torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1)

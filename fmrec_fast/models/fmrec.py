@@ -137,7 +137,7 @@ class XStartModel(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V]).
         """
-        source = random_source(len(item_rep), item_rep.device, seed=seed, rows=rows)
+        source = random_source(item_rep.shape[0], item_rep.device, seed=seed, rows=rows)
         x0, tapped = self.predict(item_rep, x_t, t, mask_seq, source, noise)
         return x0, self.decoder(tapped)
 
@@ -234,7 +234,7 @@ class FMRec(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V], t repeated [B, D], t [B], z0 [B, D]).
         """
-        source = random_source(len(item_tag), item_tag.device, seed=seed, rows=rows)
+        source = random_source(item_tag.shape[0], item_tag.device, seed=seed, rows=rows)
         x0, tapped, t, z0, _ = self.flow_step(
             item_rep, item_tag, mask_seq, source, draws or TrainingDraws()
         )
@@ -271,6 +271,20 @@ class FMRec(nn.Module):
             num_heads=network.att.num_heads,
             attention=network.att.attention,
             delta=network.lambda_uncertainty,
+        )
+
+    def sampler_settings(self) -> tuple:
+        """All that `integrate` reads at a call besides the parameters."""
+        network = self.xstart_model
+        stack = network.att
+        return (
+            self.sample_N,
+            self.eps,
+            self.trajectory,
+            self.target,
+            network.lambda_uncertainty,
+            stack.num_heads,
+            stack.attention,
         )
 
     def integrate(
@@ -349,13 +363,13 @@ class FMRec(nn.Module):
             )
         picard.check_options(sweeps, tol)
         times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
-        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        source = random_source(z0.shape[0], z0.device, seed=seed, rows=rows)
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
             length, width = item_rep.shape[1:]
             work = picard.evaluation_flops(length, width, self.config.num_blocks)
-            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device, work)
+            wins = picard.prefers_parallel(z0.shape[0], len(times), delta, z0.device, work)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
@@ -373,7 +387,7 @@ class FMRec(nn.Module):
             x = self._integrate_with_dropout(
                 item_rep, mask_seq, z0, times, source, noise, return_trajectory
             )
-            return x, z0.new_zeros(len(z0))
+            return x, z0.new_zeros(z0.shape[0])
         lam_of_step = None
         if noise is None and isinstance(source, PublishedSource):
             lam_of_step = partial(source.lam, item_rep.shape, delta)
@@ -402,7 +416,7 @@ class FMRec(nn.Module):
             precision=precision,
             padding=padding,
         )
-        return x, z0.new_zeros(len(z0))
+        return x, z0.new_zeros(z0.shape[0])
 
     def _integrate_in_parallel(
         self,
@@ -616,7 +630,7 @@ class FMRecommender(nn.Module):
             TypeError, ValueError: dtypes or shapes are off, or (on CPU) an id is out of range.
         """
         self.check_sequence(sequence)
-        source = random_source(len(sequence), sequence.device, seed=seed, rows=rows)
+        source = random_source(sequence.shape[0], sequence.device, seed=seed, rows=rows)
         draws = draws or TrainingDraws()
         drop = source.dropout() if self.training else no_drop
         if not train_flag:
@@ -626,7 +640,7 @@ class FMRecommender(nn.Module):
                 e, mask, z0, seed=source.seed, rows=source.rows, noise=draws.noise
             )
             return None, x1, None, None, None, z0
-        tag = self.check_tag(tag, len(sequence))
+        tag = self.check_tag(tag, sequence.shape[0])
         history, item_tag = look_up(self.item_embeddings.weight, sequence, tag[:, 0])
         e, mask = self._prepare(history, sequence, drop)
         prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)

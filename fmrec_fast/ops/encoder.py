@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import (
+    Backend,
+    candidate,
+    choose,
+    constant_when_compiled,
+    use_backend,
+)
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
@@ -104,6 +111,8 @@ def encoder(
     if first_key_bias is not None and candidate(x.device) is Backend.TRITON:
         declined = declined or "its Triton kernel has no key bias"
     backend = choose("encoder", x, *parameters, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend)
     if backend is Backend.CPP:
         return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
     if backend is Backend.TRITON:
@@ -141,11 +150,16 @@ def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
     if backend is Backend.CPP and precision != "float32":
         return f"its kernel multiplies in float32 only, got precision {precision!r}"
     if backend is Backend.TRITON:
-        from fmrec_fast.kernels.plans import family, plan
-
-        found = plan(e.shape[1], e.shape[2], num_heads, precision, *family(e.device))
-        return found if isinstance(found, str) else ""
+        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
     return ""
+
+
+@constant_when_compiled
+def _no_plan(length: int, width: int, num_heads: int, precision: str, device: torch.device) -> str:
+    from fmrec_fast.kernels.plans import family, plan
+
+    found = plan(length, width, num_heads, precision, *family(device))
+    return found if isinstance(found, str) else ""
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -227,3 +241,58 @@ def _encoder_triton(
         x.contiguous(), mask.contiguous(), blocks, num_heads, precision, tap, out, tapped
     )
     return out, tapped
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
+    """The blocks whose tensors `parameters` are, one after another."""
+    size = len(BlockWeights._fields)
+    return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
+
+
+def _compiled(
+    x: Tensor,
+    mask: Tensor,
+    parameters: list[Tensor],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
+    precision: str,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    out, tapped = torch.ops.fmrec_fast.encoder(
+        x, mask, parameters, num_heads, tap, first_key_bias, precision, backend.value
+    )
+    return out, None if tap is None else tapped
+
+
+@torch.library.custom_op("fmrec_fast::encoder", mutates_args=())
+def _registered(
+    x: Tensor,
+    mask: Tensor,
+    parameters: Sequence[Tensor],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with use_backend(backend):
+        out, tapped = encoder(
+            x,
+            mask,
+            unflatten(parameters),
+            num_heads=num_heads,
+            tap=tap,
+            first_key_bias=first_key_bias,
+            precision=precision,
+        )
+    return out, x.new_empty(0) if tapped is None else tapped
+
+
+@_registered.register_fake
+def _(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend):
+    out = x.new_empty(x.shape[0], x.shape[2])
+    return out, x.new_empty(0) if tap is None else torch.empty_like(out)

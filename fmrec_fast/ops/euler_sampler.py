@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
 from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import (
@@ -23,6 +23,7 @@ from fmrec_fast.ops.encoder import (
     kernel_declines,
     needs_gradient,
     pack,
+    unflatten,
 )
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
@@ -132,11 +133,30 @@ def euler_sampler(
         declined = "there is no step to take, or no block to run"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
-    if tied and candidate(e.device) is Backend.TRITON:
-        declined = declined or "its Triton kernel has padding 'published' only"
     backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            return_trajectory,
+            padding,
+            precision,
+            backend.value,
+        )
     if backend is Backend.CPP:
         return _euler_sampler_cpp(
             e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
@@ -150,14 +170,16 @@ def euler_sampler(
         lam = None if noise is None else noise.contiguous()
         kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
         return out
-    if tied and e.device.type == "cpu" and lam_of_step is None and weights.attention == "published":
+    # A compiled program is for any batch: it neither looks for padding nor cuts.
+    cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tied and cut and lam_of_step is None and weights.attention == "published":
         return _grouped_by_length(
             e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
             return_trajectory, precision,
         )  # fmt: skip
 
     pieces = [slice(None)]
-    if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
+    if cut and lam_of_step is None:  # whose draws are for the whole batch
         pieces = [slice(i, i + CPU_ROWS) for i in range(0, len(e), CPU_ROWS)] or pieces
     parts = [
         _composed(
@@ -207,6 +229,8 @@ def _composed(
         tied: one lam for the leading padded positions of a row.
         padded: how many there are, the same in every row (at least 1): they become one token.
     """
+    kept: Any = slice(None)
+    kept_mask, first_key_bias = mask, None
     if padded is not None:
         kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
         kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
@@ -262,7 +286,8 @@ def check_equal_padding(e: Tensor, mask: Tensor) -> None:
     Raises:
         ValueError: names the first that does not.
     """
-    if e.device.type != "cpu" or e.numel() == 0:  # elsewhere, looking would wait for the device
+    # Elsewhere looking would wait for the device, and a compiled program does not look.
+    if e.device.type != "cpu" or torch.compiler.is_compiling() or e.numel() == 0:
         return
     bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
     different = (bits != reference.tie_padding(bits, mask)).any(-1)
@@ -349,3 +374,53 @@ def _euler_sampler_cpp(
         tied,
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::euler_sampler", mutates_args=())
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    return_trajectory: bool,
+    padding: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    with use_backend(backend):
+        return euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            weights,
+            times=taus[:, 0],  # not read by what has a kernel
+            seed=seed,
+            rows=rows,
+            noise=noise,
+            return_trajectory=return_trajectory,
+            padding=padding,
+            precision=precision,
+        )
+
+
+@_registered.register_fake
+def _(
+    e, mask, z0, taus, parameters, norm_weight, norm_bias, num_heads, delta, seed, rows, noise,
+    return_trajectory, padding, precision, backend,
+):  # fmt: skip
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    return z0.new_empty((*points, *z0.shape))

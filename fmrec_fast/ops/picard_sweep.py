@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
 from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import check_precision, encoder, kernel_declines, needs_gradient
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    unflatten,
+)
 from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
@@ -92,11 +99,29 @@ def picard_sweep(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
-    if tied and candidate(e.device) is Backend.TRITON:
-        declined = declined or "its Triton kernel has padding 'published' only"
     backend = choose("picard_sweep", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.picard_sweep(
+            e,
+            mask,
+            x,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            precision,
+            padding,
+            backend.value,
+        )
     if backend is Backend.CPP:
         return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise, tied)
     if backend is Backend.TRITON:
@@ -197,3 +222,36 @@ def _picard_sweep_cpp(
         tied,
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::picard_sweep", mutates_args=())
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    precision: str,
+    padding: str,
+    backend: str,
+) -> Tensor:
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    options = {"precision": precision, "padding": padding}
+    with use_backend(backend):
+        return picard_sweep(e, mask, x, taus, weights, seed=seed, rows=rows, noise=noise, **options)
+
+
+@_registered.register_fake
+def _(e, mask, x, *_):
+    return x.new_empty(x.shape)
