@@ -8,7 +8,7 @@
 //
 // Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
 // infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
-// infinity; amx_pack_rows() says whether there are any. Rows and columns keep apart.
+// infinity; the packing says whether there are any, if asked to. Rows and columns keep apart.
 //
 // Included by the kernel translation units of the instruction set amx only; everything here has
 // internal linkage. Every element of C is the same sum in the same order whatever tile it falls
@@ -43,12 +43,8 @@ FMREC_INLINE __m512 widen(__m256i bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
 }
 
-// What is left of x after a plane; 0 where that is not a number or the plane is infinite.
 FMREC_INLINE __m512 remainder_of(__m512 x, __m256i plane) {
-    const __m512 rest = _mm512_sub_ps(x, widen(plane));
-    const __m512 infinity = _mm512_set1_ps(__builtin_inff());
-    return _mm512_maskz_mov_ps(
-        _mm512_cmp_ps_mask(_mm512_abs_ps(rest), infinity, _CMP_LT_OQ), rest);
+    return _mm512_sub_ps(x, widen(plane));
 }
 
 // 32 consecutive elements of a row into the planes, AMX_TILE * spacing apart.
@@ -78,8 +74,8 @@ FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t dep
 }
 
 // A [rows, depth], element (i, k) at a[i * a_row + k * a_depth], into amx_rows_size() of planes;
-// rows and depth beyond it are zeros. Whether all elements stay finite.
-template <int PLANES>
+// rows and depth beyond it are zeros. Whether all elements stay finite, if CHECKED.
+template <int PLANES, bool CHECKED = true>
 static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
                                  int64_t depth, uint16_t* planes) {
     const int64_t depth_tiles = round_to(depth, 32) / 32;
@@ -103,9 +99,10 @@ static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth,
                     low = _mm512_load_ps(row);
                     high = _mm512_load_ps(row + 16);
                 }
-                // Unordered too: a NaN is strange.
-                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
-                           _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
+                if (CHECKED) {  // a NaN is not less, either
+                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
+                               _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
+                }
             }
             split_row<PLANES>(low, high, out, spacing);
         }
@@ -115,8 +112,8 @@ static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth,
 
 // B [depth, columns], element (k, j) at b[k * b_row + j * b_column], into amx_columns_size() of
 // planes; depth beyond it is zeros. `columns` is a multiple of 16, of which the first `present`
-// exist and the others are zeros. Whether all elements stay finite.
-template <int PLANES>
+// exist and the others are zeros. Whether all elements stay finite, if CHECKED.
+template <int PLANES, bool CHECKED = true>
 static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_column, int64_t depth,
                                     int64_t columns, int64_t present, uint16_t* planes) {
     const int64_t depth_tiles = round_to(depth, 32) / 32;
@@ -147,8 +144,10 @@ static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_col
             for (int64_t k = 0; k < 16; ++k) {
                 __m512 even = _mm512_load_ps(block + 32 * k);
                 __m512 odd = _mm512_load_ps(block + 32 * k + 16);
-                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
-                           _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
+                if (CHECKED) {
+                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
+                               _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
+                }
 #pragma GCC unroll 3
                 for (int p = 0; p < PLANES; ++p) {
                     const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
