@@ -47,18 +47,14 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
         amx_blocks<AMX_PLANES, AMX_PLANES>(
             w->planes, b->inner.planes + amx_columns_size(e->channels, first, AMX_PLANES),
             e->channels, rows, columns,
-            [=](int64_t row, int64_t column, const float* sums, int64_t height, int64_t width) {
-                const f32v zero = broadcast(0.0f), bias_low = load(bias + column);
-                const f32v bias_high = width > 16 ? load(bias + column + 16) : zero;
-                for (int64_t i = 0; i < height; ++i) {
-                    int64_t spacing;
-                    uint16_t* out = row_of_planes<AMX_PLANES>(inner, rows, depth_tiles, row + i,
-                                                              column / 32, &spacing);
-                    const f32v low = gelu(load(sums + 32 * i) + bias_low);
-                    const f32v high =
-                        width > 16 ? gelu(load(sums + 32 * i + 16) + bias_high) : zero;
-                    split_row<AMX_PLANES>((__m512)low, (__m512)high, out, spacing);
-                }
+            [=](int64_t row, int64_t column, const float* sums, int64_t width) {
+                int64_t spacing;
+                uint16_t* out = row_of_planes<AMX_PLANES>(inner, rows, depth_tiles, row,
+                                                          column / 32, &spacing);
+                const f32v low = gelu(load(sums) + load(bias + column));
+                f32v high = broadcast(0.0f);
+                if (width > 16) high = gelu(load(sums + 16) + load(bias + column + 16));
+                split_row<AMX_PLANES>((__m512)low, (__m512)high, out, spacing);
             });
         const AmxProduct p = {inner,
                               b->outer.planes + first / INNER *
