@@ -117,6 +117,11 @@ class Record:
     left_out: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
+    def times_as_fast(self, name: str, than: str | None = None) -> float:
+        """How many times as long as ours (or `than`) a variant took, by the medians."""
+        medians = {t.name: statistics.median(t.seconds) for t in self.timings}
+        return medians[name] / medians[than or self.ours]
+
     def to_dict(self, limits: Limits) -> dict[str, Any]:
         """Plain values; the ratios say how many times as long as ours a variant took."""
         variants = {timing.name: timing.summary() for timing in self.timings}

@@ -35,6 +35,8 @@
 #include "packed_encoder.h"
 #include "parallel.h"
 #include "picard_sweep.h"
+#include "ranking.h"
+#include "recommend.h"
 
 namespace py = pybind11;
 
@@ -429,6 +431,111 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
         }
     }
     for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = g.sums[o];
+}
+
+void check_items(const py::array& ids, const char* name, std::int64_t least, std::int64_t items) {
+    const std::int64_t* id = data<std::int64_t>(ids);
+    for (py::ssize_t i = 0; i < ids.size(); ++i) {
+        if (id[i] < least || id[i] >= items) {
+            throw py::value_error(std::string(name) + " must be in " + std::to_string(least) +
+                                  " .. V - 1 = " + std::to_string(items - 1) + ", got " +
+                                  std::to_string(id[i]));
+        }
+    }
+}
+
+// rep [B, D], weight [V, D], and bias and exclude where they are given.
+RankingCall ranking_call(const py::array& rep, const py::array& weight, const py::object& scale_,
+                         const py::object& bias_, const py::object& exclude_, int num_threads) {
+    RankingCall call{};
+    call.rows = rep.shape(0);
+    call.items = weight.shape(0);
+    call.a.depth = rep.shape(1);
+    check_shape(weight, "weight", "[V, D]", {call.items, rep.shape(1)});
+    if (call.items >= std::int64_t{1} << 31) {
+        throw py::value_error("weight must have less than 2**31 rows, got " +
+                              std::to_string(call.items));
+    }
+    call.a.rep = data<float>(rep);
+    call.a.weight = weight.data();
+    call.a.type = weight.itemsize() == 4   ? TableType::float32
+                  : weight.itemsize() == 2 ? TableType::bfloat16
+                                           : TableType::int8;
+    call.num_threads = check_threads(num_threads);
+    if ((call.a.type == TableType::int8) != !scale_.is_none()) {
+        throw py::value_error("an int8 weight comes with a scale, no other does");
+    }
+    if (!scale_.is_none()) {
+        const py::array scale = input<float>(scale_, "scale", 1);
+        check_shape(scale, "scale", "[V]", {call.items});
+        call.a.scale = data<float>(scale);
+    }
+    if (!bias_.is_none()) {
+        const py::array bias = input<float>(bias_, "bias", 1);
+        check_shape(bias, "bias", "[V]", {call.items});
+        call.a.bias = data<float>(bias);
+    }
+    if (!exclude_.is_none()) {
+        const py::array exclude = input<std::int64_t>(exclude_, "exclude", 2);
+        check_shape(exclude, "exclude", "[B, E]", {call.rows, exclude.shape(1)});
+        check_items(exclude, "exclude", -1, call.items);
+        call.exclude = data<std::int64_t>(exclude);
+        call.excludes = exclude.shape(1);
+    }
+    return call;
+}
+
+bool is_table(const py::dtype& dtype) {
+    return is_dtype<float>(dtype) || is_dtype<std::uint16_t>(dtype) || is_dtype<std::int8_t>(dtype);
+}
+
+py::array item_table(const py::object& weight) {
+    return checked_array(weight, "weight", "float32, uint16 or int8", is_table, 2, false);
+}
+
+void item_topk(const py::object& rep_, const py::object& weight_, const py::object& scale,
+               const py::object& bias, const py::object& exclude, const py::object& candidates_,
+               const py::object& scores_, const py::object& ids_, int num_threads) {
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
+    const RankingCall call = ranking_call(rep, weight, scale, bias, exclude, num_threads);
+    py::array scores = output<float>(scores_, "scores", 2);
+    py::array ids = output<std::int64_t>(ids_, "ids", 2);
+    const std::int64_t k = scores.shape(1);
+    check_shape(scores, "scores", "[B, k]", {call.rows, k});
+    check_shape(ids, "ids", "[B, k]", {call.rows, k});
+    const std::int64_t* candidates = nullptr;
+    std::int64_t count = 0;
+    bool per_row = false;
+    if (!candidates_.is_none()) {
+        per_row = py::isinstance<py::array>(candidates_) &&
+                  py::reinterpret_borrow<py::array>(candidates_).ndim() == 2;
+        const py::array array = input<std::int64_t>(candidates_, "candidates", per_row ? 2 : 1);
+        count = array.shape(per_row ? 1 : 0);
+        if (per_row) check_shape(array, "candidates", "[B, C]", {call.rows, count});
+        check_items(array, "candidates", -1, call.items);
+        candidates = data<std::int64_t>(array);
+    }
+    if (is_empty(scores)) return;
+    float* const to = target(scores);
+    std::int64_t* const to_ids = static_cast<std::int64_t*>(ids.mutable_data());
+    py::gil_scoped_release release;
+    rank_best(call, candidates, count, per_row, k, to, to_ids);
+}
+
+void target_rank(const py::object& rep_, const py::object& weight_, const py::object& bias,
+                 const py::object& target_, const py::object& exclude, const py::object& ranks_,
+                 int num_threads) {
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
+    const RankingCall call = ranking_call(rep, weight, py::none(), bias, exclude, num_threads);
+    const py::array wanted = input<std::int64_t>(target_, "target", 1);
+    py::array ranks = output<std::int64_t>(ranks_, "ranks", 1);
+    check_shape(wanted, "target", "[B]", {call.rows});
+    check_items(wanted, "target", 0, call.items);
+    check_shape(ranks, "ranks", "[B]", {call.rows});
+    if (is_empty(ranks)) return;
+    std::int64_t* const to = static_cast<std::int64_t*>(ranks.mutable_data());
+    py::gil_scoped_release release;
+    rank_targets(call, data<std::int64_t>(wanted), to);
 }
 
 // The cells in use, gathered by `key` with a counting sort: bucket k holds, in their own order,
@@ -909,19 +1016,19 @@ std::int64_t group_size(const Encoder& encoder, std::int64_t batch, std::int64_t
     return (batch + num_threads * rounds - 1) / (num_threads * rounds);
 }
 
-// Runs all sequences, group by group: a thread takes the next group when it is done with one.
-// A sequence's result does not depend on its group.
+// Runs all groups, from bounds[i] to bounds[i + 1]: a thread takes the next one when it is done.
 template <typename Kernels, typename Arguments>
-void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
-    const std::int64_t size = group_size(a.encoder, batch, num_threads);
-    const std::int64_t groups = (batch + size - 1) / size;
-    // Equal groups, the larger ones first: 30 sequences on two threads are 8 + 7 on each.
-    const auto first_of = [=](std::int64_t group) {
-        const std::int64_t larger = batch % groups;
-        return group * (batch / groups) + (group < larger ? group : larger);
-    };
+void run_ranges(const Kernels& kernels, const Arguments& a, const std::vector<std::int64_t>& bounds,
+                int num_threads) {
+    const std::int64_t groups = static_cast<std::int64_t>(bounds.size()) - 1;
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i < groups; ++i) {
+        const std::int64_t size = bounds[static_cast<std::size_t>(i) + 1] -
+                                  bounds[static_cast<std::size_t>(i)];
+        most = size > most ? size : most;
+    }
     const std::int64_t slabs = groups < num_threads ? groups : num_threads;
-    const std::int64_t slab_size = round_up(kernels.scratch(&a, size), UNIT);
+    const std::int64_t slab_size = round_up(kernels.scratch(&a, most), UNIT);
     const Floats memory = allocate_floats(slabs * slab_size, true);
     std::atomic<std::int64_t> next_group{0}, next_slab{0};
     parallel_items(num_threads, num_threads, groups > 1, [&](std::int64_t, std::int64_t) {
@@ -929,15 +1036,75 @@ void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, 
         if (group >= groups) return;
         float* slab = memory.get() + next_slab.fetch_add(1) * slab_size;
         for (; group < groups; group = next_group.fetch_add(1)) {
-            const std::int64_t begin = first_of(group);
-            kernels.run(&a, begin, first_of(group + 1), slab);
+            const std::size_t i = static_cast<std::size_t>(group);
+            kernels.run(&a, bounds[i], bounds[i + 1], slab);
         }
     });
 }
 
+// Runs all sequences, group by group. A sequence's result does not depend on its group.
+template <typename Kernels, typename Arguments>
+void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
+    const std::int64_t size = group_size(a.encoder, batch, num_threads);
+    const std::int64_t groups = (batch + size - 1) / size;
+    // Equal groups, the larger ones first: 30 sequences on two threads are 8 + 7 on each.
+    std::vector<std::int64_t> bounds;
+    for (std::int64_t group = 0; group <= groups; ++group) {
+        const std::int64_t larger = batch % groups;
+        bounds.push_back(group * (batch / groups) + (group < larger ? group : larger));
+    }
+    run_ranges(kernels, a, bounds, num_threads);
+}
+
+// start[b]: the rows before sequence b when the padded prefix of a sequence is one token.
+std::vector<std::int64_t> tied_rows(const float* mask, std::int64_t batch, std::int64_t length) {
+    std::vector<std::int64_t> start(1, 0);
+    for (std::int64_t b = 0; b < batch; ++b) {
+        std::int64_t padding = 0;
+        while (padding < length && mask[b * length + padding] == 0.0f) ++padding;
+        start.push_back(start.back() + length - (padding > 1 ? padding - 1 : 0));
+    }
+    return start;
+}
+
+// Groups of about as many rows as each thread's equal share in a few rounds; each row of the batch
+// has `points` sequences. Sets what the arguments hold of tied padding.
+template <typename Kernels, typename Arguments>
+void run_tied(const Kernels& kernels, Arguments& a, std::int64_t points, int num_threads) {
+    const std::vector<std::int64_t> start = tied_rows(a.mask, a.batch, a.encoder.length);
+    const std::int64_t most = GROUP_FLOATS / row_stride(a.encoder.channels);
+    const std::int64_t total = points * start.back();
+    const std::int64_t rounds = (total + num_threads * most - 1) / (num_threads * most);
+    const std::int64_t share = (total + num_threads * rounds - 1) / (num_threads * rounds);
+    std::vector<std::int64_t> bounds(1, 0);
+    std::int64_t rows = 0;
+    for (std::int64_t s = 0; s < points * a.batch; ++s) {
+        const std::size_t b = static_cast<std::size_t>(s / points);
+        rows += start[b + 1] - start[b];
+        if (rows >= share || s + 1 == points * a.batch) {
+            bounds.push_back(s + 1);
+            a.group_rows = rows > a.group_rows ? rows : a.group_rows;
+            rows = 0;
+        }
+    }
+    a.start = start.data();
+    run_ranges(kernels, a, bounds, num_threads);
+    a.start = nullptr;
+}
+
+template <typename Kernels, typename Arguments>
+void run_sequences(const Kernels& kernels, Arguments& a, std::int64_t points, bool tied,
+                   int num_threads) {
+    if (tied) {
+        run_tied(kernels, a, points, num_threads);
+    } else {
+        run_groups(kernels, a, points * a.batch, num_threads);
+    }
+}
+
 void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
                      std::int64_t tap, const py::object& out_, const py::object& tapped_,
-                     int num_threads) {
+                     int num_threads, const py::object& first_key_bias_) {
     const py::array x = input<float>(x_, "x", 3), mask = input<float>(mask_, "mask", 2);
     py::array out = output<float>(out_, "out", 2);
     check_threads(num_threads);
@@ -962,6 +1129,13 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
         }
         a.encoder.tap = tap;
         a.tapped = target(tapped);
+    }
+    py::array first_key_bias;
+    if (!first_key_bias_.is_none()) {
+        first_key_bias = input<float>(first_key_bias_, "first_key_bias", 1);
+        check_shape(first_key_bias, "first_key_bias", "[B]", {batch});
+        check_overlap(out, "out", first_key_bias, "first_key_bias", false);
+        a.first_key_bias = data<float>(first_key_bias);
     }
     const EncoderBatchKernels& kernels = FMREC_TABLE(encoder_batch);
     if (is_empty(out)) return;
@@ -1028,7 +1202,7 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
                    const py::object& norm_bias, const py::object& e, const py::object& mask,
                    const py::object& z0_, const py::object& taus, const py::object& noise,
                    const py::object& rows, const py::object& seed, double delta,
-                   const py::object& out_, int num_threads) {
+                   const py::object& out_, int num_threads, bool tied) {
     check_threads(num_threads);
     EulerSampler a{};
     // All points, or the last one, by the number of dimensions.
@@ -1050,14 +1224,169 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
     a.z0 = data<float>(z0);
     a.out = target(out);
     py::gil_scoped_release release;
-    run_groups(kernels, a, a.batch, num_threads);
+    run_sequences(kernels, a, 1, tied, num_threads);
+}
+
+// All steps at once, as fmrec_fast/picard.py: from the straight way to the first step's prediction,
+// sweeps over all points of a row's trajectory until its residual is at most `tolerance`.
+void picard(const EulerSampler& a, const PicardSweepKernels& kernels, double tolerance, bool tied,
+            int num_threads) {
+    const std::int64_t channels = a.encoder.channels, steps = a.steps, size = a.batch * channels;
+    const Floats memory = allocate_floats(2 * steps * size, false);
+    float* const points = memory.get();  // [B, q, D]
+    float* const predictions = points + steps * size;
+    PicardSweep sweep{};
+    static_cast<SamplerNetwork&>(sweep) = a;
+    sweep.x = a.z0;
+    sweep.out = predictions;
+    sweep.steps = 1;
+    run_sequences(kernels, sweep, 1, tied, num_threads);
+    std::vector<double> before(static_cast<std::size_t>(a.batch));
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+        double squares = 0.0;
+        for (std::int64_t j = 0; j < channels; ++j) {
+            const std::int64_t at = b * channels + j;
+            const float z0 = a.z0[at], velocity = predictions[at] - z0;
+            for (std::int64_t i = 0; i < steps; ++i) {
+                points[(b * steps + i) * channels + j] =
+                    z0 + velocity * (static_cast<float>(i) / static_cast<float>(steps));
+            }
+            a.out[at] = z0 + velocity;
+            squares += static_cast<double>(velocity) * velocity;
+        }
+        before[static_cast<std::size_t>(b)] = std::sqrt(squares);
+    }
+    sweep.x = points;
+    sweep.steps = steps;
+    std::vector<bool> settled(static_cast<std::size_t>(a.batch), false);
+    bool all = false;
+    // After q - 1 sweeps the result is exact.
+    for (std::int64_t n = 1; n < steps && !all; ++n) {
+        run_sequences(kernels, sweep, steps, tied, num_threads);
+        all = true;
+        for (std::int64_t b = 0; b < a.batch; ++b) {
+            const std::size_t row = static_cast<std::size_t>(b);
+            if (settled[row]) continue;
+            double squares = 0.0, moved = 0.0;
+            for (std::int64_t j = 0; j < channels; ++j) {
+                const std::int64_t at = b * channels + j;
+                const float z0 = a.z0[at];
+                float sum = 0.0f;
+                for (std::int64_t i = 0; i < steps; ++i) {
+                    const std::int64_t p = (b * steps + i) * channels + j;
+                    points[p] = z0 + sum / static_cast<float>(steps);
+                    sum += predictions[p] - z0;
+                }
+                const float end = z0 + sum / static_cast<float>(steps);
+                moved += static_cast<double>(end - a.out[at]) * (end - a.out[at]);
+                squares += static_cast<double>(end) * end;
+                a.out[at] = end;
+            }
+            const double change = std::sqrt(moved);
+            const double residual = moved / (before[row] * std::sqrt(squares));
+            before[row] = change;
+            // Not so where it is NaN: then sweeps go on, as many as there are.
+            settled[row] = change == 0.0 || residual <= tolerance;
+            all = all && settled[row];
+        }
+    }
+}
+
+// From ids to the best items: embedding, start, sampler and ranking in one call. A tolerance above
+// 0 chooses the sampler that takes all steps at once.
+void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
+               const py::object& norm_bias_, const py::object& items_,
+               const py::object& embedded_weight_, const py::object& embedded_bias_,
+               const py::object& ids_, const py::object& taus_, const py::object& rows_,
+               const py::object& seed, const py::object& start_seed, double delta,
+               const py::object& exclude, const py::object& scores_, const py::object& best_,
+               int num_threads, bool tied, double tolerance) {
+    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
+                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
+                    items = input<float>(items_, "items", 2),
+                    embedded_weight = input<float>(embedded_weight_, "embedded_weight", 1),
+                    embedded_bias = input<float>(embedded_bias_, "embedded_bias", 1),
+                    ids = input<std::int64_t>(ids_, "ids", 2),
+                    taus = input<float>(taus_, "taus", 2),
+                    rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array scores = output<float>(scores_, "scores", 2);
+    py::array best = output<std::int64_t>(best_, "best", 2);
+    check_threads(num_threads);
+    const std::int64_t channels = packed.channels(), batch = ids.shape(0), length = ids.shape(1);
+    EulerSampler a{};
+    a.encoder = make_encoder(packed, length);
+    a.batch = batch;
+    a.steps = taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(items, "items", "[V, D]", {items.shape(0), channels});
+    check_shape(embedded_weight, "embedded_weight", "[D]", {channels});
+    check_shape(embedded_bias, "embedded_bias", "[D]", {channels});
+    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_shape(rows, "rows", "[B]", {batch});
+    const std::int64_t k = scores.shape(1);
+    check_shape(scores, "scores", "[B, k]", {batch, k});
+    check_shape(best, "best", "[B, k]", {batch, k});
+    if (k > items.shape(0)) {
+        throw py::value_error("k must be at most V = " + std::to_string(items.shape(0)) +
+                              ", got " + std::to_string(k));
+    }
+    const std::int64_t* const id = data<std::int64_t>(ids);
+    for (std::int64_t i = 0; i < batch * length; ++i) {
+        if (id[i] < 0 || id[i] >= items.shape(0)) {
+            throw py::value_error("ids must be in 0 .. " + std::to_string(items.shape(0) - 1) +
+                                  ", got " + std::to_string(id[i]));
+        }
+    }
+    a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(norm_weight);
+    a.norm_bias = data<float>(norm_bias);
+    a.rows = data<std::int64_t>(rows);
+    a.taus = data<float>(taus);
+    Recommend r{};
+    r.items = data<float>(items);
+    r.norm_weight = data<float>(embedded_weight);
+    r.norm_bias = data<float>(embedded_bias);
+    r.ids = id;
+    r.rows = a.rows;
+    r.seed = static_cast<std::uint64_t>(read_int64(start_seed, "start_seed"));
+    r.batch = batch;
+    r.length = length;
+    r.channels = channels;
+    py::array_t<float> rep({batch, channels});
+    const RankingCall ranking =
+        ranking_call(rep, items, py::none(), py::none(), exclude, num_threads);
+    const RecommendKernels& kernels = FMREC_TABLE(recommend);
+    const EulerSamplerKernels& sampler = FMREC_TABLE(euler_sampler);
+    if (is_empty(scores)) return;
+    float* const to = target(scores);
+    std::int64_t* const to_ids = static_cast<std::int64_t*>(best.mutable_data());
+    a.out = rep.mutable_data();
+    py::gil_scoped_release release;
+    const Floats memory = allocate_floats(
+        batch * length * (channels + 1) + batch * channels + kernels.scratch(&r), false);
+    r.e = memory.get();
+    r.mask = r.e + batch * length * channels;
+    r.z0 = r.mask + batch * length;
+    kernels.prepare(&r, r.z0 + batch * channels);
+    a.e = r.e;
+    a.mask = r.mask;
+    a.z0 = r.z0;
+    if (tolerance > 0.0) {
+        picard(a, FMREC_TABLE(picard_sweep), tolerance, tied, num_threads);
+    } else {
+        run_sequences(sampler, a, 1, tied, num_threads);
+    }
+    rank_best(ranking, nullptr, 0, false, k, to, to_ids);
 }
 
 void picard_sweep(const PackedEncoder& packed, const py::object& norm_weight,
                   const py::object& norm_bias, const py::object& e, const py::object& mask,
                   const py::object& x_, const py::object& taus, const py::object& noise,
                   const py::object& rows, const py::object& seed, double delta,
-                  const py::object& out_, int num_threads) {
+                  const py::object& out_, int num_threads, bool tied) {
     check_threads(num_threads);
     PicardSweep a{};
     py::array out = output<float>(out_, "out", 3);
@@ -1072,7 +1401,7 @@ void picard_sweep(const PackedEncoder& packed, const py::object& norm_weight,
     a.x = data<float>(x);
     a.out = target(out);
     py::gil_scoped_release release;
-    run_groups(kernels, a, a.batch * a.steps, num_threads);
+    run_sequences(kernels, a, a.steps, tied, num_threads);
 }
 
 // What forward and backward share, checked and filled in.
@@ -1219,6 +1548,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     using namespace fmrec;
+    watch_forks();
     m.doc() = "C++ CPU kernels of fmrec_fast; arrays are numpy's and are never converted.";
     m.def("noise_fusion_forward", &noise_fusion_forward, py::arg("e"), py::arg("shift"),
           py::arg("rows"), py::arg("seed"), py::arg("step"), py::arg("delta"), py::arg("out"),
@@ -1274,6 +1604,16 @@ PYBIND11_MODULE(_C, m) {
           py::arg("d_hidden").none(true), py::arg("d_weight").none(true),
           py::arg("d_bias").none(true), py::arg("num_threads"),
           "Adjoint of the residuals: writes d_hidden, adds to d_weight and d_bias.");
+    m.def("item_topk", &item_topk, py::arg("rep"), py::arg("weight"), py::arg("scale").none(true),
+          py::arg("bias").none(true), py::arg("exclude").none(true),
+          py::arg("candidates").none(true), py::arg("scores"), py::arg("ids"),
+          py::arg("num_threads"),
+          "scores, ids = the k best of rep @ (scale * weight).T + bias, ties towards the lower id; "
+          "weight is float32, bfloat16 (as uint16) or int8.");
+    m.def("target_rank", &target_rank, py::arg("rep"), py::arg("weight"),
+          py::arg("bias").none(true), py::arg("target"), py::arg("exclude").none(true),
+          py::arg("ranks"), py::arg("num_threads"),
+          "ranks = 1 + number of items ahead of the target.");
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
@@ -1281,17 +1621,24 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),
+          py::arg("first_key_bias").none(true) = py::none(),
           "The last position's output, and that of block tap where tapped is given.");
     m.def("euler_sampler", &euler_sampler, py::arg("packed"), py::arg("norm_weight"),
           py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("z0"), py::arg("taus"),
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
-          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
     m.def("picard_sweep", &picard_sweep, py::arg("packed"), py::arg("norm_weight"),
           py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("x"), py::arg("taus"),
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
-          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           "The network at all points x [B, q, D]: row b at step i. out may be x.");
+    m.def("recommend", &recommend, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
+          py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
+          py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
+          py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
+          py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
+          "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");
     m.def("supported_isas", &supported_isas, "Instruction sets built in and supported here.");

@@ -7,21 +7,22 @@ namespace {
 
 int64_t scratch(const EulerSampler* a, int64_t count) {
     const int64_t stride = row_stride(a->encoder.channels);
-    return count * (a->encoder.length + 2) * stride + step_scratch(a) +
+    return (group_rows(a, count) + 2 * count) * stride + step_scratch(a) + group_scratch(a, count) +
            FMREC_ISA::encoder.scratch(&a->encoder, count);
 }
 
 void run(const EulerSampler* a, int64_t begin, int64_t end, float* memory) {
     const Encoder* encoder = &a->encoder;
-    const int64_t channels = encoder->channels, length = encoder->length;
-    const int64_t stride = row_stride(channels);
-    const int64_t count = end - begin, sequence = length * stride;
-    float* x = memory;                       // [count, L, stride]: activations
-    float* state = x + count * sequence;     // [count, stride]: where the flow has come to
-    float* last = state + count * stride;    // [count, stride]
+    const int64_t channels = encoder->channels, stride = row_stride(channels);
+    const int64_t count = end - begin, rows = group_rows(a, count);
+    float* x = memory;                     // [rows, stride]: activations
+    float* state = x + rows * stride;      // [count, stride]: where the flow has come to
+    float* last = state + count * stride;  // [count, stride]
     SamplerStep step;
+    Group group;
     float* rest = make_step(a, last + count * stride, &step);
-    for (int64_t i = 0; i < count * sequence; ++i) x[i] = 0.0f;
+    rest = make_group(a, begin, count, 1, rest, &group);
+    for (int64_t i = 0; i < rows * stride; ++i) x[i] = 0.0f;
     for (int64_t s = 0; s < count; ++s) {
         for (int64_t j = 0; j < channels; ++j) {
             const int64_t at = (begin + s) * channels + j;
@@ -31,9 +32,10 @@ void run(const EulerSampler* a, int64_t begin, int64_t end, float* memory) {
     }
     for (int64_t i = 0; i < a->steps; ++i) {
         for (int64_t s = 0; s < count; ++s) {
-            fuse_noise(&step, begin + s, i, state + s * stride, x + s * sequence);
+            fuse_noise(&step, begin + s, i, state + s * stride, x + group.start[s] * stride);
         }
-        FMREC_ISA::encoder.run(encoder, x, a->mask + begin * length, count, last, nullptr, rest);
+        FMREC_ISA::encoder.run_ragged(encoder, x, group.mask, group.shape, count, last, nullptr,
+                                      rest);
         float* out = a->out + (a->trajectory ? (i + 1) * a->batch * channels : 0);
         for (int64_t s = 0; s < count; ++s) {
             layer_norm(&step.norm, last + s * stride, step.prediction, stride, 1);

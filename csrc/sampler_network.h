@@ -20,6 +20,11 @@ struct SamplerNetwork {
     const float* norm_weight;  // [D], of the final norm
     const float* norm_bias;    // [D]
     int64_t batch, steps;
+    // Tied padding: the padded prefix of a sequence, n positions, is one token with the first
+    // position's lam and multiplicity n, so that sequence b has M = start[b + 1] - start[b] =
+    // L - n + 1 rows (as many for n = 0, which comes to the same). Null: L rows each.
+    const int64_t* start;  // [B + 1]
+    int64_t group_rows;    // of the group with most rows
 };
 
 }  // namespace fmrec

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,12 +55,8 @@ OPS = (
 
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
-    ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("history_loss", Backend.TRITON): _NO_KERNEL,
-    ("item_ranking", Backend.TRITON): _NO_KERNEL,
-    ("item_ranking", Backend.CPP): _NO_KERNEL,
 }
 
 
@@ -123,6 +119,23 @@ def current_backend() -> Backend:
 
 def current_rng() -> Rng:
     """The source of random numbers: `use_rng`, else ``FMREC_FAST_RNG``, else 'stream'."""
+    if torch.compiler.is_compiling():
+        return Rng(_rng_while_compiling())
+    return _rng_in_force()
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, which imports the compiler to do it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def _rng_while_compiling() -> str:
+    return _rng_in_force().value
+
+
+def _rng_in_force() -> Rng:
     chosen = _rng.get()
     if chosen is None:
         source = "FMREC_FAST_RNG"
@@ -181,11 +194,36 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         _log.reset(token)
 
 
+def log_again(entries: list[Dispatch]) -> None:
+    """Enter what ran before into the dispatch log: a replayed graph runs it without choosing."""
+    log = _log.get()
+    if log is not None:
+        log.extend(entries)
+
+
+def log_run(op: str, backend: str) -> None:
+    """Enter that a compiled program runs `op` on `backend`, chosen when it was compiled."""
+    log = _log.get()
+    if log is not None:
+        log.append(Dispatch(op, Backend(backend)))
+
+
 def candidate(device: torch.device) -> Backend:
     """The backend in force, where 'auto' stands for the fastest one for `device`."""
+    if torch.compiler.is_compiling():
+        return Backend(_candidate_while_compiling(device.type))
+    return _candidate(device.type)
+
+
+@constant_when_compiled
+def _candidate_while_compiling(device: str) -> str:
+    return _candidate(device).value
+
+
+def _candidate(device: str) -> Backend:
     wanted = current_backend()
     if wanted is Backend.AUTO:
-        return Backend.TRITON if device.type == "cuda" else Backend.CPP
+        return Backend.TRITON if device == "cuda" else Backend.CPP
     return wanted
 
 
@@ -212,7 +250,7 @@ def choose(
     return _choose(op, tensors, declined, dtypes)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _choose_while_compiling(
     op: str,
     device: str,
@@ -230,7 +268,7 @@ def _choose(
     op: str, tensors: tuple[Tensor, ...], declined: str, dtypes: tuple[torch.dtype, ...]
 ) -> Backend:
     device, reason = tensors[0].device, ""
-    chosen = candidate(device)
+    chosen = _candidate(device.type)
     if chosen is not Backend.REFERENCE:
         reason = MISSING.get((op, chosen)) or declined
         if not reason:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
+from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, noise, training
 from fmrec_fast import steps as step_study
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import PADDINGS, FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
@@ -69,6 +69,12 @@ def build_parser():
     )
     train.add_argument(
         "--checkpoint_steps", type=int | None, default=None, help="instead, steps between them"
+    )
+    train.add_argument(
+        "--graph",
+        type=bool | None,
+        default=None,
+        help="steps of whole batches as one CUDA graph; default: on cuda",
     )
     train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
     train.add_argument(
@@ -139,6 +145,26 @@ def build_parser():
     )
     commands.add_subcommand("steps", fewer, help="what fewer sampling steps cost")
 
+    bench = ArgumentParser(
+        description="Time recommendations on this CPU: p50, p90 and p99 of a call, and throughput, "
+        "warm and cold (caches swept, weights packed)."
+    )
+    bench.add_argument("what", choices=("latency",), help="what is timed")
+    bench.add_argument("run", nargs="?", default=None, help="run directory; default: random model")
+    _add_checkpoint(bench)
+    bench.add_argument("--item_num", type=int, default=12102, help="V of the random model")
+    bench.add_argument("--hidden_size", type=int, default=128, help="of the random model")
+    bench.add_argument("--max_len", type=int, default=50, help="of the random model")
+    bench.add_argument("--num_blocks", type=int, default=4, help="of the random model")
+    bench.add_argument("--users", type=list[int], default=list(latency.USERS), help="as in [1,8]")
+    bench.add_argument(
+        "--threads", type=list[int], default=list(latency.THREADS), help="as in [1,2]"
+    )
+    bench.add_argument("-k", type=int, default=10, help="items per user")
+    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each line")
+    bench.add_argument("--json", default=None, help="also write the figures to this file")
+    commands.add_subcommand("bench", bench, help="time recommendations")
+
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("env", env, help="report the installation")
@@ -181,6 +207,12 @@ def _add_device(parser: Any) -> None:
 def _add_checkpoint(parser: Any) -> None:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--steps", type=int | None, default=None, help="Euler steps")
+    parser.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        default="published",
+        help="'tied': one noise draw for all padded positions of a row, several times faster",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -327,6 +359,7 @@ def _train(options: Any) -> None:
         device=device,
         checkpoint_seconds=options.checkpoint_seconds,
         checkpoint_steps=options.checkpoint_steps,
+        graph=options.graph,
         max_steps=options.max_steps,
         source=source,
         listener=console,
@@ -404,6 +437,7 @@ def _evaluate(options: Any) -> None:
             exclude_seen=options.exclude_seen,
             averaging=options.averaging,
             progress=progress,
+            padding=options.padding,
         )
     baseline = metrics_from_ranks(
         popularity_ranks(dataset, samples, exclude_seen=options.exclude_seen),
@@ -422,6 +456,7 @@ def _evaluate(options: Any) -> None:
             "averaging": options.averaging,
             "exclude_seen": options.exclude_seen,
             "steps": options.steps or model.fm.sample_N,
+            "padding": options.padding,
             "mean": found.mean,
             "spread": found.spread,
             "per_seed": found.per_seed,
@@ -500,6 +535,7 @@ def _recommend(options: Any) -> None:
             exclude_seen=options.exclude_seen,
             steps=options.steps,
             seed=options.seed,
+            padding=options.padding,
         )
         _write(options.out, ["history"], best, item_ids)
         return
@@ -527,6 +563,7 @@ def _recommend_all(model: FMRecommender, dataset: Dataset, options: Any) -> Reco
                 steps=options.steps,
                 seed=seed,
                 rows=index.to(device),
+                padding=options.padding,
             )
             exclude = torch.empty(len(index), 0, dtype=torch.int64, device=device)
             if options.exclude_seen:
@@ -544,7 +581,7 @@ def _write(out: str | None, users: list, best: Recommendations, item_ids: list) 
     columns = {
         "user": [user for user in users for _ in range(k)],
         "rank": [rank + 1 for _ in users for rank in range(k)],
-        "item": [item_ids[i - 1] if i else None for i in best.ids.flatten().tolist()],
+        "item": [item_ids[i - 1] if i > 0 else None for i in best.ids.flatten().tolist()],
         "score": best.scores.flatten().tolist(),
     }
     columns = {
@@ -577,12 +614,47 @@ def _write_json_lines(table: Any, path: Path) -> None:
 
 
 def _env(options: Any) -> None:
-    from fmrec_fast import environment
-
     if options.json:
         print(json.dumps(environment.report(), indent=1))
     else:
         print("\n".join(environment.lines()))
+
+
+def _bench(options: Any) -> None:
+    if options.run is not None:
+        state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
+        model = checkpoint.build_model(state, torch.device("cpu"))
+    else:
+        model = latency.random_model(
+            options.item_num, options.hidden_size, options.max_len, options.num_blocks
+        )
+    print(latency.HEADER)
+    found = latency.measure(
+        model,
+        users=options.users,
+        threads=options.threads,
+        k=options.k,
+        steps=options.steps,
+        padding=options.padding,
+        seconds=options.seconds,
+        report=lambda one: print(latency.line(one), flush=True),
+    )
+    if options.json:
+        facts = {
+            "run": None if options.run is None else str(options.run),
+            "cpu": environment.processor(),
+            "torch": torch.__version__,
+            "item_num": model.item_num,
+            "hidden_size": model.config.hidden_size,
+            "max_len": model.config.max_len,
+            "num_blocks": model.config.num_blocks,
+            "steps": options.steps or model.fm.sample_N,
+            "padding": options.padding,
+            "latencies": latency.to_dict(found),
+        }
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _demo(options: Any) -> None:
@@ -597,6 +669,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "evaluate": _evaluate,
     "recommend": _recommend,
     "steps": _steps,
+    "bench": _bench,
     "env": _env,
     "demo": _demo,
 }

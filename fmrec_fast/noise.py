@@ -87,7 +87,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
         raise TypeError(f"seed must be an int, an int64 tensor or None, got {seed!r}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must satisfy 0 <= seed < 2**64, got {seed}")
-    return torch.tensor(_signed(seed), dtype=torch.int64, device=device)
+    # Filled in on the device: a tensor of a Python number would be copied there, and waited for.
+    return torch.full((), _signed(seed), dtype=torch.int64, device=device)
 
 
 def philox_4x32(
@@ -166,7 +167,10 @@ def lam(
 ) -> Tensor:
     """lam ~ Normal(delta, delta) of one step (FMRec eq. 14): float32 [B, L, D]."""
     device = rows.device
-    steps = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1)
+    if isinstance(step, Tensor):
+        steps = step.to(device, torch.int64).reshape(1)
+    else:  # filled in on the device: a tensor made of a Python number would be copied there
+        steps = torch.full((1,), step, dtype=torch.int64, device=device)
     n = normals(seed, rows, steps, torch.arange(length, device=device), channels)[0]
     return delta + delta * n
 

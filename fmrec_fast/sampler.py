@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender
 from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
@@ -14,6 +15,26 @@ from fmrec_fast.randomness import random_source
 METHODS = (*INTEGRATORS, "rk45")
 # Rows embedded together on a CPU; a batch of any size then needs little memory.
 CPU_ROWS = 512
+
+
+def check_steps(steps: int | None) -> None:
+    """`steps` must be a number of Euler steps, or None.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+
+
+def check_padding(padding: str) -> None:
+    """`padding` must be one of `PADDINGS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
 
 
 @overload
@@ -31,6 +52,8 @@ def sample(
     tol: float | None = ...,
     return_residual: Literal[False] = ...,
     precision: str = ...,
+    padding: str = ...,
+    graph: bool | None = ...,
 ) -> Tensor: ...
 
 
@@ -49,6 +72,8 @@ def sample(
     tol: float | None = ...,
     return_residual: Literal[True],
     precision: str = ...,
+    padding: str = ...,
+    graph: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -67,6 +92,8 @@ def sample(
     tol: float | None = None,
     return_residual: bool = False,
     precision: str = "float32",
+    padding: str = "published",
+    graph: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sample the next item's embedding for each history (eq. 23).
 
@@ -101,19 +128,28 @@ def sample(
             where 'auto' went step by step.
         precision: of the encoder's matrix products: 'float32', 'tf32' or 'bf16', see
             `ops.encoder`. Norms, softmax and trajectory stay in float32.
+        padding: 'published'; or 'tied', where a row's padded positions share one lam and are
+            computed as one token: the same distribution at every position, and several times
+            faster on short histories. Not for 'rk45'.
+        graph: issue all launches as one (`graphs.GraphedSampler`; the model's graphs are kept
+            beside it). None does so on CUDA from the second call of a batch size on, where the
+            other arguments allow it and ``FMREC_FAST_GRAPH`` is not 0; True at once, and on a CPU
+            too, where it saves nothing. A compiled program is none, whatever is said here.
 
     Returns:
         float32 [B, D], or ([B, D], residual [B]).
 
     Raises:
         TypeError, ValueError: dtypes, shapes, steps or method are off, an option is not for the
-            method, or (on CPU) an id is out of range.
+            method, (on CPU) an id is out of range, or `graph` is True for what cannot be one.
     """
     model.check_sequence(sequences)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+    check_steps(steps)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_padding(padding)
+    if method == "rk45" and padding != "published":
+        raise ValueError(f"method 'rk45' has padding 'published' only, got {padding!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
     q = model.fm.sample_N if steps is None else steps
     if z0 is not None:
@@ -134,6 +170,25 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
+    if graph is not False and not torch.compiler.is_compiling():
+        from fmrec_fast import graphs  # which imports this module
+
+        if graph or graphs.by_default(device):
+            reason = graphs.obstacle(
+                method, seed, noise=noise, sweeps=sweeps, tol=tol, return_residual=return_residual
+            )
+            if reason and graph:
+                raise ValueError(f"graph = True: {reason}")
+            if not reason:
+                sampler = graphs.shared_sampler(
+                    model,
+                    steps=steps,
+                    method=method,
+                    sweeps=sweeps,
+                    precision=precision,
+                    padding=padding,
+                )
+                return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -142,11 +197,13 @@ def sample(
         if z0 is None:
             z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
-        piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
+        # A compiled program is for any batch, and for one piece.
+        whole = device.type != "cpu" or not source.prunes or torch.compiler.is_compiling()
         out = torch.empty(batch, width, device=device)
         residual = torch.zeros(batch, device=device)
-        for first in range(0, batch, piece):
-            part = slice(first, first + piece)
+        starts = [0] if whole else range(0, batch, CPU_ROWS)
+        for first in starts:
+            part = slice(first, None if whole else first + CPU_ROWS)
             e, mask = model.embed(sequences[part])
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(
@@ -165,6 +222,7 @@ def sample(
                     sweeps=sweeps,
                     tol=tol,
                     precision=precision,
+                    padding=padding,
                 )
         return (out, residual) if return_residual else out
     finally:

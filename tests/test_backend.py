@@ -28,6 +28,7 @@ from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
     item_cross_entropy,
+    item_topk,
     linear,
     noise_fusion,
     picard_sweep,
@@ -137,6 +138,7 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "item_cross_entropy": lambda: item_cross_entropy(double, double, torch.tensor([0, 1])),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
+        "item_ranking": lambda: item_topk(double, double, 1),
         "attention": lambda: attention(
             torch.cat([double[:, None]] * 3, -1), double[:, :1], num_heads=1
         ),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmrec_fast import flow, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.models.blocks import LayerNorm, TransformerStack, look_up, sinusoid
 from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
@@ -61,7 +61,9 @@ class XStartModel(nn.Module):
             nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
         )
         self.fuse_linear = nn.Linear(3 * width, width)
-        self.att = TransformerStack(width, config.num_blocks, config.num_heads, config.attention)
+        self.att = TransformerStack(
+            width, config.num_blocks, config.num_heads, config.attention, config.precision
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims
@@ -135,7 +137,7 @@ class XStartModel(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V]).
         """
-        source = random_source(len(item_rep), item_rep.device, seed=seed, rows=rows)
+        source = random_source(item_rep.shape[0], item_rep.device, seed=seed, rows=rows)
         x0, tapped = self.predict(item_rep, x_t, t, mask_seq, source, noise)
         return x0, self.decoder(tapped)
 
@@ -232,7 +234,7 @@ class FMRec(nn.Module):
         Returns:
             (x0 [B, D], decoded [B, V], t repeated [B, D], t [B], z0 [B, D]).
         """
-        source = random_source(len(item_tag), item_tag.device, seed=seed, rows=rows)
+        source = random_source(item_tag.shape[0], item_tag.device, seed=seed, rows=rows)
         x0, tapped, t, z0, _ = self.flow_step(
             item_rep, item_tag, mask_seq, source, draws or TrainingDraws()
         )
@@ -271,6 +273,20 @@ class FMRec(nn.Module):
             delta=network.lambda_uncertainty,
         )
 
+    def sampler_settings(self) -> tuple:
+        """All that `integrate` reads at a call besides the parameters."""
+        network = self.xstart_model
+        stack = network.att
+        return (
+            self.sample_N,
+            self.eps,
+            self.trajectory,
+            self.target,
+            network.lambda_uncertainty,
+            stack.num_heads,
+            stack.attention,
+        )
+
     def integrate(
         self,
         item_rep: Tensor,
@@ -286,6 +302,7 @@ class FMRec(nn.Module):
         sweeps: int | None = None,
         tol: float | None = None,
         precision: str = "float32",
+        padding: str = "published",
     ) -> Tensor:
         """q Euler steps (eq. 23) from z0 [B, D]: [B, D], or the q + 1 points [q + 1, B, D].
 
@@ -314,6 +331,7 @@ class FMRec(nn.Module):
             sweeps=sweeps,
             tol=tol,
             precision=precision,
+            padding=padding,
         )[0]
 
     @torch.no_grad()
@@ -332,6 +350,7 @@ class FMRec(nn.Module):
         sweeps: int | None = None,
         tol: float | None = None,
         precision: str = "float32",
+        padding: str = "published",
     ) -> tuple[Tensor, Tensor]:
         """`integrate`, and the residual [B] of method 'parallel'; step by step it is 0."""
         network = self.xstart_model
@@ -344,13 +363,13 @@ class FMRec(nn.Module):
             )
         picard.check_options(sweeps, tol)
         times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
-        source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        source = random_source(z0.shape[0], z0.device, seed=seed, rows=rows)
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
             length, width = item_rep.shape[1:]
             work = picard.evaluation_flops(length, width, self.config.num_blocks)
-            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device, work)
+            wins = picard.prefers_parallel(z0.shape[0], len(times), delta, z0.device, work)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
@@ -363,10 +382,12 @@ class FMRec(nn.Module):
                 "it samples through its dropouts, in float32"
             )
         if network.training:
+            if padding != "published":  # dropout makes padded positions differ
+                raise ValueError(f"padding={padding!r} needs a model in evaluation mode")
             x = self._integrate_with_dropout(
                 item_rep, mask_seq, z0, times, source, noise, return_trajectory
             )
-            return x, z0.new_zeros(len(z0))
+            return x, z0.new_zeros(z0.shape[0])
         lam_of_step = None
         if noise is None and isinstance(source, PublishedSource):
             lam_of_step = partial(source.lam, item_rep.shape, delta)
@@ -374,7 +395,7 @@ class FMRec(nn.Module):
             if lam_of_step is not None:
                 noise = torch.stack([lam_of_step() for _ in times])
             solution = self._integrate_in_parallel(
-                item_rep, mask_seq, z0, times, source, noise, sweeps, tol, precision
+                item_rep, mask_seq, z0, times, source, noise, sweeps, tol, precision, padding
             )
             x = solution.points.transpose(0, 1) if return_trajectory else solution.points[:, -1]
             return x, solution.residual
@@ -393,8 +414,9 @@ class FMRec(nn.Module):
             target=self.target,
             return_trajectory=return_trajectory,
             precision=precision,
+            padding=padding,
         )
-        return x, z0.new_zeros(len(z0))
+        return x, z0.new_zeros(z0.shape[0])
 
     def _integrate_in_parallel(
         self,
@@ -407,6 +429,7 @@ class FMRec(nn.Module):
         sweeps: int | None,
         tol: float | None,
         precision: str,
+        padding: str,
     ) -> picard.Solution:
         taus = self.xstart_model.embed_time(times * self.time_scale)
         weights = self.sampler_weights()
@@ -423,6 +446,7 @@ class FMRec(nn.Module):
                 rows=source.rows[pick],
                 noise=None if noise is None else noise[: x.shape[1], pick],
                 precision=precision,
+                padding=padding,
             )
 
         def velocity(prediction: Tensor, active: Tensor | None) -> Tensor:
@@ -571,7 +595,10 @@ class FMRecommender(nn.Module):
 
     def embed(self, sequence: Tensor, drop: Drop = no_drop) -> tuple[Tensor, Tensor]:
         """(embedded history [B, L, D], mask [B, L])."""
-        e = drop(self.item_embeddings(sequence), self.embed_dropout.p, EMBEDDING_SITE)
+        return self._prepare(self.item_embeddings(sequence), sequence, drop)
+
+    def _prepare(self, looked_up: Tensor, sequence: Tensor, drop: Drop) -> tuple[Tensor, Tensor]:
+        e = drop(looked_up, self.embed_dropout.p, EMBEDDING_SITE)
         return self.LayerNorm(e), (sequence > 0).to(e.dtype)
 
     def forward(
@@ -603,7 +630,7 @@ class FMRecommender(nn.Module):
             TypeError, ValueError: dtypes or shapes are off, or (on CPU) an id is out of range.
         """
         self.check_sequence(sequence)
-        source = random_source(len(sequence), sequence.device, seed=seed, rows=rows)
+        source = random_source(sequence.shape[0], sequence.device, seed=seed, rows=rows)
         draws = draws or TrainingDraws()
         drop = source.dropout() if self.training else no_drop
         if not train_flag:
@@ -613,9 +640,9 @@ class FMRecommender(nn.Module):
                 e, mask, z0, seed=source.seed, rows=source.rows, noise=draws.noise
             )
             return None, x1, None, None, None, z0
-        tag = self.check_tag(tag, len(sequence))
-        e, mask = self.embed(sequence, drop)
-        item_tag = self.item_embeddings(tag[:, 0])
+        tag = self.check_tag(tag, sequence.shape[0])
+        history, item_tag = look_up(self.item_embeddings.weight, sequence, tag[:, 0])
+        e, mask = self._prepare(history, sequence, drop)
         prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)
         if self.fm.target == "velocity":
             at = t[:, None]

@@ -6,12 +6,13 @@ from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
-from fmrec_fast.ops.item_ranking import item_topk, target_rank
+from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.ops.picard_sweep import picard_sweep
 
 __all__ = [
+    "ItemIndex",
     "StreamDropout",
     "TorchDropout",
     "attention",
@@ -25,5 +26,6 @@ __all__ = [
     "linear",
     "noise_fusion",
     "picard_sweep",
+    "prepare_items",
     "target_rank",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import attention as reference
 
@@ -71,7 +71,57 @@ def attention(
         return reference.attention(
             qkv, query_scale, num_heads=num_heads, p=p, seed=seed, rows=rows, site=site
         )
+    if torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.attention(qkv, query_scale, rows, seed, site, p, num_heads)
     return _Attention.apply(qkv, query_scale, rows, seed, (site, p), num_heads)
+
+
+def _forward(
+    qkv: Tensor,
+    query_scale: Tensor,
+    rows: Tensor,
+    seed: Tensor | None,
+    constants: tuple,
+    num_heads: int,
+) -> Tensor:
+    """`qkv` and `query_scale` contiguous."""
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    extension.load().attention_forward(
+        qkv.detach().numpy(),
+        query_scale.numpy(),
+        rows.numpy(),
+        0 if seed is None else int(seed),
+        *constants,
+        out.numpy(),
+        num_heads,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward(
+    grad: Tensor,
+    qkv: Tensor,
+    query_scale: Tensor,
+    rows: Tensor,
+    seed: Tensor | None,
+    constants: tuple,
+    num_heads: int,
+) -> Tensor:
+    """`qkv` and `query_scale` contiguous."""
+    d_qkv = torch.empty_like(qkv)
+    extension.load().attention_backward(
+        grad.contiguous().numpy(),
+        qkv.detach().numpy(),
+        query_scale.numpy(),
+        rows.numpy(),
+        0 if seed is None else int(seed),
+        *constants,
+        d_qkv.numpy(),
+        num_heads,
+        torch.get_num_threads(),
+    )
+    return d_qkv
 
 
 class _Attention(torch.autograd.Function):
@@ -82,33 +132,67 @@ class _Attention(torch.autograd.Function):
         qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
         ctx.save_for_backward(qkv, query_scale, rows, seed)
         ctx.constants, ctx.num_heads = constants, num_heads
-        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-        extension.load().attention_forward(
-            qkv.detach().numpy(),
-            query_scale.numpy(),
-            rows.numpy(),
-            0 if seed is None else int(seed),
-            *constants,
-            out.numpy(),
-            num_heads,
-            torch.get_num_threads(),
-        )
-        return out
+        return _forward(qkv, query_scale, rows, seed, constants, num_heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         qkv, query_scale, rows, seed = ctx.saved_tensors
-        d_qkv = torch.empty_like(qkv)
-        extension.load().attention_backward(
-            grad.contiguous().numpy(),
-            qkv.detach().numpy(),
-            query_scale.numpy(),
-            rows.numpy(),
-            0 if seed is None else int(seed),
-            *ctx.constants,
-            d_qkv.numpy(),
-            ctx.num_heads,
-            torch.get_num_threads(),
-        )
+        d_qkv = _backward(grad, qkv, query_scale, rows, seed, ctx.constants, ctx.num_heads)
         return d_qkv, None, None, None, None, None
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::attention", mutates_args=(), device_types="cpu")
+def _registered(
+    qkv: Tensor,
+    query_scale: Tensor,
+    rows: Tensor,
+    seed: Tensor | None,
+    site: int,
+    p: float,
+    num_heads: int,
+) -> Tensor:
+    log_run("attention", "cpp")
+    qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
+    return _forward(qkv, query_scale, rows.contiguous(), seed, (site, p), num_heads)
+
+
+@torch.library.custom_op("fmrec_fast::attention_backward", mutates_args=(), device_types="cpu")
+def _registered_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    query_scale: Tensor,
+    rows: Tensor,
+    seed: Tensor | None,
+    site: int,
+    p: float,
+    num_heads: int,
+) -> Tensor:
+    qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
+    return _backward(grad, qkv, query_scale, rows.contiguous(), seed, (site, p), num_heads)
+
+
+@_registered.register_fake
+def _(qkv, query_scale, rows, seed, site, p, num_heads):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@_registered_backward.register_fake
+def _(grad, qkv, query_scale, rows, seed, site, p, num_heads):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output):
+    qkv, query_scale, rows, seed, *ctx.constants = inputs
+    ctx.save_for_backward(qkv, query_scale, rows, seed)
+
+
+def _gradients(ctx, grad):
+    d_qkv = torch.ops.fmrec_fast.attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return d_qkv, None, None, None, None, None, None
+
+
+_registered.register_autograd(_gradients, setup_context=_setup)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast import extension, noise
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import dropout as reference
 
@@ -75,7 +75,12 @@ def dropout(
             position_stride=position_stride,
         )
     constants = (site, position_offset, position_stride, p)
-    return _Dropout.apply(x, residual, rows, seed, constants, activation == "gelu")
+    gelu = activation == "gelu"
+    if torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.dropout(
+            x, residual, rows, seed, *constants, gelu, backend.value
+        )
+    return _Dropout.apply(x, residual, rows, seed, constants, gelu, backend)
 
 
 def _run(
@@ -87,9 +92,18 @@ def _run(
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
+    backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import dropout as kernels
+
+        *place, p = constants
+        residual, gelu_at = (None if t is None else t.contiguous() for t in (residual, gelu_at))
+        numbers = (*place, reference.threshold(p), 1 / (1 - p))
+        kernels.dropout(x, residual, rows, seed, *numbers, out, gelu=gelu, gelu_at=gelu_at)
+        return out
     extension.load().dropout(
         x.detach().numpy(),
         None if residual is None else residual.contiguous().detach().numpy(),
@@ -105,13 +119,13 @@ def _run(
 
 
 class _Dropout(torch.autograd.Function):
-    """The C++ kernel; masks are regenerated in the backward pass, not stored."""
+    """The kernels; masks are regenerated in the backward pass, not stored."""
 
     @staticmethod
-    def forward(ctx, x, residual, rows, seed, constants, gelu):
+    def forward(ctx, x, residual, rows, seed, constants, gelu, backend):
         ctx.save_for_backward(rows, seed, x if gelu else None)
-        ctx.constants = constants
-        return _run(x, residual, rows, seed, constants, gelu=gelu)
+        ctx.constants, ctx.backend = constants, backend
+        return _run(x, residual, rows, seed, constants, gelu=gelu, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -119,8 +133,8 @@ class _Dropout(torch.autograd.Function):
         rows, seed, gelu_at = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at)
-        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None
+            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at, backend=ctx.backend)
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 class StreamDropout:
@@ -168,3 +182,68 @@ class TorchDropout:
     ) -> Tensor:
         dropped = F.dropout(reference.activate(x, activation), p)
         return dropped if residual is None else residual + dropped
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::dropout", mutates_args=())
+def _registered(
+    x: Tensor,
+    residual: Tensor | None,
+    rows: Tensor,
+    seed: Tensor,
+    site: int,
+    position_offset: int,
+    position_stride: int,
+    p: float,
+    gelu: bool,
+    backend: str,
+) -> Tensor:
+    log_run("dropout", backend)
+    constants = (site, position_offset, position_stride, p)
+    rows = rows.contiguous()
+    return _run(x, residual, rows, seed, constants, gelu=gelu, backend=Backend(backend))
+
+
+@torch.library.custom_op("fmrec_fast::dropout_backward", mutates_args=())
+def _registered_backward(
+    grad: Tensor,
+    gelu_at: Tensor | None,
+    rows: Tensor,
+    seed: Tensor,
+    site: int,
+    position_offset: int,
+    position_stride: int,
+    p: float,
+    backend: str,
+) -> Tensor:
+    constants = (site, position_offset, position_stride, p)
+    rows = rows.contiguous()
+    return _run(grad, None, rows, seed, constants, gelu_at=gelu_at, backend=Backend(backend))
+
+
+@_registered.register_fake
+def _(x, residual, rows, seed, site, position_offset, position_stride, p, gelu, backend):
+    return x.new_empty(x.shape)
+
+
+@_registered_backward.register_fake
+def _(grad, gelu_at, rows, seed, site, position_offset, position_stride, p, backend):
+    return grad.new_empty(grad.shape)
+
+
+def _setup(ctx, inputs, output):
+    x, _, rows, seed, *constants, gelu, backend = inputs
+    ctx.constants = (*constants, backend)
+    ctx.save_for_backward(x if gelu else None, rows, seed)
+
+
+def _gradients(ctx, grad):
+    d_x = None
+    if ctx.needs_input_grad[0]:
+        d_x = torch.ops.fmrec_fast.dropout_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return (d_x, grad if ctx.needs_input_grad[1] else None, *[None] * 8)
+
+
+_registered.register_autograd(_gradients, setup_context=_setup)

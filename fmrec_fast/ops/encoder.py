@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import (
+    Backend,
+    candidate,
+    choose,
+    constant_when_compiled,
+    use_backend,
+)
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
@@ -31,6 +38,8 @@ def encoder(
     p: float = 0.0,
     prune: bool = True,
     precision: str = "float32",
+    first_key_bias: Tensor | None = None,
+    linear_precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -52,6 +61,10 @@ def encoder(
         drop: dropout, with probability `p`; none by default.
         precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
             rounds both operands and multiplies in float32; all else is float32.
+        first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
+            stand for n equal positions. Published attention only.
+        linear_precision: that of the op `linear` for the linear layers alone, with gradients of the
+            same precision: for training. Only with `precision` 'float32'.
 
     Returns:
         ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
@@ -75,14 +88,33 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
+    if first_key_bias is not None:
+        check_shape("first_key_bias", first_key_bias, "B", sizes)
+        check_float(x=x, first_key_bias=first_key_bias)
+        if attention != "published":
+            raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
     check_precision(precision)
+    if linear_precision != "float32" and precision != "float32":
+        raise ValueError(
+            f"only one of precision and linear_precision may differ from 'float32', got "
+            f"{precision!r} and {linear_precision!r}"
+        )
     parameters = [tensor for block in blocks for tensor in block]
-    declined = _declined(x, parameters, attention, drop, p) or kernel_declines(
-        x, num_heads, precision
+    declined = (
+        "" if linear_precision == "float32" else "its kernel has one precision for all products"
     )
+    declined = (
+        declined
+        or _declined(x, parameters, attention, drop, p)
+        or kernel_declines(x, num_heads, precision)
+    )
+    if first_key_bias is not None and candidate(x.device) is Backend.TRITON:
+        declined = declined or "its Triton kernel has no key bias"
     backend = choose("encoder", x, *parameters, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend)
     if backend is Backend.CPP:
-        return _encoder_cpp(x, mask, blocks, num_heads, tap)
+        return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
     if backend is Backend.TRITON:
         return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
     return reference.encoder(
@@ -95,9 +127,10 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
-        linear=linear,
+        linear=partial(linear, precision=linear_precision),
         attend=_attend(drop, p),
         precision=precision,
+        first_key_bias=first_key_bias,
     )
 
 
@@ -117,11 +150,16 @@ def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
     if backend is Backend.CPP and precision != "float32":
         return f"its kernel multiplies in float32 only, got precision {precision!r}"
     if backend is Backend.TRITON:
-        from fmrec_fast.kernels.plans import family, plan
-
-        found = plan(e.shape[1], e.shape[2], num_heads, precision, *family(e.device))
-        return found if isinstance(found, str) else ""
+        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
     return ""
+
+
+@constant_when_compiled
+def _no_plan(length: int, width: int, num_heads: int, precision: str, device: torch.device) -> str:
+    from fmrec_fast.kernels.plans import family, plan
+
+    found = plan(length, width, num_heads, precision, *family(device))
+    return found if isinstance(found, str) else ""
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -165,7 +203,12 @@ def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p
 
 
 def _encoder_cpp(
-    x: Tensor, mask: Tensor, blocks: list[BlockWeights], num_heads: int, tap: int | None
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
@@ -177,6 +220,7 @@ def _encoder_cpp(
         out.numpy(),
         None if tapped is None else tapped.numpy(),
         torch.get_num_threads(),
+        None if first_key_bias is None else first_key_bias.detach().contiguous().numpy(),
     )
     return out, tapped
 
@@ -197,3 +241,58 @@ def _encoder_triton(
         x.contiguous(), mask.contiguous(), blocks, num_heads, precision, tap, out, tapped
     )
     return out, tapped
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
+    """The blocks whose tensors `parameters` are, one after another."""
+    size = len(BlockWeights._fields)
+    return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
+
+
+def _compiled(
+    x: Tensor,
+    mask: Tensor,
+    parameters: list[Tensor],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
+    precision: str,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    out, tapped = torch.ops.fmrec_fast.encoder(
+        x, mask, parameters, num_heads, tap, first_key_bias, precision, backend.value
+    )
+    return out, None if tap is None else tapped
+
+
+@torch.library.custom_op("fmrec_fast::encoder", mutates_args=())
+def _registered(
+    x: Tensor,
+    mask: Tensor,
+    parameters: Sequence[Tensor],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with use_backend(backend):
+        out, tapped = encoder(
+            x,
+            mask,
+            unflatten(parameters),
+            num_heads=num_heads,
+            tap=tap,
+            first_key_bias=first_key_bias,
+            precision=precision,
+        )
+    return out, x.new_empty(0) if tapped is None else tapped
+
+
+@_registered.register_fake
+def _(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend):
+    out = x.new_empty(x.shape[0], x.shape[2])
+    return out, x.new_empty(0) if tap is None else torch.empty_like(out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import (
     check_precision,
@@ -21,6 +23,7 @@ from fmrec_fast.ops.encoder import (
     kernel_declines,
     needs_gradient,
     pack,
+    unflatten,
 )
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
@@ -65,6 +68,7 @@ def euler_sampler(
     target: str = "data",
     return_trajectory: bool = False,
     precision: str = "float32",
+    padding: str = "published",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -85,6 +89,9 @@ def euler_sampler(
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
         precision: of the encoder's matrix products, see `encoder`.
+        padding: 'published', or 'tied': the leading padded positions of a row, whose embeddings
+            must be equal (on CPU this is checked), share the lam of position 0. Being equal,
+            they are computed as one token; see `reference.euler_sampler.tie_padding`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -105,6 +112,11 @@ def euler_sampler(
     elif lam_of_step is None:
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    tied = padding == "tied"
+    if tied:
+        check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
     tensors += [tensor for block in weights.blocks for tensor in block]
     if noise is not None:
@@ -121,11 +133,34 @@ def euler_sampler(
         declined = "there is no step to take, or no block to run"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
     backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            return_trajectory,
+            padding,
+            precision,
+            backend.value,
+        )
     if backend is Backend.CPP:
-        return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+        return _euler_sampler_cpp(
+            e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
+        )
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import euler_sampler as kernels
 
@@ -135,9 +170,16 @@ def euler_sampler(
         lam = None if noise is None else noise.contiguous()
         kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
         return out
+    # A compiled program is for any batch: it neither looks for padding nor cuts.
+    cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tied and cut and lam_of_step is None and weights.attention == "published":
+        return _grouped_by_length(
+            e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
+            return_trajectory, precision,
+        )  # fmt: skip
 
     pieces = [slice(None)]
-    if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
+    if cut and lam_of_step is None:  # whose draws are for the whole batch
         pieces = [slice(i, i + CPU_ROWS) for i in range(0, len(e), CPU_ROWS)] or pieces
     parts = [
         _composed(
@@ -155,6 +197,7 @@ def euler_sampler(
             target,
             return_trajectory,
             precision,
+            tied=tied,
         )
         for piece in pieces
     ]
@@ -176,22 +219,40 @@ def _composed(
     target: str,
     return_trajectory: bool,
     precision: str,
+    *,
+    tied: bool = False,
+    padded: int | None = None,
 ) -> Tensor:
-    """The definition over the ops noise_fusion and encoder."""
+    """The definition over the ops noise_fusion and encoder.
+
+    Args:
+        tied: one lam for the leading padded positions of a row.
+        padded: how many there are, the same in every row (at least 1): they become one token.
+    """
+    kept: Any = slice(None)
+    kept_mask, first_key_bias = mask, None
+    if padded is not None:
+        kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
+        kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
 
     def lam_of(i: int) -> dict[str, Any]:
         lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
         return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
 
     def network(fused: Tensor) -> Tensor:
-        last, _ = encoder(
-            fused,
-            mask,
-            weights.blocks,
-            num_heads=weights.num_heads,
-            attention=weights.attention,
-            precision=precision,
-        )
+        options: dict[str, Any] = {
+            "num_heads": weights.num_heads,
+            "attention": weights.attention,
+            "precision": precision,
+        }
+        if padded is not None:
+            last, _ = encoder(
+                fused[:, kept], kept_mask, weights.blocks, first_key_bias=first_key_bias, **options
+            )
+        else:
+            if tied:
+                fused = reference.tie_padding(fused, mask)
+            last, _ = encoder(fused, mask, weights.blocks, **options)
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
     q = taus.shape[0]
@@ -219,6 +280,66 @@ def _composed(
     )
 
 
+def check_equal_padding(e: Tensor, mask: Tensor) -> None:
+    """On the CPU, the leading padded positions of a row must hold equal embeddings.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
+    # Elsewhere looking would wait for the device, and a compiled program does not look.
+    if e.device.type != "cpu" or torch.compiler.is_compiling() or e.numel() == 0:
+        return
+    bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
+    different = (bits != reference.tie_padding(bits, mask)).any(-1)
+    if different.any():
+        row, position = different.nonzero()[0].tolist()
+        raise ValueError(
+            "padding='tied' needs equal embeddings e at the leading padded positions of a row, "
+            f"got another at e[{row}, {position}] than at e[{row}, 0]"
+        )
+
+
+def _grouped_by_length(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    times: Tensor,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    trajectory: str,
+    target: str,
+    return_trajectory: bool,
+    precision: str,
+) -> Tensor:
+    """Tied padding: rows with equally many padded positions together, which are then one token."""
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
+    padded = reference.leading_padding(mask).clamp(min=1)  # one position is a token already
+    for count in padded.unique().tolist():
+        for index in (padded == count).nonzero()[:, 0].split(CPU_ROWS * e.shape[1]):
+            out[..., index, :] = _composed(
+                e[index],
+                mask[index],
+                z0[index],
+                taus,
+                weights,
+                times,
+                seed,
+                None if rows is None else rows[index],
+                None if noise is None else noise[:, index],
+                None,
+                trajectory,
+                target,
+                return_trajectory,
+                precision,
+                padded=count,
+            )
+    return out
+
+
 def _euler_sampler_cpp(
     e: Tensor,
     mask: Tensor,
@@ -229,6 +350,7 @@ def _euler_sampler_cpp(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    tied: bool,
 ) -> Tensor:
     def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
@@ -249,5 +371,56 @@ def _euler_sampler_cpp(
         weights.delta,
         out.numpy(),
         torch.get_num_threads(),
+        tied,
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::euler_sampler", mutates_args=())
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    return_trajectory: bool,
+    padding: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    with use_backend(backend):
+        return euler_sampler(
+            e,
+            mask,
+            z0,
+            taus,
+            weights,
+            times=taus[:, 0],  # not read by what has a kernel
+            seed=seed,
+            rows=rows,
+            noise=noise,
+            return_trajectory=return_trajectory,
+            padding=padding,
+            precision=precision,
+        )
+
+
+@_registered.register_fake
+def _(
+    e, mask, z0, taus, parameters, norm_weight, norm_bias, num_heads, delta, seed, rows, noise,
+    return_trajectory, padding, precision, backend,
+):  # fmt: skip
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    return z0.new_empty((*points, *z0.shape))

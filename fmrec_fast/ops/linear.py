@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import linear as reference
 
@@ -14,7 +14,11 @@ from fmrec_fast.reference import linear as reference
 WIDTH, FEWEST_ROWS = 16, 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+# What the operands of the products may be rounded to.
+LINEAR_PRECISIONS = ("float32", "bf16")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
     """A linear layer.
 
     Equivalent PyTorch::
@@ -24,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: [..., I].
         weight: [O, I]; bias: [O].
+        precision: 'float32', or 'bf16': the operands of the product, and of those of its gradients,
+            are rounded to bfloat16, multiplied and added up in float32. Results are float32.
 
     Returns:
         [..., O]. Differentiable in all three. On a CPU the results do not depend on the number of
@@ -37,17 +43,55 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_shape("weight", weight, "O I", sizes)
     check_shape("bias", bias, "O", sizes)
     check_float(x=x, weight=weight, bias=bias)
+    if precision not in LINEAR_PRECISIONS:
+        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
     declined = ""
-    if sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
+    if precision != "float32":
+        declined = f"its kernel multiplies in float32 only, got precision {precision!r}"
+    elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
             f"{sizes['O']}"
         )
-    elif x.numel() < FEWEST_ROWS * sizes["I"]:
+    elif not torch.compiler.is_compiling() and x.numel() < FEWEST_ROWS * sizes["I"]:
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
     if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
+        if torch.compiler.is_compiling():
+            return torch.ops.fmrec_fast.linear(x, weight, bias)
         return _Linear.apply(x, weight, bias)
-    return reference.linear(x, weight, bias)
+    return reference.linear(x, weight, bias, precision)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x` and `weight` contiguous."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    extension.load().linear_forward(
+        x.detach().flatten(0, -2).numpy(),
+        weight.detach().numpy(),
+        bias.detach().contiguous().numpy(),
+        out.flatten(0, -2).numpy(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`x` and `weight` contiguous."""
+    d_x = torch.empty_like(x) if wants_x else None
+    d_weight = torch.empty_like(weight) if wants_weight else None
+    d_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
+    extension.load().linear_backward(
+        grad.contiguous().flatten(0, -2).numpy(),
+        x.flatten(0, -2).numpy(),
+        weight.numpy(),
+        None if d_x is None else d_x.flatten(0, -2).numpy(),
+        None if d_weight is None else d_weight.numpy(),
+        None if d_bias is None else d_bias.numpy(),
+        torch.get_num_threads(),
+    )
+    return d_x, d_weight, d_bias
 
 
 class _Linear(torch.autograd.Function):
@@ -57,31 +101,45 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        extension.load().linear_forward(
-            x.detach().flatten(0, -2).numpy(),
-            weight.detach().numpy(),
-            bias.detach().contiguous().numpy(),
-            out.flatten(0, -2).numpy(),
-            torch.get_num_threads(),
-        )
-        return out
+        return _forward(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        d_x = torch.empty_like(x) if wants_x else None
-        d_weight = torch.empty_like(weight) if wants_weight else None
-        d_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
-        extension.load().linear_backward(
-            grad.contiguous().flatten(0, -2).numpy(),
-            x.flatten(0, -2).numpy(),
-            weight.numpy(),
-            None if d_x is None else d_x.flatten(0, -2).numpy(),
-            None if d_weight is None else d_weight.numpy(),
-            None if d_bias is None else d_bias.numpy(),
-            torch.get_num_threads(),
-        )
-        return d_x, d_weight, d_bias
+        return _backward(grad, x, weight, *ctx.needs_input_grad)
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::linear", mutates_args=(), device_types="cpu")
+def _registered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    log_run("linear", "cpp")
+    return _forward(x.contiguous(), weight.contiguous(), bias)
+
+
+@torch.library.custom_op("fmrec_fast::linear_backward", mutates_args=(), device_types="cpu")
+def _registered_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad, x.contiguous(), weight.contiguous(), True, True, True)  # type: ignore
+
+
+@_registered.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_registered_backward.register_fake
+def _(grad, x, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx, grad):
+    return torch.ops.fmrec_fast.linear_backward(grad, *ctx.saved_tensors)
+
+
+_registered.register_autograd(_gradients, setup_context=_setup)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, noise
-from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.backend import Backend, candidate, choose, log_run
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import noise_fusion as reference
 
@@ -105,7 +105,8 @@ def euler_noise_fusion(
     tensors = (e, z, pred, z0, tau)
     backend = _choose(e, drawn)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, drawn.key))
-    if backend is not Backend.TRITON or gradient or e.numel() == 0:
+    apart = gradient or torch.compiler.is_compiling()
+    if backend is not Backend.TRITON or apart or e.numel() == 0:
         z = reference.euler_update(z, pred - z0, steps)
         return z, _fuse(e, z + tau, drawn, backend)
     from fmrec_fast.kernels import noise_fusion as kernels
@@ -171,6 +172,10 @@ def _choose(e: Tensor, lam: _Lam) -> Backend:
 def _fuse(e: Tensor, shift: Tensor, lam: _Lam, backend: Backend) -> Tensor:
     if backend is Backend.REFERENCE:
         return reference.noise_fusion(e, shift, lam.values(e))
+    if torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.noise_fusion(
+            e, shift, lam.key, lam.rows, lam.step, lam.delta, backend.value
+        )
     return _NoiseFusion.apply(e, shift, lam.key, lam, backend)
 
 
@@ -236,3 +241,53 @@ class _NoiseFusion(torch.autograd.Function):
             return grad, None, None, None, None
         d_shift = _backward(grad, _Lam(key, rows, step, delta), backend)
         return grad, d_shift, None, None, None
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::noise_fusion", mutates_args=())
+def _registered(
+    e: Tensor,
+    shift: Tensor,
+    key: Tensor,
+    rows: Tensor | None,
+    step: int,
+    delta: float,
+    backend: str,
+) -> Tensor:
+    log_run("noise_fusion", backend)
+    return _forward(e, shift, _Lam(key, rows, step, delta), Backend(backend))
+
+
+@torch.library.custom_op("fmrec_fast::noise_fusion_backward", mutates_args=())
+def _registered_backward(
+    grad: Tensor, key: Tensor, rows: Tensor | None, step: int, delta: float, backend: str
+) -> Tensor:
+    return _backward(grad, _Lam(key, rows, step, delta), Backend(backend))
+
+
+@_registered.register_fake
+def _(e, shift, key, rows, step, delta, backend):
+    return torch.empty_like(e, memory_format=torch.contiguous_format)
+
+
+@_registered_backward.register_fake
+def _(grad, key, rows, step, delta, backend):
+    return grad.new_empty(grad.shape[0], grad.shape[2])
+
+
+def _setup(ctx, inputs, output):
+    _, _, key, rows, *ctx.constants = inputs
+    ctx.save_for_backward(key, rows)
+
+
+def _gradients(ctx, grad):
+    d_shift = None
+    if ctx.needs_input_grad[1]:
+        backward = torch.ops.fmrec_fast.noise_fusion_backward
+        d_shift = backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return grad, d_shift, None, None, None, None, None
+
+
+_registered.register_autograd(_gradients, setup_context=_setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, candidate, choose, use_backend
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import check_precision, encoder, kernel_declines, needs_gradient
-from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    unflatten,
+)
+from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
 from fmrec_fast.reference.encoder import NORM_EPS
+from fmrec_fast.reference.euler_sampler import tie_padding
 
-PADDINGS = ("published",)
 # Sequences that the definition takes together on a GPU, which bounds its memory.
 GPU_ROWS = 4096
 
@@ -54,7 +62,7 @@ def picard_sweep(
         seed, rows: key the stream's lam (a seed of None is drawn), whose step word is i; `noise`
             gives lam explicitly [q, B, L, D].
         precision: of the encoder's matrix products, see `encoder`.
-        padding: 'published'.
+        padding: 'published' or 'tied', as in `euler_sampler`.
 
     Returns:
         [B, q, D]. The kernels are not differentiable and run where no gradient is needed.
@@ -72,6 +80,9 @@ def picard_sweep(
     check_precision(precision)
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    tied = padding == "tied"
+    if tied:
+        check_equal_padding(e, mask)
     if noise is not None:
         check_shape("noise", noise, "q B L D", sizes)
     else:
@@ -88,11 +99,31 @@ def picard_sweep(
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    elif tied and candidate(e.device) is Backend.TRITON:
+        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
     backend = choose("picard_sweep", *tensors, declined=declined)
+    if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.picard_sweep(
+            e,
+            mask,
+            x,
+            taus,
+            [tensor for block in weights.blocks for tensor in block],
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.num_heads,
+            weights.delta,
+            seed,
+            rows,
+            noise,
+            precision,
+            padding,
+            backend.value,
+        )
     if backend is Backend.CPP:
-        return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise)
+        return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise, tied)
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import picard_sweep as kernels
 
@@ -116,6 +147,7 @@ def picard_sweep(
             None if noise is None else noise[:, piece],
             max(1, most // max(len(e), 1)),
             precision,
+            tied,
         )
         for piece in pieces
     ]
@@ -133,14 +165,16 @@ def _composed(
     noise: Tensor | None,
     steps_at_once: int,
     precision: str,
+    tied: bool,
 ) -> Tensor:
     """The definition over the ops noise_fusion and encoder."""
 
     def fuse(x_i: Tensor, i: int) -> Tensor:
         lam = None if noise is None else noise[i]
-        return noise_fusion(
+        fused = noise_fusion(
             e, x_i, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
         )
+        return tie_padding(fused, mask) if tied else fused
 
     def encode(fused: Tensor) -> Tensor:
         last, _ = encoder(
@@ -165,6 +199,7 @@ def _picard_sweep_cpp(
     seed: Tensor | None,
     rows: Tensor | None,
     noise: Tensor | None,
+    tied: bool,
 ) -> Tensor:
     def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
@@ -184,5 +219,39 @@ def _picard_sweep_cpp(
         weights.delta,
         out.numpy(),
         torch.get_num_threads(),
+        tied,
     )
     return out
+
+
+# --- for torch.compile and torch.export -----------------------------------------------------------
+
+
+@torch.library.custom_op("fmrec_fast::picard_sweep", mutates_args=())
+def _registered(
+    e: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    taus: Tensor,
+    parameters: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+    delta: float,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    precision: str,
+    padding: str,
+    backend: str,
+) -> Tensor:
+    blocks = unflatten(parameters)
+    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    options = {"precision": precision, "padding": padding}
+    with use_backend(backend):
+        return picard_sweep(e, mask, x, taus, weights, seed=seed, rows=rows, noise=noise, **options)
+
+
+@_registered.register_fake
+def _(e, mask, x, *_):
+    return x.new_empty(x.shape)

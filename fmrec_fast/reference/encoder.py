@@ -121,6 +121,13 @@ def attention_bias(mask: Tensor, kind: str) -> Tensor | None:
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)[:, None]
 
 
+def first_key_bias_of(bias: Tensor, length: int) -> Tensor:
+    """What is added to the scores [B, 1, L, L] where the first token stands for exp(bias) equal
+    ones: `bias` [B], as a key, to every query."""
+    added = F.pad(bias[:, None], (0, length - 1))
+    return added[:, None, None, :].expand(-1, 1, length, -1)
+
+
 def attention(
     queries_from: Tensor,
     keys_from: Tensor,
@@ -246,6 +253,7 @@ def encoder(
     linear: Linear = linear_definition,
     attend: Attend | None = None,
     precision: str = "float32",
+    first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -258,6 +266,7 @@ def encoder(
         attend: see `attention`.
         precision: both operands of every product are `rounded` to it and multiplied in float32;
             with one that is not 'float32', `linear` and `attend` are not used.
+        first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
@@ -266,6 +275,8 @@ def encoder(
     bias = attention_bias(mask, attention)
     if precision != "float32":
         attend, linear = None, partial(_rounded_linear, precision=precision)
+    if first_key_bias is not None:
+        bias = first_key_bias_of(first_key_bias, x.shape[1])
     for index, weights in enumerate(blocks):
         x = block(
             x,
