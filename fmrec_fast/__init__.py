@@ -1,9 +1,16 @@
-"""FMRec, the flow-matching sequential recommender, made fast without changing what it computes."""
+"""FMRec and Fave, flow-matching sequential recommenders, fast without changing what they compute."""
 
 from fmrec_fast.backend import Backend, Rng, dispatch_log, use_backend, use_rng
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.losses import Losses, training_losses
-from fmrec_fast.models import FMRec, FMRecommender, TrainingDraws
+from fmrec_fast.models import (
+    Fave,
+    FaveDraws,
+    FaveRecommender,
+    FMRec,
+    FMRecommender,
+    TrainingDraws,
+)
 from fmrec_fast.recommend import Recommendations, recommend
 from fmrec_fast.sampler import sample, scores
 
@@ -14,6 +21,10 @@ __all__ = [
     "FMRec",
     "FMRecConfig",
     "FMRecommender",
+    "Fave",
+    "FaveConfig",
+    "FaveDraws",
+    "FaveRecommender",
     "Losses",
     "Recommendations",
     "Rng",

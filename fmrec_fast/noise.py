@@ -40,6 +40,10 @@ class Use(IntEnum):
     DROPOUT = 3
     CELLS = 4
     STEP = 5
+    INTERVAL = 6
+    ANCHOR = 7
+    KEEP = 8
+    PATH = 9
 
 
 def derive_seed(seed: Tensor, use: Use) -> Tensor:
@@ -187,6 +191,35 @@ def time_normals(seed: Tensor, rows: Tensor) -> Tensor:
     """One standard normal per row, for the logit-normal training times: float32 [B]."""
     zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
     return normals(derive_seed(seed, Use.TIME), rows, zero, zero, 1).flatten()
+
+
+def _row_uniforms(seed: Tensor, rows: Tensor, step: int = 0) -> list[Tensor]:
+    """Four uniforms per row, each float32 [B]: the words at counter (0, 0, step, row)."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return [to_uniform(word.flatten()) for word in words(seed, rows, zero + step, zero, 1)]
+
+
+def interval(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Two uniforms per row, for the end of Fave's interval: where it lies, and whether at 1."""
+    where, at_end, _, _ = _row_uniforms(derive_seed(seed, Use.INTERVAL), rows)
+    return where, at_end
+
+
+def anchor(seed: Tensor, rows: Tensor) -> Tensor:
+    """One uniform per row, for the position of Fave's anchor: float32 [B]."""
+    return _row_uniforms(derive_seed(seed, Use.ANCHOR), rows)[0]
+
+
+def keep(seed: Tensor, rows: Tensor, channels: int) -> Tensor:
+    """Uniforms of the Bernoulli mask over Fave's anchor: float32 [B, D]."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    four = words(derive_seed(seed, Use.KEEP), rows, zero, zero, channels)
+    return torch.stack([to_uniform(w[0, :, 0]) for w in four], dim=-1).flatten(1)[:, :channels]
+
+
+def path(seed: Tensor, rows: Tensor, site: int) -> Tensor:
+    """One uniform per row, for one use of drop path: float32 [B]."""
+    return _row_uniforms(derive_seed(seed, Use.PATH), rows, site)[0]
 
 
 def wide_words(seed: Tensor, count: int) -> Tensor:

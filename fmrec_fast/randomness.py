@@ -49,6 +49,22 @@ class RandomSource(ABC):
     def dropout(self) -> Drop:
         """The dropouts."""
 
+    @abstractmethod
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """Two uniforms per row for the end of Fave's interval: where, and whether at 1."""
+
+    @abstractmethod
+    def anchor(self) -> Tensor:
+        """u ~ U[0, 1) for the position of Fave's anchor: [B]."""
+
+    @abstractmethod
+    def keep(self, width: int, ratio: float) -> Tensor:
+        """Bernoulli(ratio) mask over Fave's anchor: bool [B, D]."""
+
+    @abstractmethod
+    def path(self, site: int) -> Tensor:
+        """u ~ U[0, 1) for one use of drop path: [B]."""
+
 
 class StreamSource(RandomSource):
     """Everything is a function of (seed, row, position, ...)."""
@@ -76,6 +92,18 @@ class StreamSource(RandomSource):
 
     def dropout(self) -> Drop:
         return StreamDropout(self.seed, self.rows)
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        return noise.interval(self.seed, self.rows)
+
+    def anchor(self) -> Tensor:
+        return noise.anchor(self.seed, self.rows)
+
+    def keep(self, width: int, ratio: float) -> Tensor:
+        return noise.keep(self.seed, self.rows, width) < ratio
+
+    def path(self, site: int) -> Tensor:
+        return noise.path(self.seed, self.rows, site)
 
 
 class PublishedSource(RandomSource):
@@ -105,6 +133,19 @@ class PublishedSource(RandomSource):
 
     def dropout(self) -> Drop:
         return TorchDropout()
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        return self.uniforms(), self.uniforms()
+
+    def anchor(self) -> Tensor:
+        return self.uniforms()
+
+    def keep(self, width: int, ratio: float) -> Tensor:
+        chance = torch.full((len(self.rows), width), ratio, device=self.rows.device)
+        return torch.bernoulli(chance).bool()
+
+    def path(self, site: int) -> Tensor:
+        return self.uniforms()
 
 
 def random_source(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.fmrec import FMRecommender, TrainingDraws
 from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
 
@@ -38,7 +38,7 @@ def sample(
     Args:
         model: the joint model.
         sequences: int64 [B, L], left-padded with 0.
-        steps: q; None is the model's ``fm.sample_N``. Not for 'rk45'.
+        steps: q; None is the model's ``fm.sample_N``, and 1 in Fave's stage 2. Not for 'rk45'.
         method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation,
             so that its effort grows with ``lambda_uncertainty``).
         seed: keys the noise stream; None draws one from torch's generator.
@@ -59,7 +59,7 @@ def sample(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
-    q = model.fm.sample_N if steps is None else steps
+    q = model.fm.steps if steps is None else steps
     if z0 is not None:
         check_shape("z0", z0, "B D", {"B": batch, "D": width})
     if method == "rk45" and (noise is not None or steps is not None):
@@ -72,23 +72,24 @@ def sample(
     model.eval()
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
-        if z0 is None:
-            z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
         piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
         out = torch.empty(batch, width, device=device)
         for first in range(0, batch, piece):
             part = slice(first, first + piece)
             e, mask = model.embed(sequences[part])
+            own = random_source(len(e), device, seed=source.seed, rows=source.rows[part])
+            given = TrainingDraws(z0=None if z0 is None else z0[part])
+            start = model.start(e, mask, own, given)
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(
-                    e, mask, z0[part], seed=source.seed, rows=source.rows[part]
+                    e, mask, start, seed=source.seed, rows=source.rows[part]
                 )[0]
             else:
                 out[part] = model.fm.integrate(
                     e,
                     mask,
-                    z0[part],
+                    start,
                     steps=q,
                     seed=source.seed,
                     rows=source.rows[part],

@@ -6,11 +6,22 @@ checkpoints do, and hand them over.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fmrec_fast.ops.encoder import encoder
-from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights, Drop, no_drop
+from fmrec_fast.reference.encoder import (
+    FMREC,
+    NORM_EPS,
+    BlockWeights,
+    CrossWeights,
+    Drop,
+    Paths,
+    no_drop,
+    no_paths,
+)
 
 
 class LayerNorm(nn.Module):
@@ -86,6 +97,8 @@ class TransformerBlock(nn.Module):
 class TransformerStack(nn.Module):
     """All blocks; `forward` is the op `encoder`."""
 
+    variant = FMREC
+
     def __init__(self, hidden_size: int, num_blocks: int, num_heads: int, attention: str) -> None:
         super().__init__()
         self.transformer_blocks = nn.ModuleList(
@@ -107,6 +120,9 @@ class TransformerStack(nn.Module):
         drop: Drop = no_drop,
         p: float = 0.0,
         prune: bool = True,
+        paths: Paths = no_paths,
+        cross: Sequence[CrossWeights] | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         return encoder(
             x,
@@ -118,6 +134,10 @@ class TransformerStack(nn.Module):
             drop=drop,
             p=p,
             prune=prune,
+            variant=self.variant,
+            paths=paths,
+            cross=cross,
+            context=context,
         )
 
 

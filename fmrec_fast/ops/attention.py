@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.forward_mode import NO_RULE, is_dual
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import attention as reference
+from fmrec_fast.reference.rotary import rotate
 
 
 def attention(
@@ -20,6 +22,7 @@ def attention(
     seed: Tensor | None = None,
     rows: Tensor | None = None,
     site: int = 0,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """Attention of every position over all of its sequence (paper, section 4.2).
 
@@ -28,7 +31,8 @@ def attention(
         probabilities = torch.softmax((query_scale[..., None] * q) @ k.transpose(-1, -2), dim=-1)
         out = dropout(probabilities, p) @ v
 
-    No key is hidden; a query whose scale is 0 attends uniformly.
+    No key is hidden; a query whose scale is 0 attends uniformly. With `inv_freq` q and k are
+    rotated by their position first (`reference.rotary.rotate`).
 
     Args:
         qkv: [B, L, 3D]: queries, keys, values; heads are consecutive columns of each.
@@ -39,6 +43,7 @@ def attention(
         seed: int64 scalar tensor (already derived for this use); not needed at p = 0.
         rows: int64 [B]; None is 0 .. B-1.
         site: which of the network's dropouts this is.
+        inv_freq: angles per position of the rotary embedding [D / H / 2], or None.
 
     Returns:
         [B, L, D], heads side by side. Differentiable; the C++ kernel runs only where
@@ -63,14 +68,30 @@ def attention(
         raise ValueError(f"p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
         raise ValueError(f"seed must be given with p = {p}")
+    if inv_freq is not None:
+        check_shape("inv_freq", inv_freq, "W/2", {"W/2": width // num_heads // 2})
+        if width // num_heads % 2:
+            raise ValueError(f"a rotated head must have an even width, got {width // num_heads}")
     rows = request_rows(rows, qkv.shape[0], qkv.device)
     declined = ""
-    if torch.is_grad_enabled() and query_scale.requires_grad:
+    if is_dual(qkv, query_scale):
+        declined = NO_RULE
+    elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
     if choose("attention", qkv, declined=declined) is Backend.REFERENCE:
         return reference.attention(
-            qkv, query_scale, num_heads=num_heads, p=p, seed=seed, rows=rows, site=site
+            qkv,
+            query_scale,
+            num_heads=num_heads,
+            p=p,
+            seed=seed,
+            rows=rows,
+            site=site,
+            inv_freq=inv_freq,
         )
+    if inv_freq is not None:
+        q, k, v = qkv.chunk(3, dim=-1)
+        qkv = torch.cat((rotate(q, inv_freq, num_heads), rotate(k, inv_freq, num_heads), v), -1)
     return _Attention.apply(qkv, query_scale, rows, seed, (site, p), num_heads)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast import extension, noise
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import dropout as reference
 
@@ -61,7 +64,22 @@ def dropout(
         x = reference.activate(x, activation)
         return x if residual is None else residual + x
     rows = request_rows(rows, x.shape[0], x.device)
-    backend = choose("dropout", x)
+    if activation is None and split(x)[1] is not None:
+        # Linear: the tangent is dropped by the same mask.
+        given: dict[str, Any] = {
+            "seed": seed,
+            "rows": rows,
+            "site": site,
+            "position_offset": position_offset,
+            "position_stride": position_stride,
+        }
+        value, tangent = split(x)
+        own, own_tangent = (None, None) if residual is None else split(residual)
+        return join(
+            dropout(value, p, residual=own, **given),
+            dropout(tangent, p, residual=own_tangent, **given),
+        )
+    backend = choose("dropout", x, declined=NO_RULE if is_dual(x, residual) else "")
     if backend is Backend.REFERENCE:
         return reference.dropout(
             x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,23 @@ from torch import Tensor
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.config import ATTENTIONS
+from fmrec_fast.forward_mode import NO_RULE, is_dual
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.reference import encoder as reference
-from fmrec_fast.reference.encoder import Attend, BlockWeights, Drop, no_drop
+from fmrec_fast.reference.encoder import (
+    FMREC,
+    Attend,
+    BlockWeights,
+    CrossWeights,
+    Drop,
+    Paths,
+    Variant,
+    no_drop,
+    no_paths,
+)
 
 
 def encoder(
@@ -30,6 +42,10 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    variant: Variant = FMREC,
+    paths: Paths = no_paths,
+    cross: Sequence[CrossWeights] | None = None,
+    context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -49,6 +65,10 @@ def encoder(
         attention: 'published' or 'causal'.
         tap: index of a block whose output at the last position is returned too.
         drop: dropout, with probability `p`; none by default.
+        variant: `FMREC`, or `FAVE`: RMS norms, rotary embedding, no dropout after the block; its
+            weights have no biases of norms, and `inv_freq`.
+        paths: drop path: (block, branch) -> factors of the rows [B], or None.
+        cross, context: Fave's cross-attention steps, one a block, over `context` [B, L, D].
 
     Returns:
         ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
@@ -72,8 +92,18 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
-    parameters = [tensor for block in blocks for tensor in block]
+    if any((block.norm1_bias is None) != (variant.norm == "rms") for block in blocks):
+        raise ValueError(f"blocks must have the norms of {variant}, got others")
+    if any((block.inv_freq is None) == variant.rotary for block in blocks):
+        raise ValueError(f"blocks must have inv_freq where {variant} is rotary, and only there")
+    if (cross is None) != (context is None) or (cross is not None and len(cross) != len(blocks)):
+        raise ValueError("cross must have one step a block, and come with a context")
+    parameters = [tensor for block in blocks for tensor in block.tensors()]
     declined = _declined(x, parameters, attention, drop, p)
+    if not declined and variant != FMREC:
+        declined = f"its kernel has no {variant}"
+    if not declined and (paths is not no_paths or cross is not None):
+        declined = "its kernel has no drop path and no cross-attention"
     if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
         return _encoder_cpp(x, mask, blocks, num_heads, tap)
     return reference.encoder(
@@ -86,6 +116,10 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
+        variant=variant,
+        paths=paths,
+        cross=cross,
+        context=context,
         linear=linear,
         attend=_attend(drop, p),
     )
@@ -115,9 +149,15 @@ def _attend(drop: Drop, p: float) -> Attend | None:
 
 
 def _attend_without_dropout(
-    qkv: Tensor, query_scale: Tensor, *, num_heads: int, p: float, site: int
+    qkv: Tensor,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    p: float,
+    site: int,
+    inv_freq: Tensor | None,
 ) -> Tensor:
-    return attention_op(qkv, query_scale, num_heads=num_heads)
+    return attention_op(qkv, query_scale, num_heads=num_heads, inv_freq=inv_freq)
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
@@ -126,6 +166,8 @@ def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p
         return f"its kernel has the published attention only, got {attention!r}"
     if drop is not no_drop and p > 0:
         return "its kernel has no dropout"
+    if is_dual(x):
+        return NO_RULE
     if needs_gradient(x, *parameters):
         return "its kernel has no backward pass, and a gradient is needed"
     return ""

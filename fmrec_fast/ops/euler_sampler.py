@@ -17,7 +17,7 @@ from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
-from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
+from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -33,6 +33,7 @@ class SamplerWeights:
     num_heads: int
     attention: str
     delta: float
+    variant: Variant = FMREC
 
 
 def euler_sampler(
@@ -89,7 +90,7 @@ def euler_sampler(
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
-    tensors += [tensor for block in weights.blocks for tensor in block]
+    tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
     if noise is not None:
         tensors.append(noise)
     declined = ""
@@ -100,6 +101,8 @@ def euler_sampler(
         )
     elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
+    elif weights.variant != FMREC:
+        declined = f"its kernel has no {weights.variant}"
     elif sizes["q"] == 0:
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
@@ -159,6 +162,7 @@ def _composed(
             weights.blocks,
             num_heads=weights.num_heads,
             attention=weights.attention,
+            variant=weights.variant,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import linear as reference
 
@@ -26,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: [O, I]; bias: [O].
 
     Returns:
-        [..., O]. Differentiable in all three. On a CPU the results do not depend on the number of
+        [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do not depend on the number of
         threads.
 
     Raises:
@@ -38,7 +39,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_shape("bias", bias, "O", sizes)
     check_float(x=x, weight=weight, bias=bias)
     declined = ""
-    if sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
+    value, tangent = split(x)
+    if tangent is not None and not is_dual(weight, bias):
+        # The tangent goes through the same product, without the bias.
+        return join(
+            linear(value, weight, bias), linear(tangent, weight, torch.zeros_like(bias))
+        )
+    if is_dual(x, weight, bias):
+        declined = NO_RULE
+    elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
             f"{sizes['O']}"

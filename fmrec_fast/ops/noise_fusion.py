@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmrec_fast import extension, noise
 from fmrec_fast.backend import Backend, choose
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import noise_fusion as reference
 
@@ -40,7 +41,8 @@ def noise_fusion(
         lam: explicit lam [B, L, D] instead of the stream's.
 
     Returns:
-        [B, L, D]. Differentiable in `e`, `z` and `tau`; the backward pass regenerates lam.
+        [B, L, D]. Differentiable in `e`, `z` and `tau`, in forward mode too; the backward pass
+        regenerates lam.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not agree.
@@ -57,7 +59,19 @@ def noise_fusion(
         return reference.noise_fusion(e, shift, lam)
     rows = request_rows(rows, e.shape[0], e.device)
     seed = noise.as_seed(seed, e.device)
-    backend = choose("noise_fusion", e)
+    e_parts, shift_parts = split(e), split(shift)
+    if e_parts[1] is not None or shift_parts[1] is not None:
+        # Linear in e and shift: the tangent is the fusion of the tangents.
+        given = {"delta": delta, "seed": seed, "rows": rows, "step": step}
+        zero = torch.zeros((), dtype=e.dtype, device=e.device)
+        d_e = zero.expand_as(e) if e_parts[1] is None else e_parts[1]
+        d_shift = zero.expand_as(shift) if shift_parts[1] is None else shift_parts[1]
+        none = zero.expand_as(shift)
+        return join(
+            noise_fusion(e_parts[0], shift_parts[0], none, **given),
+            noise_fusion(d_e, d_shift, none, **given),
+        )
+    backend = choose("noise_fusion", e, declined=NO_RULE if is_dual(e, shift) else "")
     if backend is Backend.REFERENCE:
         drawn = _reference_lam(e, rows, seed, step, delta)
         return reference.noise_fusion(e, shift, drawn)
