@@ -1,4 +1,4 @@
-"""FMRec and Fave, flow-matching sequential recommenders, fast without changing what they compute."""
+"""FMRec and Fave, flow-matching recommenders, made fast without changing what they compute."""
 
 from fmrec_fast.backend import Backend, Rng, dispatch_log, use_backend, use_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig

@@ -19,6 +19,7 @@ from fmrec_fast.reference.encoder import (
     CrossWeights,
     Drop,
     Paths,
+    layer_norm,
     no_drop,
     no_paths,
 )
@@ -34,7 +35,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SublayerConnection(nn.Module):

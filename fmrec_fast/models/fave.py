@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmrec_fast import flow, forward_mode
@@ -350,7 +349,14 @@ class Fave(FMRec):
 
         def f(z: Tensor, t: Tensor) -> Tensor:
             prediction, _ = self.xstart_model.predict(
-                item_rep, z, scale * t, mask_seq, source, draws.noise, r=scale * r, paths=draws.paths
+                item_rep,
+                z,
+                scale * t,
+                mask_seq,
+                source,
+                draws.noise,
+                r=scale * r,
+                paths=draws.paths,
             )
             return prediction
 
@@ -509,9 +515,7 @@ class FaveRecommender(FMRecommender):
             losses = self.stage_losses(sequence, tag, draws=draws, seed=seed, rows=rows)
             stage = self.stage if self.stage == PRETRAIN else None
             return self.weigh(losses), losses.prediction, stage, None, None, None
-        return super().forward(
-            sequence, tag, train_flag=False, draws=draws, seed=seed, rows=rows
-        )
+        return super().forward(sequence, tag, train_flag=False, draws=draws, seed=seed, rows=rows)
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Any, strict: bool = True, assign: bool = False

@@ -27,8 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: [O, I]; bias: [O].
 
     Returns:
-        [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do not depend on the number of
-        threads.
+        [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do
+        not depend on the number of threads.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not agree.
@@ -42,9 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     value, tangent = split(x)
     if tangent is not None and not is_dual(weight, bias):
         # The tangent goes through the same product, without the bias.
-        return join(
-            linear(value, weight, bias), linear(tangent, weight, torch.zeros_like(bias))
-        )
+        return join(linear(value, weight, bias), linear(tangent, weight, torch.zeros_like(bias)))
     if is_dual(x, weight, bias):
         declined = NO_RULE
     elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():

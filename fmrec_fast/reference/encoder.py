@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrec_fast.forward_mode import is_dual
 from fmrec_fast.reference.attention import mix
 from fmrec_fast.reference.dropout import activate
 from fmrec_fast.reference.linear import linear as linear_definition
@@ -306,7 +307,16 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The norm in front of a sublayer: the layer norm, or without a bias the RMS norm."""
     if bias is None:
         return rms_norm_definition(x, weight)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
+    return layer_norm(x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """``F.layer_norm`` over the last dimension."""
+    if not is_dual(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # Of PyTorch's own forward-mode derivative the gradient is wrong.
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
 
 
 def add_branch(
