@@ -8,7 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEDULES = ("uniform", "logit_normal", "mode", "cosmap")
 ATTENTIONS = ("published", "causal")
@@ -68,6 +71,8 @@ class FMRecConfig:
         early_stopping_metric: the validation metric that decides, or 'any' (as published).
         random_seed: governs initialisation, order of samples, and every draw.
     """
+
+    KIND: ClassVar[str] = "fmrec"  # names the model, in checkpoints and on the command line
 
     item_num: int = 0
     hidden_size: int = 128
@@ -181,8 +186,13 @@ class FMRecConfig:
             f"'any' or one of {metrics}",
         )
 
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer starts with."""
+        return self.lr
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FMRecConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Settings from a mapping; a key that does not exist raises `ValueError`."""
         known = [f.name for f in fields(cls)]
         for key in values:
@@ -193,7 +203,7 @@ class FMRecConfig:
         return cls(**values)
 
     @classmethod
-    def from_namespace(cls, args: argparse.Namespace | Any) -> FMRecConfig:
+    def from_namespace(cls, args: argparse.Namespace | Any) -> Self:
         """Settings from a published argparse namespace.
 
         A published namespace also names files, devices and switches that have no effect on the
@@ -208,7 +218,7 @@ class FMRecConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> FMRecConfig:
+    def from_yaml(cls, path: str | Path) -> Self:
         """Settings from a YAML file of ``name: value`` lines (needs the extra ``[cli]``)."""
         import yaml
 
@@ -220,7 +230,7 @@ class FMRecConfig:
         return cls.from_dict(values)
 
     @classmethod
-    def coerce(cls, args: Any) -> FMRecConfig:
+    def coerce(cls, args: Any) -> Self:
         """`args` itself if it is a config; from a mapping or a namespace otherwise."""
         if isinstance(args, cls):
             return args
@@ -232,7 +242,7 @@ class FMRecConfig:
         """Plain values, as JSON and YAML hold them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def replace(self, **changes: Any) -> FMRecConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
         return replace(self, **changes)
 
@@ -270,6 +280,8 @@ class FaveConfig(FMRecConfig):
             padding for short histories) or 'history' (an item of the history).
         onestep: stage 2's step from z0: 'published' (to u) or 'displacement' (to z0 + u).
     """
+
+    KIND: ClassVar[str] = "fave"
 
     emb_dropout: float = 0.0
     Loss_Alpha: float = 0.5
@@ -318,3 +330,8 @@ class FaveConfig(FMRecConfig):
         _require(path is None or isinstance(path, str), "ckpt_path", path, "a path or None")
         width = self.hidden_size // self.num_heads
         _require(width % 2 == 0, "hidden_size / num_heads", width, "even (rotary embedding)")
+
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer starts with: less in stage 2."""
+        return self.lr * (self.finetune_lr_scale if self.stage_mode == "finetune" else 1.0)

@@ -79,8 +79,8 @@ def sample(
             part = slice(first, first + piece)
             e, mask = model.embed(sequences[part])
             own = random_source(len(e), device, seed=source.seed, rows=source.rows[part])
-            given = TrainingDraws(z0=None if z0 is None else z0[part])
-            start = model.start(e, mask, own, given)
+            draws = TrainingDraws(z0=None if z0 is None else z0[part])
+            start = model.start(e, mask, own, draws)
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(
                     e, mask, start, seed=source.seed, rows=source.rows[part]

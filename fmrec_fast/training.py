@@ -15,14 +15,20 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import checkpoint
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.data.dataset import HELD_OUT, Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models import FMRecommender, build_recommender
 
 LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
+
+
+def loss_names(config: FMRecConfig) -> tuple[str, ...]:
+    """The parts of `Losses` that a run reports."""
+    second = isinstance(config, FaveConfig) and config.stage_mode == "finetune"
+    return (*LOSSES, "straight") if second else LOSSES
 
 
 class DivergedError(ArithmeticError):
@@ -62,11 +68,16 @@ class Listener:
 def build_optimizer(
     model: torch.nn.Module, config: FMRecConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
-    """The published optimizer and its schedule (stepped once an epoch)."""
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    """The published optimizer of what is not frozen, and its schedule (stepped once an epoch)."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "SGD":
         options["momentum"] = config.momentum or 0.0
-    optimizer = getattr(torch.optim, config.optimizer)(model.parameters(), **options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = getattr(torch.optim, config.optimizer)(trained, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
     return optimizer, scheduler
 
@@ -117,12 +128,13 @@ class Trainer:
                 f"{dataset.num_interactions} interactions)"
             )
         torch.manual_seed(self.config.random_seed)
-        self.model = FMRecommender.from_config(self.config).to(self.device)
+        self.model = build_recommender(self.config).to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config)
         self.progress = Progress()
         # Sums over the epoch so far, and the first step whose loss was not finite (or -1); both
         # stay on the device, so that a step waits for nothing.
-        self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
+        self.loss_names = loss_names(self.config)
+        self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._saved_at = time.monotonic()
         self._rng = checkpoint.rng_state()
@@ -153,6 +165,7 @@ class Trainer:
         if started:
             self._restore()
         else:
+            self._start()
             checkpoint.restore_rng(self._rng)
             self._save()
         self._write_history()
@@ -178,6 +191,18 @@ class Trainer:
         )
         self.listener.finished()
         return result
+
+    def _start(self) -> None:
+        """Fave's stage 2 starts from stage 1's weights, where `ckpt_path` says where they are."""
+        config = self.config
+        if not isinstance(config, FaveConfig) or config.ckpt_path is None:
+            return
+        try:
+            self.model.load_state_dict(checkpoint.starting_weights(config.ckpt_path))
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(
+                f"the weights in {config.ckpt_path} do not fit the settings: {error}"
+            ) from None
 
     def _over(self) -> bool:
         p = self.progress
@@ -215,9 +240,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = training_losses(self.model, sequence, target)
         losses.total.backward()
+        if isinstance(self.config, FaveConfig):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
-            values = torch.stack([getattr(losses, name) for name in LOSSES]).double()
+            values = torch.stack([getattr(losses, name) for name in self.loss_names]).double()
             self.sums += values
             fresh = (self.bad_step < 0) & ~torch.isfinite(values).all()
             self.bad_step = torch.where(fresh, self.progress.global_step, self.bad_step)
@@ -233,7 +260,7 @@ class Trainer:
 
     def _mean_losses(self) -> dict[str, float]:
         means = self.sums / max(self.progress.step_in_epoch, 1)
-        return dict(zip(LOSSES, means.tolist(), strict=True))
+        return dict(zip(self.loss_names, means.tolist(), strict=True))
 
     def _check_finite(self, *, parameters: bool = False) -> None:
         what, bad = "loss was", int(self.bad_step)
@@ -305,6 +332,7 @@ class Trainer:
 
     def _model_state(self) -> dict[str, Any]:
         return {
+            "kind": self.config.KIND,
             "config": self.config.to_dict(),
             "item_ids": self.dataset.item_ids,
             "source": self.source,
@@ -337,7 +365,11 @@ class Trainer:
                 f"{len(new)} new, {len(gone)} gone{', such as ' if named else ', in another order'}"
                 f"{', '.join(named)})"
             )
-        free = {"epochs", "patience", "eval_interval"}
+        if state.get("kind", "fmrec") != self.config.KIND:
+            raise checkpoint.CheckpointError(
+                f"{self.run} is a run of {state.get('kind', 'fmrec')}, not of {self.config.KIND}"
+            )
+        free = {"epochs", "patience", "eval_interval", "ckpt_path"}
         then, now = state["config"], self.config.to_dict()
         changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
         changed = [text for text in changed if text.split(":")[0] not in free]

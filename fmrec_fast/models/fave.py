@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrec_fast import flow, forward_mode
-from fmrec_fast.config import STAGES, FaveConfig, FMRecConfig
+from fmrec_fast.config import STAGES, FaveConfig
 from fmrec_fast.models.blocks import FeedForward, MultiHeadedAttention, TransformerStack, sinusoid
 from fmrec_fast.models.fmrec import FMRec, FMRecommender, TrainingDraws, XStartModel
 from fmrec_fast.ops import history_loss
@@ -75,10 +75,13 @@ class RotaryAttention(MultiHeadedAttention):
         super().__init__(hidden_size)
         self.rope = RotaryEmbedding(hidden_size // num_heads)
 
-    def projections(self) -> list[Tensor]:
-        """Weight and bias of query, key, value and output."""
-        layers: list[nn.Linear] = [*self.linear_layers, self.w_layer]  # type: ignore[list-item]
-        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    def projections(self) -> dict[str, Tensor]:
+        """What `BlockWeights` and `CrossWeights` hold of it."""
+        layers: list[Any] = [*self.linear_layers, self.w_layer]
+        parts: dict[str, Tensor] = {"inv_freq": self.rope.inv_freq}
+        for name, layer in zip(("query", "key", "value", "output"), layers, strict=True):
+            parts |= {f"{name}_weight": layer.weight, f"{name}_bias": layer.bias}
+        return parts
 
 
 class FaveBlock(nn.Module):
@@ -103,28 +106,26 @@ class FaveBlock(nn.Module):
         """The parameters, in the order that the ops read."""
         ffn = self.feed_forward
         return BlockWeights(
-            self.norm1.weight,
-            None,
-            *self.attention.projections(),
-            self.norm3.weight,
-            None,
-            ffn.w_1.weight,
-            ffn.w_1.bias,
-            ffn.w_2.weight,
-            ffn.w_2.bias,
-            self.attention.rope.inv_freq,
+            norm1_weight=self.norm1.weight,
+            norm1_bias=None,
+            norm2_weight=self.norm3.weight,
+            norm2_bias=None,
+            w1_weight=ffn.w_1.weight,
+            w1_bias=ffn.w_1.bias,
+            w2_weight=ffn.w_2.weight,
+            w2_bias=ffn.w_2.bias,
+            **self.attention.projections(),
         )
 
     def cross_weights(self) -> CrossWeights:
         """The parameters of the cross-attention step."""
         return CrossWeights(
-            self.norm2.weight,
-            *self.cross_attention.projections(),
-            self.cross_attention.rope.inv_freq,
-            self.se_relu.weight,
-            self.se_weight1.weight,
-            self.se_weight2.weight,
-            self.gamma,
+            norm_weight=self.norm2.weight,
+            se_relu=self.se_relu.weight,
+            se_weight1=self.se_weight1.weight,
+            se_weight2=self.se_weight2.weight,
+            gamma=self.gamma,
+            **self.cross_attention.projections(),
         )
 
 
@@ -151,14 +152,17 @@ class FaveNetwork(XStartModel):
     """The network that predicts from a noisy embedding at time t of an interval up to r."""
 
     att: FaveStack
+    t_time_embed: nn.Sequential
+    r_time_embed: nn.Sequential
 
     def make_time_embedding(self, width: int) -> None:
-        for name in ("t_time_embed", "r_time_embed"):
+        def embedding() -> nn.Sequential:
             layers = (nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-            self.add_module(name, nn.Sequential(*layers))
+            return nn.Sequential(*layers)
 
-    def make_stack(self, config: FMRecConfig) -> TransformerStack:
-        config = FaveConfig.coerce(config)
+        self.t_time_embed, self.r_time_embed = embedding(), embedding()
+
+    def make_stack(self, config: Any) -> TransformerStack:
         rates = torch.linspace(0, config.drop_path_rate, config.num_blocks)
         self.path_rates: list[float] = rates.tolist()
         self.horizon = 1 / config.eps - 1  # r = 1, scaled
@@ -295,7 +299,7 @@ class Fave(FMRec):
             item_rep, x_t, t, mask_seq, source, draws.noise, r=r, paths=paths
         )
 
-    def euler_sampler(  # type: ignore[override]
+    def euler_sampler(
         self, item_rep: Tensor, mask_seq: Tensor, z0: Tensor, stage: str = PRETRAIN
     ) -> tuple[Tensor, int]:
         """(x [B, D], number of network evaluations): ``sample_N`` steps in 'pretrain', else 1."""
@@ -517,7 +521,7 @@ class FaveRecommender(FMRecommender):
             return self.weigh(losses), losses.prediction, stage, None, None, None
         return super().forward(sequence, tag, train_flag=False, draws=draws, seed=seed, rows=rows)
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Any, strict: bool = True, assign: bool = False
     ) -> Any:
         """As ``nn.Module.load_state_dict``; a prefix ``module.`` of all names is dropped."""

@@ -64,7 +64,8 @@ def dropout(
         x = reference.activate(x, activation)
         return x if residual is None else residual + x
     rows = request_rows(rows, x.shape[0], x.device)
-    if activation is None and split(x)[1] is not None:
+    value, tangent = split(x)
+    if activation is None and tangent is not None:
         # Linear: the tangent is dropped by the same mask.
         given: dict[str, Any] = {
             "seed": seed,
@@ -73,7 +74,6 @@ def dropout(
             "position_offset": position_offset,
             "position_stride": position_stride,
         }
-        value, tangent = split(x)
         own, own_tangent = (None, None) if residual is None else split(residual)
         return join(
             dropout(value, p, residual=own, **given),

@@ -137,7 +137,10 @@ def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
     sequence, and no note of a tensor's address and version sees every way to write to it
     (``parameter.data``, a numpy view).
     """
-    arrays = [tuple(tensor.detach().contiguous().numpy() for tensor in block) for block in blocks]
+    arrays = [
+        tuple(tensor.detach().contiguous().numpy() for tensor in block.tensors())
+        for block in blocks
+    ]
     return extension.load().PackedEncoder(arrays, num_heads)
 
 

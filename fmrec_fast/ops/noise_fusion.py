@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def noise_fusion(
     e_parts, shift_parts = split(e), split(shift)
     if e_parts[1] is not None or shift_parts[1] is not None:
         # Linear in e and shift: the tangent is the fusion of the tangents.
-        given = {"delta": delta, "seed": seed, "rows": rows, "step": step}
+        given: dict[str, Any] = {"delta": delta, "seed": seed, "rows": rows, "step": step}
         zero = torch.zeros((), dtype=e.dtype, device=e.device)
         d_e = zero.expand_as(e) if e_parts[1] is None else e_parts[1]
         d_shift = zero.expand_as(shift) if shift_parts[1] is None else shift_parts[1]

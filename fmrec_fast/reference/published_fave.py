@@ -263,7 +263,7 @@ class PublishedFave(nn.Module):
 class PublishedFaveRecommender(nn.Module):
     """The joint model."""
 
-    recon_loss = PublishedRecommender.recon_loss
+    recon_loss: Any = PublishedRecommender.recon_loss
 
     def __init__(self, fave: PublishedFave, args: Any) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class PublishedFaveRecommender(nn.Module):
             return None, x1, None, None, None, z0
         item_tag = self.item_embeddings(tag.squeeze(-1))
         if self.stage == "pretrain":
-            x0, decoded, *_ = self.fave(e, item_tag, mask, z0, t, lam, paths)
+            x0, decoded, _, _, _ = self.fave(e, item_tag, mask, z0, t, lam, paths)
             loss = ((x0 - item_tag) ** 2).mean()
             loss = loss + args.loss_pretrain_weight * self.recon_loss(decoded, sequence, negatives)
             return loss, x0, self.stage, None, None, None
