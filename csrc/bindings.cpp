@@ -612,8 +612,8 @@ const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
     {"w2_bias", "[D]"},
 };
 
-std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
-                                            std::int64_t heads) {
+std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int64_t heads,
+                                            const py::object& rotary_) {
     if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
     std::vector<py::array> kept;  // the arrays, for as long as they are read
     std::vector<BlockArrays> arrays;
@@ -631,6 +631,10 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
                 "blocks[" + std::to_string(n) + "]." + BLOCK_ARRAY_NAMES[i].name;
             const std::string shape = BLOCK_ARRAY_NAMES[i].shape;
             const bool matrix = shape.find(',') != std::string::npos;
+            if ((i == NORM1_BIAS || i == NORM2_BIAS) &&
+                py::object(block[static_cast<std::size_t>(i)]).is_none()) {
+                continue;
+            }
             const py::array array =
                 input<float>(block[static_cast<std::size_t>(i)], name.c_str(), matrix ? 2 : 1);
             if (n == 0 && i == NORM1_WEIGHT) channels = array.shape(0);
@@ -645,6 +649,12 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
             pointers.array[i] = data<float>(array);
             kept.push_back(array);
         }
+        const bool rms = pointers.array[NORM1_BIAS] == nullptr;
+        if (rms != (pointers.array[NORM2_BIAS] == nullptr) ||
+            (n > 0 && rms != (arrays[0].array[NORM1_BIAS] == nullptr))) {
+            throw py::value_error("all norms must have a bias or none, blocks[" +
+                                  std::to_string(n) + "] has both or differs");
+        }
         arrays.push_back(pointers);
     }
     if (channels < 1 || features < 1) throw py::value_error("D and F must be at least 1, got 0");
@@ -652,9 +662,22 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
         throw py::value_error("num_heads must divide D = " + std::to_string(channels) + ", got " +
                               std::to_string(heads));
     }
+    const float* rotary = nullptr;
+    py::array table;
+    std::int64_t length = 0;
+    if (!rotary_.is_none()) {
+        table = input<float>(rotary_, "rotary", 2);
+        length = table.shape(0);
+        if (channels / heads % 2 != 0) {
+            throw py::value_error("a rotated head must have an even width, got " +
+                                  std::to_string(channels / heads));
+        }
+        check_shape(table, "rotary", "[L, D / num_heads]", {length, channels / heads});
+        rotary = data<float>(table);
+    }
     py::gil_scoped_release release;
     return std::unique_ptr<PackedEncoder>(
-        new PackedEncoder(arrays, channels, features, heads));
+        new PackedEncoder(arrays, channels, features, heads, rotary, length));
 }
 
 Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
@@ -666,6 +689,12 @@ Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
     encoder.heads = packed.heads();
     encoder.length = length;
     encoder.tap = -1;
+    encoder.rms = packed.rms();
+    encoder.rotary = packed.rotary();
+    if (encoder.rotary && packed.length() != length) {
+        throw py::value_error("rotary must be for L = " + std::to_string(length) +
+                              " positions, got " + std::to_string(packed.length()));
+    }
     return encoder;
 }
 
@@ -983,7 +1012,9 @@ PYBIND11_MODULE(_C, m) {
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
-             "blocks: the arrays of each block, as BlockWeights.")
+             py::arg("rotary") = py::none(),
+             "blocks: the arrays of each block, as BlockWeights, None for the biases of RMS norms; "
+             "rotary: cosines and sines of half a head at each position [L, D / num_heads].")
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),

@@ -77,12 +77,32 @@ FMREC_INLINE void gelu_rows(float* h, int64_t h_row, int64_t rows, int64_t colum
     }
 }
 
+// Rotates the pairs (j, j + W / 2) of every head in `rows` rows, the first at position `first`.
+FMREC_INLINE void rotate_rows(const Encoder* e, float* x, int64_t rows, int64_t first) {
+    if (!e->rotary) return;
+    const int64_t width = e->channels / e->heads, half = width / 2;
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* cosine = e->rotary + (first + i) * width;
+        const float* sine = cosine + half;
+        for (int64_t h = 0; h < e->heads; ++h) {
+            float* low = x + i * row_stride(e->channels) + h * width;
+            float* high = low + half;
+#pragma omp simd
+            for (int64_t j = 0; j < half; ++j) {
+                const float a = low[j], b = high[j];
+                low[j] = a * cosine[j] - b * sine[j];
+                high[j] = b * cosine[j] + a * sine[j];
+            }
+        }
+    }
+}
+
 // x += feed_forward(norm(x)) on `rows` rows; normed is overwritten.
 void feed_forward(const Encoder* e, const PackedBlock* b, float* x, int64_t rows, float* normed,
                   float* inner) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t inner_row = INNER + UNIT;
-    const LayerNorm norm = {b->norm2.weight, b->norm2.bias, e->channels, padded};
+    const LayerNorm norm = {b->norm2.weight, b->norm2.bias, e->channels, padded, e->rms};
     layer_norm(&norm, x, normed, stride, rows);
     const int64_t features = b->inner.columns, all = round_up(features, UNIT);
     for (int64_t first = 0; first < features; first += INNER) {
@@ -165,9 +185,10 @@ FMREC_INLINE void mean_value(const Encoder* e, const float* value, float* out) {
 void block(const Encoder* e, const PackedBlock* b, Workspace* w, float* x, const float* mask) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t length = e->length;
-    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded};
+    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded, e->rms};
     layer_norm(&norm, x, w->normed, stride, length);
     linear(w->normed, stride, &b->key, false, w->key, stride, length);
+    rotate_rows(e, w->key, length, 0);
     linear(w->normed, stride, &b->value, false, w->value, stride, length);
     // Queries of the left padding are zeros and share one result.
     int64_t padding = 0;
@@ -185,6 +206,7 @@ void block(const Encoder* e, const PackedBlock* b, Workspace* w, float* x, const
     const int64_t queries = length - padding;
     if (queries > 0) {
         linear(w->normed + padding * stride, stride, &b->query, false, w->query, stride, queries);
+        rotate_rows(e, w->query, queries, padding);
         attention(e, w, mask + padding, queries, w->query);
         linear(w->query, stride, &b->output, true, x + padding * stride, stride, queries);
     }
@@ -212,13 +234,15 @@ void run(const Encoder* e, float* x, const float* mask, int64_t count, float* la
     }
     // Of the last block only the last position's query, output and feed-forward.
     const PackedBlock* b = e->blocks + e->num_blocks - 1;
-    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded};
+    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded, e->rms};
     for (int64_t s = 0; s < count; ++s) {
         const float* rows = x + s * sequence;
         layer_norm(&norm, rows, w.normed, stride, length);
         linear(w.normed, stride, &b->key, false, w.key, stride, length);
+        rotate_rows(e, w.key, length, 0);
         linear(w.normed, stride, &b->value, false, w.value, stride, length);
         linear(w.normed + (length - 1) * stride, stride, &b->query, false, w.query, stride, 1);
+        rotate_rows(e, w.query, 1, length - 1);
         attention(e, &w, mask + s * length + length - 1, 1, w.last_mixed + s * stride);
         copy_row(last + s * stride, rows + (length - 1) * stride, padded);
     }

@@ -26,9 +26,10 @@ from fmrec_fast import (
 )
 from fmrec_fast.backend import Backend
 from fmrec_fast.compat import Att_Fave_model, create_model_Fave
+from fmrec_fast.models.fave import FaveStack
 from fmrec_fast.randomness import random_source
-from fmrec_fast.reference.published_fave import PublishedFaveRecommender
-from fmrec_fast.testing import make_sequences
+from fmrec_fast.reference.published_fave import PublishedFaveRecommender, PublishedFaveStack
+from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 EVERY = ("padding", "short", "long", "full")
@@ -509,3 +510,92 @@ def test_defaults_that_differ():
     assert (config.emb_dropout, config.Loss_Alpha, config.epochs) == (0.0, 0.5, 200)
     assert (config.eval_interval, config.metric_ks, config.patience) == (1, (10, 20), 5)
     assert FaveConfig.from_dict(config.to_dict()) == config
+
+
+def fave_stack(width, blocks=2, heads=4):
+    """Ours and the published stack with the same weights."""
+    args = argparse.Namespace(
+        hidden_size=width,
+        num_blocks=blocks,
+        last=0,
+        dropout=0.0,
+        drop_path_rate=0.0,
+        gamma_init=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(width)
+        peer = PublishedFaveStack(args).eval()
+        for parameter in peer.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, 0.3, 0.5)
+    config = FaveConfig(hidden_size=width, num_blocks=blocks, num_heads=heads, last=0)
+    ours = FaveStack(config)
+    ours.load_state_dict(peer.state_dict())
+    return ours, peer
+
+
+@pytest.mark.op("encoder")
+@pytest.mark.parametrize("shape", [(1, 1, 32), (5, 50, 96), (3, 51, 24), (5, 7, 32)])
+def test_the_encoder_in_this_variant(place, shape):
+    batch, length, width = shape
+    ours, peer = fave_stack(width)
+    sequence = make_sequences(batch, length, 50, 1, histories=EVERY).sequence
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    mask = (sequence > 0).float()
+    same = peer(x, x, mask, "pretrain", None)
+    truth = peer.double()(x.double(), x.double(), mask.double(), "pretrain", None)
+    x, mask = place.put(x, mask)
+    ours.to(place.device)
+    with torch.no_grad(), place.forced("encoder", declines=place.backend is Backend.TRITON):
+        out, tapped = ours(x, mask, tap=1)
+    for got in (out, tapped):
+        assert_close_to_truth(got.cpu(), same[0][:, -1], truth[0][:, -1])
+
+
+@pytest.mark.op("euler_sampler")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampler_in_this_variant(place, pair, steps):
+    """A row is the same in any batch, to the last bit."""
+    _, model = pair("finetune", lambda_uncertainty=0.1, emb_dropout=0.0)
+    model.eval().to(place.device)
+    sequence = make_sequences(37, 12, 61, 1, histories=EVERY).sequence
+    z0 = torch.randn(37, 32, generator=torch.Generator().manual_seed(1))
+    (sequence, z0) = place.put(sequence, z0)
+    with place.forced("euler_sampler"):
+        whole = sample(model, sequence, z0=z0, seed=1, steps=steps)
+    with use_backend("reference"):
+        expected = sample(model, sequence, z0=z0, seed=1, steps=steps)
+    torch.testing.assert_close(whole, expected, **CLOSE)
+    if place.backend is Backend.CPP:
+        rows = torch.tensor([3])
+        assert torch.equal(
+            sample(model, sequence[3:4], z0=z0[3:4], seed=1, rows=rows, steps=steps), whole[3:4]
+        )
+
+
+def test_the_kernels_arguments_are_checked(pair):
+    _, model = pair()
+    blocks = model.fave.xstart_model.att.weights()
+    arrays = [
+        tuple(None if part is None else part.detach().numpy() for part in block[:-1])
+        for block in blocks
+    ]
+    C = pytest.importorskip("fmrec_fast._C")
+    with pytest.raises(ValueError, match=r"rotary must have shape \[L, D / num_heads\]"):
+        C.PackedEncoder(arrays, 4, torch.zeros(12, 7).numpy())
+    mixed = [(*arrays[0][:1], arrays[0][0], *arrays[0][2:])]
+    with pytest.raises(ValueError, match="all norms must have a bias or none"):
+        C.PackedEncoder(mixed, 4, None)
+    packed = C.PackedEncoder(arrays, 4, torch.zeros(11, 8).numpy())
+    x, mask, out = torch.zeros(2, 12, 32), torch.zeros(2, 12), torch.zeros(2, 32)
+    with pytest.raises(ValueError, match="rotary must be for L = 12 positions, got 11"):
+        C.encoder_forward(packed, x.numpy(), mask.numpy(), -1, out.numpy(), None, 1)
+
+
+def test_blocks_that_rotate_differently_run_the_definition(pair):
+    _, model = pair()
+    model.eval().fave.xstart_model.att.transformer_blocks[1].attention.rope.inv_freq.mul_(2)
+    with dispatch_log() as log:
+        sample(model, make_sequences(3, 12, 61, 1).sequence, steps=1)
+    (entry,) = (entry for entry in log if entry.op == "euler_sampler")
+    assert entry.backend is Backend.REFERENCE and "same angles" in entry.reason

@@ -521,9 +521,7 @@ class FaveRecommender(FMRecommender):
             return self.weigh(losses), losses.prediction, stage, None, None, None
         return super().forward(sequence, tag, train_flag=False, draws=draws, seed=seed, rows=rows)
 
-    def load_state_dict(
-        self, state_dict: Any, strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``; a prefix ``module.`` of all names is dropped."""
         return super().load_state_dict(without_module_prefix(state_dict), strict, assign)
 

@@ -29,6 +29,7 @@ from fmrec_fast.reference.encoder import (
     no_drop,
     no_paths,
 )
+from fmrec_fast.reference.rotary import angles
 
 
 def encoder(
@@ -100,8 +101,7 @@ def encoder(
         raise ValueError("cross must have one step a block, and come with a context")
     parameters = [tensor for block in blocks for tensor in block.tensors()]
     declined = _declined(x, parameters, attention, drop, p)
-    if not declined and variant != FMREC:
-        declined = f"its kernel has no {variant}"
+    declined = declined or variant_declined(blocks)
     if not declined and (paths is not no_paths or cross is not None):
         declined = "its kernel has no drop path and no cross-attention"
     if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
@@ -130,18 +130,32 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
-    """The blocks' parameters, copied into the order that the C++ kernels read.
+def pack(blocks: list[BlockWeights], num_heads: int, length: int) -> Any:
+    """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
+    `length` positions.
 
     Packed anew for every call and never kept: that takes less than a network evaluation of one
     sequence, and no note of a tensor's address and version sees every way to write to it
     (``parameter.data``, a numpy view).
     """
     arrays = [
-        tuple(tensor.detach().contiguous().numpy() for tensor in block.tensors())
+        tuple(None if part is None else part.detach().contiguous().numpy() for part in block[:-1])
         for block in blocks
     ]
-    return extension.load().PackedEncoder(arrays, num_heads)
+    rotary, inv_freq = None, blocks[0].inv_freq
+    if inv_freq is not None:
+        rotary = torch.cat(angles(inv_freq.detach(), length), dim=-1).numpy()
+    return extension.load().PackedEncoder(arrays, num_heads, rotary)
+
+
+def variant_declined(blocks: list[BlockWeights]) -> str:
+    """Why the C++ kernel does not cover the blocks' norms or rotation; empty where it does."""
+    first = blocks[0].inv_freq
+    if first is None or first.device.type != "cpu":  # looking would wait for another device
+        return ""
+    if any(other.inv_freq is None or not first.equal(other.inv_freq) for other in blocks[1:]):
+        return "its kernel rotates all blocks by the same angles"
+    return ""
 
 
 def _attend(drop: Drop, p: float) -> Attend | None:
@@ -182,7 +196,7 @@ def _encoder_cpp(
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
     extension.load().encoder_forward(
-        pack(blocks, num_heads),
+        pack(blocks, num_heads, x.shape[1]),
         x.detach().contiguous().numpy(),
         mask.detach().contiguous().numpy(),
         -1 if tap is None else tap,

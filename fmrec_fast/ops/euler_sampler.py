@@ -14,7 +14,7 @@ from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack
+from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, variant_declined
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
@@ -101,12 +101,11 @@ def euler_sampler(
         )
     elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
-    elif weights.variant != FMREC:
-        declined = f"its kernel has no {weights.variant}"
     elif sizes["q"] == 0:
         declined = "there is no step to take"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
+    declined = declined or variant_declined(weights.blocks)
     if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
         return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
 
@@ -193,7 +192,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        pack(weights.blocks, weights.num_heads),
+        pack(weights.blocks, weights.num_heads, e.shape[1]),
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),
