@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint budgets bench bench-quick env clean
+.PHONY: setup demo test lint budgets sanitize bench bench-quick env clean
 
 setup: $(INSTALLED)
 
@@ -27,6 +27,16 @@ lint: setup
 
 budgets: setup
 	$(BIN)/python -m fmrec_fast.kernels.budget
+
+# The extension's tests on a second build, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Python itself keeps memory to its end, so leaks are not looked for.
+SANITIZED := build/sanitized
+sanitize: setup
+	FMREC_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
+	  $(BIN)/pytest -q -k "cpp-cpu or extension or native or bindings" \
+	  --extension-from=$(SANITIZED) tests
 
 bench: setup
 	$(BIN)/python -m benchmarks --save

@@ -2,6 +2,8 @@
 
 The kernel sources are compiled once per instruction set (see csrc/isa.h), the rest once.
 FMREC_FAST_SKIP_CPP=1 leaves the extension out: the package then runs on PyTorch alone.
+FMREC_FAST_SANITIZE=1 builds it with AddressSanitizer and UndefinedBehaviorSanitizer (`make
+sanitize`); the process that loads it must have been started with libasan preloaded.
 """
 
 import os
@@ -41,6 +43,16 @@ ISA_FLAGS = {
         *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
     ],
 }
+SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+SANITIZERS += ["-fsanitize=address,undefined"]
+
+
+def switched_on(variable: str) -> bool:
+    """Whether an environment variable is 1; raises ValueError unless it is 0, 1 or not set."""
+    value = os.environ.get(variable, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def builds_for_x86_64() -> bool:
@@ -66,6 +78,9 @@ class BuildKernels(build_ext):
             macros.append(("FMREC_X86", "1"))
             isas = ISA_FLAGS
         flags = [*FLAGS, *self.openmp_flags()]
+        if switched_on("FMREC_FAST_SANITIZE"):
+            flags += SANITIZERS
+            ext.extra_link_args = SANITIZERS
         ext.extra_compile_args = flags
         ext.define_macros = macros
         ext.extra_objects = []
@@ -99,10 +114,7 @@ class BuildKernels(build_ext):
 
 
 def extensions() -> list[Extension]:
-    skip = os.environ.get("FMREC_FAST_SKIP_CPP", "0")
-    if skip not in ("", "0", "1"):
-        raise ValueError(f"FMREC_FAST_SKIP_CPP must be 0 or 1, got {skip!r}")
-    if skip == "1":
+    if switched_on("FMREC_FAST_SKIP_CPP"):
         return []
     import pybind11
 

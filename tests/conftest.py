@@ -25,6 +25,7 @@ if not CUDA:
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 
+from fmrec_fast import extension  # noqa: E402
 from fmrec_fast.backend import (  # noqa: E402
     MISSING,
     OPS,
@@ -37,7 +38,18 @@ from fmrec_fast.backend import (  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--extension-from", metavar="FOLDER", help="fail unless fmrec_fast._C was loaded from here"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--extension-from")
+    if folder:
+        loaded = Path(extension.load().__file__)
+        if Path(folder).resolve() not in loaded.parents:
+            raise pytest.UsageError(f"fmrec_fast._C must be loaded from {folder}, got {loaded}")
     config.addinivalue_line("markers", "op(name): the op whose backends `place` goes through")
     # The deterministic mode is on for its filled memory, not for its verdicts.
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic impl")

@@ -1,0 +1,456 @@
+"""Every binding of fmrec_fast._C under random calls: right ones are served, wrong ones refused.
+
+Arrays lie between guard bytes, so that a write outside them shows even without a sanitizer.
+`make sanitize` runs this file, with the other tests of the extension, under AddressSanitizer and
+UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fmrec_fast import extension
+
+if not extension.available():
+    pytest.skip(str(extension.reason()), allow_module_level=True)
+
+C = extension.load()
+GUARD = 64
+GUARD_BYTE = 0xA5
+# What an output holds before the call: a NaN that no arithmetic makes.
+UNWRITTEN = np.uint32(0x7FC0DEAD)
+# Facts about the build, and the choice of instruction set; they take no array.
+WITHOUT_ARRAYS = {"build_info", "isa", "openmp", "set_isa", "supported_isas"}
+
+sizes = st.integers(0, 7)
+INT64 = np.iinfo(np.int64)
+words = st.integers(INT64.min, INT64.max)
+
+
+@dataclass
+class Argument:
+    """One array argument: its memory, and what a wrong one may look like."""
+
+    array: np.ndarray
+    memory: np.ndarray
+    role: str
+    limit: int | None = None
+    before: bytes = b""
+
+    def guards_hold(self) -> bool:
+        edge = self.memory[:GUARD], self.memory[-GUARD:]
+        return all((part == GUARD_BYTE).all() for part in edge)
+
+
+@dataclass
+class Call:
+    """The arguments of one call, all of them right."""
+
+    draw: Any
+    arrays: dict[str, Argument] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+
+    def _place(self, name: str, values: np.ndarray, role: str, limit: int | None = None):
+        memory = np.full(values.nbytes + 2 * GUARD, GUARD_BYTE, np.uint8)
+        inner = memory[GUARD : GUARD + values.nbytes]
+        array = inner.view(values.dtype).reshape(values.shape)
+        array[...] = values
+        self.arrays[name] = Argument(array, memory, role, limit)
+
+    def floats(self, name: str, *shape: int) -> None:
+        """An input of float32, now and then with values that are not finite."""
+        rng = np.random.default_rng(self.draw(st.integers(0, 99)))
+        values = rng.standard_normal(shape).astype(np.float32)
+        odd = self.draw(st.sampled_from([None, None, np.nan, np.inf, -np.inf, 1e-42, 3e38]))
+        if odd is not None:
+            values[rng.random(shape) < 0.2] = odd
+        self._place(name, values, "input")
+
+    def integers(self, name: str, *shape: int, limit: int | None = None) -> None:
+        """An input of int64: any value, or 0 .. limit - 1."""
+        rng = np.random.default_rng(self.draw(st.integers(0, 99)))
+        low, high = (INT64.min, INT64.max) if limit is None else (0, max(limit, 1))
+        self._place(name, rng.integers(low, high, shape), "input", limit)
+
+    def flags(self, name: str, *shape: int) -> None:
+        rng = np.random.default_rng(self.draw(st.integers(0, 99)))
+        self._place(name, rng.random(shape) < 0.7, "input")
+
+    def output(self, name: str, *shape: int) -> None:
+        """Every element of it must be written."""
+        self._place(name, np.full(shape, UNWRITTEN).view(np.float32), "output")
+
+    def sums(self, name: str, *shape: int) -> None:
+        """It is added to."""
+        self._place(name, np.zeros(shape, np.float32), "sums")
+
+    def maybe(self, name: str) -> bool:
+        """Whether an argument that may be None is given."""
+        if self.draw(st.booleans()):
+            return True
+        self.plain[name] = None
+        return False
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: a.array for name, a in self.arrays.items()} | self.plain
+
+
+def sizes_of(call: Call, names: str) -> list[int]:
+    return [call.draw(sizes) for _ in names.split()]
+
+
+def blocks_of(call: Call, width: int, count: int) -> list[tuple[np.ndarray, ...]]:
+    rng = np.random.default_rng(call.draw(st.integers(0, 99)))
+    square, vector = (width, width), (width,)
+    norm = [vector, vector]
+    shapes = [*norm, *[square, vector] * 4, *norm]
+    shapes += [(4 * width, width), (4 * width,), (width, 4 * width), vector]
+    return [
+        tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        for _ in range(count)
+    ]
+
+
+def packed(call: Call) -> int:
+    """A stack of the narrowest width and its neighbours; returns the width."""
+    width = call.draw(st.sampled_from([16, 32, 48]))
+    heads = call.draw(st.sampled_from([1, 2]))
+    blocks = blocks_of(call, width, call.draw(st.integers(1, 2)))
+    call.plain["packed"] = C.PackedEncoder(blocks, heads)
+    return width
+
+
+def noise_fusion_forward(call: Call) -> None:
+    b, length, d = sizes_of(call, "B L D")
+    call.floats("e", b, length, d)
+    call.floats("shift", b, d)
+    call.integers("rows", b)
+    call.output("out", b, length, d)
+    call.plain |= {"seed": call.draw(words), "step": call.draw(words), "delta": 0.1}
+
+
+def noise_fusion_backward(call: Call) -> None:
+    b, length, d = sizes_of(call, "B L D")
+    call.floats("grad", b, length, d)
+    call.integers("rows", b)
+    call.output("d_shift", b, d)
+    call.plain |= {"seed": call.draw(words), "step": call.draw(words), "delta": 0.1}
+
+
+def noise_lambda(call: Call) -> None:
+    b, length, d = sizes_of(call, "B L D")
+    call.integers("rows", b)
+    call.output("out", b, length, d)
+    call.plain |= {"seed": call.draw(words), "step": call.draw(words), "delta": 0.1}
+
+
+def dropout(call: Call) -> None:
+    shape = sizes_of(call, "B P C")
+    call.floats("x", *shape)
+    call.integers("rows", shape[0])
+    call.output("out", *shape)
+    for name in ("residual", "gelu_at"):
+        if call.maybe(name):
+            call.floats(name, *shape)
+    call.plain |= {name: call.draw(words) for name in ("seed", "site")}
+    call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
+    call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
+
+
+def linear_forward(call: Call) -> None:
+    m, i, o = call.draw(sizes), *(16 * call.draw(st.integers(1, 4)) for _ in "IO")
+    call.floats("x", m, i)
+    call.floats("weight", o, i)
+    call.floats("bias", o)
+    call.output("out", m, o)
+
+
+def linear_backward(call: Call) -> None:
+    m, i, o = call.draw(sizes), *(16 * call.draw(st.integers(1, 4)) for _ in "IO")
+    call.floats("grad", m, o)
+    call.floats("x", m, i)
+    call.floats("weight", o, i)
+    for name, shape in (("d_x", (m, i)), ("d_weight", (o, i)), ("d_bias", (o,))):
+        if call.maybe(name):
+            call.output(name, *shape)
+
+
+def history_loss_forward(call: Call) -> None:
+    b, v, h, m = sizes_of(call, "B V H M")
+    m = m if b and v else 0
+    call.floats("hidden", b, h)
+    call.floats("weight", v, h)
+    call.floats("bias", v)
+    call.integers("rows", m, limit=b)
+    call.integers("cols", m, limit=v)
+    call.floats("label", m)
+    call.flags("use", m)
+    call.output("residual", m)
+
+
+def history_loss_backward(call: Call) -> None:
+    b, v, h, m = sizes_of(call, "B V H M")
+    m = m if b and v else 0
+    call.floats("hidden", b, h)
+    call.floats("weight", v, h)
+    call.integers("rows", m, limit=b)
+    call.integers("cols", m, limit=v)
+    call.floats("g", m)
+    call.flags("use", m)
+    if call.maybe("d_hidden"):
+        call.output("d_hidden", b, h)
+    for name, shape in (("d_weight", (v, h)), ("d_bias", (v,))):
+        if call.maybe(name):
+            call.sums(name, *shape)
+
+
+def encoder_forward(call: Call) -> None:
+    width = packed(call)
+    b, length = call.draw(sizes), call.draw(st.integers(1, 9))
+    call.floats("x", b, length, width)
+    call.floats("mask", b, length)
+    call.output("out", b, width)
+    call.plain["tap"] = -1
+    if call.maybe("tapped"):
+        call.output("tapped", b, width)
+        call.plain["tap"] = 0
+
+
+def euler_sampler(call: Call) -> None:
+    width = packed(call)
+    b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 3))
+    call.floats("norm_weight", width)
+    call.floats("norm_bias", width)
+    call.floats("e", b, length, width)
+    call.floats("mask", b, length)
+    call.floats("z0", b, width)
+    call.floats("taus", q, width)
+    call.output("out", *([q + 1] if call.draw(st.booleans()) else []), b, width)
+    if call.maybe("noise"):
+        call.floats("noise", q, b, length, width)
+        call.plain |= {"rows": None, "seed": None}
+    else:
+        call.integers("rows", b)
+        call.plain["seed"] = call.draw(words)
+    call.plain["delta"] = 1e-3
+
+
+def attention_forward(call: Call) -> None:
+    b, length, heads = call.draw(sizes), call.draw(sizes), call.draw(st.integers(1, 3))
+    width = heads * 16
+    call.floats("qkv", b, length, 3 * width)
+    call.floats("query_scale", b, length)
+    call.integers("rows", b)
+    call.output("out", b, length, width)
+    call.plain |= {"seed": call.draw(words), "site": call.draw(words)}
+    call.plain |= {"p": call.draw(st.sampled_from([0.0, 0.3])), "num_heads": heads}
+
+
+def attention_backward(call: Call) -> None:
+    attention_forward(call)
+    del call.arrays["out"]
+    shape = call.arrays["qkv"].array.shape
+    call.floats("grad", *shape[:2], shape[2] // 3)
+    call.output("d_qkv", *shape)
+
+
+CALLS = {
+    f.__name__: f
+    for f in (
+        noise_fusion_forward,
+        noise_fusion_backward,
+        noise_lambda,
+        dropout,
+        linear_forward,
+        linear_backward,
+        history_loss_forward,
+        history_loss_backward,
+        encoder_forward,
+        euler_sampler,
+        attention_forward,
+        attention_backward,
+    )
+}
+
+
+def test_every_binding_is_fuzzed():
+    functions = {name for name in dir(C) if inspect.isroutine(getattr(C, name))}
+    assert functions - WITHOUT_ARRAYS == set(CALLS)
+
+
+def build(name: str, data) -> Call:
+    call = Call(data.draw)
+    CALLS[name](call)
+    call.plain["num_threads"] = data.draw(st.integers(1, 3))
+    for argument in call.arrays.values():
+        argument.before = argument.memory.tobytes()
+    return call
+
+
+def assert_memory_is_sound(call: Call) -> None:
+    for name, argument in call.arrays.items():
+        assert argument.guards_hold(), f"written outside {name}"
+        if argument.role == "input":
+            assert argument.memory.tobytes() == argument.before, f"input {name} was changed"
+
+
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+@QUICK
+@given(data=st.data())
+def test_right_calls_are_served(name, data):
+    call = build(name, data)
+    assert getattr(C, name)(**call.arguments()) is None
+    assert_memory_is_sound(call)
+    for argument, a in call.arrays.items():
+        if a.role == "output":
+            assert not (a.array.view(np.uint32) == UNWRITTEN).any(), f"{argument} is not filled"
+
+
+def corrupted(call: Call, data) -> dict[str, Any]:
+    """The arguments with one of them wrong, in a way that no call may take."""
+    arguments = call.arguments()
+    name = data.draw(st.sampled_from(sorted(call.arrays)))
+    argument = call.arrays[name]
+    array = argument.array
+    ways = ["type", "dtype", "byte order", "rank", "list"]
+    if array.size:
+        ways += ["misaligned"]
+    if array.size > 1 and max(array.shape) > 1:
+        ways += ["reversed"]
+    if argument.role != "input":
+        ways += ["read-only"]
+    if argument.limit is not None and array.size:
+        ways += ["id"] * 4
+    way = data.draw(st.sampled_from(ways))
+    if way == "type":
+        arguments[name] = data.draw(st.sampled_from([3, "x", object(), b"\0" * 8]))
+    elif way == "list":
+        arguments[name] = array.tolist()
+    elif way == "dtype":
+        other = [np.float64, np.float16, np.int32, np.int64, np.float32, np.complex64, np.int8]
+        taken = [array.dtype] + ([np.dtype(np.uint8)] if array.dtype == bool else [])
+        dtype = data.draw(st.sampled_from([d for d in other if np.dtype(d) not in taken]))
+        arguments[name] = np.zeros(array.shape, dtype)
+    elif way == "byte order":
+        if array.dtype.itemsize == 1:
+            arguments[name] = array[None]
+        else:
+            arguments[name] = array.astype(array.dtype.newbyteorder())
+    elif way == "rank":
+        # A trajectory [q + 1, B, D] may be asked for in place of [B, D]: two more axes never are.
+        arguments[name] = array[None, None]
+    elif way == "misaligned":
+        memory = np.zeros(array.nbytes + 1, np.uint8)
+        if array.dtype.itemsize == 1:
+            arguments[name] = array[None]
+        else:
+            arguments[name] = memory[1:].view(array.dtype).reshape(array.shape)
+    elif way == "reversed":
+        axis = int(np.argmax(array.shape))
+        arguments[name] = np.flip(array, axis)
+    elif way == "read-only":
+        view = array.view()
+        view.flags.writeable = False
+        arguments[name] = view
+    else:
+        wrong = array.copy()
+        bad = [-1, argument.limit, argument.limit + 1, INT64.min, INT64.max, 2**32]
+        wrong.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from(bad))
+        arguments[name] = wrong
+        # A cell that is switched off is not looked at.
+        if "use" in arguments:
+            arguments["use"] = np.ones_like(arguments["use"])
+    return arguments
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+@QUICK
+@given(data=st.data())
+def test_wrong_arrays_are_refused(name, data):
+    call = build(name, data)
+    with pytest.raises((TypeError, ValueError), match=r"\w"):
+        getattr(C, name)(**corrupted(call, data))
+    assert_memory_is_sound(call)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+@QUICK
+@given(data=st.data())
+def test_other_shapes_are_refused_or_agree(name, data):
+    # Growing or shrinking one axis of one array: refused, unless nothing else has that axis.
+    call = build(name, data)
+    arguments = call.arguments()
+    wrong = data.draw(st.sampled_from(sorted(n for n in call.arrays if call.arrays[n].array.ndim)))
+    array = call.arrays[wrong].array
+    axis = data.draw(st.integers(0, array.ndim - 1))
+    shape = list(array.shape)
+    shape[axis] = data.draw(st.integers(0, 80).filter(lambda n: n != array.shape[axis]))
+    filled = np.zeros(shape, array.dtype)
+    arguments[wrong] = filled
+    try:
+        getattr(C, name)(**arguments)
+    except (TypeError, ValueError) as error:
+        assert str(error)
+    assert_memory_is_sound(call)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+@QUICK
+@given(data=st.data())
+def test_wrong_numbers_are_refused(name, data):
+    call = build(name, data)
+    arguments = call.arguments()
+    bad: dict[str, list] = {"num_threads": [0, -1, -(2**31), "2", None, 2**40]}
+    integers = {"seed", "step", "site", "position_offset", "position_stride"} & set(arguments)
+    for word in integers:
+        if arguments[word] is not None:
+            bad[word] = [2**63, -(2**63) - 1, 1.5, "1", True, np.zeros(2, np.int64), np.float32(1)]
+    if "p" in arguments:
+        bad["p"] = [-0.1, 1.0, float("nan"), float("inf"), "a", None]
+    if "tap" in arguments and arguments["tap"] >= 0:
+        bad["tap"] = [2, 2**31 - 1, -2, "0"]
+    if "num_heads" in arguments:
+        bad["num_heads"] = [0, -1, 7, 2**31 - 1, "1"]
+    wrong = data.draw(st.sampled_from(sorted(bad)))
+    arguments[wrong] = data.draw(st.sampled_from(bad[wrong]))
+    with pytest.raises((TypeError, ValueError), match=r"\w"):
+        getattr(C, name)(**arguments)
+    assert_memory_is_sound(call)
+
+
+@QUICK
+@given(data=st.data())
+def test_weights_to_pack_are_checked(data):
+    call = Call(data.draw)
+    blocks = blocks_of(call, 16, data.draw(st.integers(1, 2)))
+    heads: Any = 2
+    at, part = data.draw(st.integers(0, len(blocks) - 1)), data.draw(st.integers(0, 15))
+    block = list(blocks[at])
+    way = data.draw(st.sampled_from(["shape", "dtype", "order", "missing", "heads", "none"]))
+    if way == "shape":
+        block[part] = np.zeros([n + 1 for n in block[part].shape], np.float32)
+    elif way == "dtype":
+        block[part] = block[part].astype(np.float64)
+    elif way == "order":
+        block[part] = np.repeat(block[part], 2, axis=-1)[..., ::2]
+    elif way == "missing":
+        del block[part]
+    elif way == "none":
+        block[part] = None
+    else:
+        heads = data.draw(st.sampled_from([0, -1, 3, 5, 17, "2", None, 2**40]))
+    blocks[at] = tuple(block)
+    with pytest.raises((TypeError, ValueError), match=r"\w"):
+        C.PackedEncoder(blocks, heads)
