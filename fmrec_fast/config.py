@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,7 +72,7 @@ class FMRecConfig:
         random_seed: governs initialisation, order of samples, and every draw.
     """
 
-    KIND: ClassVar[str] = "fmrec"  # names the model, in checkpoints and on the command line
+    KIND = "fmrec"  # names the model, in checkpoints and on the command line; no setting
 
     item_num: int = 0
     hidden_size: int = 128
@@ -281,7 +281,7 @@ class FaveConfig(FMRecConfig):
         onestep: stage 2's step from z0: 'published' (to u) or 'displacement' (to z0 + u).
     """
 
-    KIND: ClassVar[str] = "fave"
+    KIND = "fave"
 
     emb_dropout: float = 0.0
     Loss_Alpha: float = 0.5

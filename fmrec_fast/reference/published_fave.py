@@ -345,7 +345,8 @@ class PublishedFaveRecommender(nn.Module):
             return network(e, z, scale * t, scale * r, mask, "pretrain", lam, paths)[0]
 
         along = (v, torch.ones_like(t), torch.zeros_like(r))
-        u, dudt = torch.func.jvp(f, (z_t, t, r), along)
+        derivative: Any = torch.func.jvp(f, (z_t, t, r), along)
+        u, dudt = derivative
         x1 = z_t + (1 - t[:, None]) * u
         recon = self.recon_loss(network.decoder(x1), sequence, negatives)
         loss = ((u - v) ** 2).mean() + args.loss_aux_weight * recon
