@@ -26,7 +26,7 @@ from benchmarks.table import markdown
 from fmrec_fast.backend import OPS
 
 RESULTS = Path(__file__).parent / "results"
-ALL_OPS = {*OPS, "training_step"}
+ALL_OPS = {*OPS, "training_step", "fave"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
