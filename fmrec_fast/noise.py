@@ -42,8 +42,7 @@ class Use(IntEnum):
     STEP = 5
     INTERVAL = 6
     ANCHOR = 7
-    KEEP = 8
-    PATH = 9
+    PATH = 8
 
 
 def derive_seed(seed: Tensor, use: Use) -> Tensor:
@@ -205,16 +204,14 @@ def interval(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return where, at_end
 
 
-def anchor(seed: Tensor, rows: Tensor) -> Tensor:
-    """One uniform per row, for the position of Fave's anchor: float32 [B]."""
-    return _row_uniforms(derive_seed(seed, Use.ANCHOR), rows)[0]
-
-
-def keep(seed: Tensor, rows: Tensor, channels: int) -> Tensor:
-    """Uniforms of the Bernoulli mask over Fave's anchor: float32 [B, D]."""
+def anchor(seed: Tensor, rows: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Uniforms for Fave's anchor: one per row for its position [B], and those of the mask over
+    its channels [B, D]. The position's is the word after the last group of channels."""
     zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    four = words(derive_seed(seed, Use.KEEP), rows, zero, zero, channels)
-    return torch.stack([to_uniform(w[0, :, 0]) for w in four], dim=-1).flatten(1)[:, :channels]
+    groups = (channels + 3) // 4
+    four = words(derive_seed(seed, Use.ANCHOR), rows, zero, zero, 4 * groups + 1)
+    uniform = to_uniform(torch.stack(four, dim=-1)[0, :, 0].flatten(1))
+    return uniform[:, 4 * groups], uniform[:, :channels]
 
 
 def path(seed: Tensor, rows: Tensor, site: int) -> Tensor:

@@ -54,12 +54,9 @@ class RandomSource(ABC):
         """Two uniforms per row for the end of Fave's interval: where, and whether at 1."""
 
     @abstractmethod
-    def anchor(self) -> Tensor:
-        """u ~ U[0, 1) for the position of Fave's anchor: [B]."""
-
-    @abstractmethod
-    def keep(self, width: int, ratio: float) -> Tensor:
-        """Bernoulli(ratio) mask over Fave's anchor: bool [B, D]."""
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """For Fave's anchor: u ~ U[0, 1) of its position [B], and the Bernoulli(ratio) mask over
+        its channels, bool [B, D]."""
 
     @abstractmethod
     def path(self, site: int) -> Tensor:
@@ -96,11 +93,9 @@ class StreamSource(RandomSource):
     def interval(self) -> tuple[Tensor, Tensor]:
         return noise.interval(self.seed, self.rows)
 
-    def anchor(self) -> Tensor:
-        return noise.anchor(self.seed, self.rows)
-
-    def keep(self, width: int, ratio: float) -> Tensor:
-        return noise.keep(self.seed, self.rows, width) < ratio
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
+        u, keep = noise.anchor(self.seed, self.rows, width)
+        return u, keep < ratio
 
     def path(self, site: int) -> Tensor:
         return noise.path(self.seed, self.rows, site)
@@ -137,12 +132,9 @@ class PublishedSource(RandomSource):
     def interval(self) -> tuple[Tensor, Tensor]:
         return self.uniforms(), self.uniforms()
 
-    def anchor(self) -> Tensor:
-        return self.uniforms()
-
-    def keep(self, width: int, ratio: float) -> Tensor:
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
         chance = torch.full((len(self.rows), width), ratio, device=self.rows.device)
-        return torch.bernoulli(chance).bool()
+        return self.uniforms(), torch.bernoulli(chance).bool()
 
     def path(self, site: int) -> Tensor:
         return self.uniforms()

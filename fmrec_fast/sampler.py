@@ -68,8 +68,11 @@ def sample(
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # A model in evaluation mode is left alone: going through its modules would take longer than
+    # a step of a small batch.
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
         # The published draws come in the order of the whole batch, so it is not cut.
@@ -97,8 +100,8 @@ def sample(
                 )
         return out
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -425,7 +425,8 @@ def test_draws_have_their_distributions(pair):
     source = random_source(4000, torch.device("cpu"), seed=3)
     where, at_end = source.interval()
     assert abs(where.mean() - 0.5) < 0.03 and abs((at_end < 0.75).float().mean() - 0.75) < 0.03
-    keep = source.keep(32, 0.6)
+    u, keep = source.anchor(32, 0.6)
+    assert u.shape == (4000,) and abs(u.mean() - 0.5) < 0.03
     assert keep.shape == (4000, 32) and abs(keep.float().mean() - 0.6) < 0.01
     paths = model.train().fave.xstart_model.paths(source, None)
     assert paths(0, 0) is None  # the first block has none

@@ -316,17 +316,22 @@ class Fave(FMRec):
     ) -> Tensor:
         """The start of stage 2: the embedding at one position, channels kept with chance `ratio`:
         [B, D]."""
-        index = draws.anchor
-        if index is None:
-            count = mask_seq.sum(1)
-            index = (source.anchor() * count).long()
-            index = torch.minimum(index, (count - 1).clamp(min=0).long())
-            if self.config.anchor == "history":
-                length = mask_seq.shape[1]
-                index = (index + (length - count).long()).clamp(max=length - 1)
-        keep = source.keep(item_rep.shape[2], ratio) if draws.keep is None else draws.keep
+        index, keep = draws.anchor, draws.keep
+        if index is None or keep is None:
+            u, drawn = source.anchor(item_rep.shape[2], ratio)
+            index = self._position(u, mask_seq) if index is None else index
+            keep = drawn if keep is None else keep
         at = index[:, None, None].expand(-1, 1, item_rep.shape[2])
         return item_rep.gather(1, at)[:, 0] * keep.to(item_rep.dtype)
+
+    def _position(self, u: Tensor, mask_seq: Tensor) -> Tensor:
+        """floor(u * number of real items), from the left edge or from the first of them."""
+        count = mask_seq.sum(1)
+        index = torch.minimum(u * count, count - 1).clamp(min=0)
+        if self.config.anchor == "history":
+            length = mask_seq.shape[1]
+            index = (index + (length - count)).clamp(max=length - 1)
+        return index.long()
 
     def average_velocity(
         self,
