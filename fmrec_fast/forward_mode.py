@@ -19,7 +19,7 @@ NO_RULE = "its kernel has no forward-mode rule"
 
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(value, tangent) of a dual tensor; the tangent of another one is None."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_wrapped(x):
         return x, None
     parts = forward_ad.unpack_dual(x)
     return (x, None) if parts.tangent is None else (parts.primal, parts.tangent)
@@ -32,12 +32,14 @@ def is_dual(*tensors: Tensor | None) -> bool:
         return False
     return any(
         tensor is not None
-        and (
-            torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            or forward_ad.unpack_dual(tensor).tangent is not None
-        )
+        and (is_wrapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None)
         for tensor in tensors
     )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether `x` is inside a transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def join(value: Tensor, tangent: Tensor) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose
-from fmrec_fast.forward_mode import NO_RULE, is_dual
+from fmrec_fast import extension, tangents
+from fmrec_fast.backend import Backend, choose, current_backend
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.ops.dropout import dropout
 from fmrec_fast.reference import attention as reference
-from fmrec_fast.reference.rotary import rotate
+from fmrec_fast.reference.rotary import angles
 
 
 def attention(
@@ -73,12 +76,14 @@ def attention(
         if width // num_heads % 2:
             raise ValueError(f"a rotated head must have an even width, got {width // num_heads}")
     rows = request_rows(rows, qkv.shape[0], qkv.device)
+    value, tangent = split(qkv)
     declined = ""
     if is_dual(qkv, query_scale):
         declined = NO_RULE
     elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
-    if choose("attention", qkv, declined=declined) is Backend.REFERENCE:
+    by_hand = tangent is not None and not is_dual(query_scale) and current_backend() != "reference"
+    if choose("attention", qkv, declined=declined) is Backend.REFERENCE and not by_hand:
         return reference.attention(
             qkv,
             query_scale,
@@ -90,9 +95,26 @@ def attention(
             inv_freq=inv_freq,
         )
     if inv_freq is not None:
-        q, k, v = qkv.chunk(3, dim=-1)
-        qkv = torch.cat((rotate(q, inv_freq, num_heads), rotate(k, inv_freq, num_heads), v), -1)
-    return _Attention.apply(qkv, query_scale, rows, seed, (site, p), num_heads)
+        table = angles(inv_freq, qkv.shape[1])
+        value = tangents.rotate(value, *table, num_heads)
+        tangent = None if tangent is None else tangents.rotate(tangent, *table, num_heads)
+    if tangent is None:
+        return _Attention.apply(value, query_scale, rows, seed, (site, p), num_heads)
+    drop = None if p == 0 or seed is None else _Masks(p, seed, rows, site)
+    return join(*tangents.attention(value, tangent, query_scale, num_heads, drop))
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The dropout of the probabilities of some rows of the batch."""
+
+    p: float
+    seed: Tensor
+    rows: Tensor
+    site: int
+
+    def __call__(self, x: Tensor, part: slice) -> Tensor:
+        return dropout(x, self.p, seed=self.seed, rows=self.rows[part], site=self.site)
 
 
 class _Attention(torch.autograd.Function):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrec_fast import extension, noise
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast import extension, noise, tangents
+from fmrec_fast.backend import Backend, choose, current_backend
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import dropout as reference
@@ -60,6 +60,9 @@ def dropout(
     check_float(x=x, residual=residual)
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    value, tangent = split(x)
+    if activation == "gelu" and tangent is not None and current_backend() != "reference":
+        x, activation = join(*tangents.gelu(value, tangent)), None
     if p == 0 or activation not in (None, "gelu"):
         x = reference.activate(x, activation)
         return x if residual is None else residual + x
