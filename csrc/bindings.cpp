@@ -257,7 +257,7 @@ void noise_fusion_backward(const py::object& grad_, const py::object& rows_, con
 void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
              const py::object& seed, const py::object& site, const py::object& position_offset,
              const py::object& position_stride, double p, const py::object& out_,
-             int num_threads, bool gelu, const py::object& gelu_at_) {
+             int num_threads, bool gelu, const py::object& gelu_at_, const py::object& times_) {
     const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -284,6 +284,14 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
         check_shape(gelu_at, "gelu_at", "[B, P, C]", {a.batch, a.positions, a.channels});
         check_overlap(out, "out", gelu_at, "gelu_at", true);
         a.gelu_at = data<float>(gelu_at);
+    }
+    py::array times;
+    if (!times_.is_none()) {
+        if (gelu_at_.is_none()) throw py::value_error("times needs gelu_at, got None");
+        times = input<float>(times_, "times", 3);
+        check_shape(times, "times", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(out, "out", times, "times", true);
+        a.times = data<float>(times);
     }
     a.gelu = gelu;
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
@@ -992,8 +1000,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("seed"), py::arg("site"), py::arg("position_offset"),
           py::arg("position_stride"), py::arg("p"), py::arg("out"), py::arg("num_threads"),
           py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
+          py::arg("times").none(true) = py::none(),
           "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
-          "tanh-GELU (gelu), or x * gelu'(gelu_at). out may be x.");
+          "tanh-GELU (gelu), x * gelu'(gelu_at), or x * times * gelu''(gelu_at). out may be x.");
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), "out = x @ weight.T + bias.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),

@@ -20,6 +20,10 @@ CPU_FLOATS = 1 << 17  # of a chunk's temporaries
 Drop = Callable[[Tensor, slice], Tensor]  # (x, its rows of the batch) -> x times the mask's factors
 
 
+def _row_chunks(x: Tensor) -> Iterator[slice]:
+    return _chunks(x.shape[0], x.shape[1], x.device)
+
+
 def _chunks(rows: int, floats_per_row: int, device: torch.device) -> Iterator[slice]:
     size = max(rows, 1)
     if device.type == "cpu":
@@ -44,7 +48,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, dx)
         y = torch.empty_like(x)
         dy = None if dx is None else torch.empty_like(x)
-        for part in _chunks(*x.shape, x.device):
+        for part in _row_chunks(x):
             s = torch.rsqrt(x[part].square().mean(-1, keepdim=True) + RMS_EPS)
             n = x[part] * s
             torch.mul(n, weight, out=y[part])
@@ -59,7 +63,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, dx = ctx.saved_tensors
         g_x, g_dx = torch.empty_like(x), None if dx is None else torch.empty_like(x)
         g_weight = torch.zeros_like(weight)
-        for part in _chunks(*x.shape, x.device):
+        for part in _row_chunks(x):
             s = torch.rsqrt(x[part].square().mean(-1, keepdim=True) + RMS_EPS)
             n = x[part] * s
             a = g_y[part] * weight
@@ -109,7 +113,7 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(x, dx)
         y, dy = torch.empty_like(x), torch.empty_like(x)
         flat = [t.view(-1, x.shape[-1]) for t in (x.contiguous(), dx.contiguous(), y, dy)]
-        for part in _chunks(*flat[0].shape, x.device):
+        for part in _row_chunks(flat[0]):
             value, first, _ = _gelu_derivatives(flat[0][part])
             flat[2][part] = value
             torch.mul(first, flat[1][part], out=flat[3][part])
@@ -122,7 +126,7 @@ class _Gelu(torch.autograd.Function):
         g_x, g_dx = torch.empty_like(x), torch.empty_like(x)
         rows = [t.reshape(-1, x.shape[-1]) for t in (x, dx, g_y, g_dy)]
         out = [t.view(-1, x.shape[-1]) for t in (g_x, g_dx)]
-        for part in _chunks(*rows[0].shape, x.device):
+        for part in _row_chunks(rows[0]):
             _, first, second = _gelu_derivatives(rows[0][part])
             torch.mul(first, rows[3][part], out=out[1][part])
             out[0][part] = first * rows[2][part] + second * rows[1][part] * rows[3][part]

@@ -61,13 +61,17 @@ def dropout(
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
     value, tangent = split(x)
-    if activation == "gelu" and tangent is not None and current_backend() != "reference":
+    constants = (site, position_offset, position_stride, p)
+    if activation == "gelu" and tangent is not None and current_backend() is not Backend.REFERENCE:
+        rows = request_rows(rows, x.shape[0], x.device)
+        if p > 0 and residual is None and choose("dropout", value) is Backend.CPP:
+            return join(*_DropoutGelu.apply(value, tangent, rows, seed, constants))
         x, activation = join(*tangents.gelu(value, tangent)), None
     if p == 0 or activation not in (None, "gelu"):
         x = reference.activate(x, activation)
         return x if residual is None else residual + x
     rows = request_rows(rows, x.shape[0], x.device)
-    value, tangent = split(x)
+    value, tangent = split(x)  # an activation may have been applied
     if activation is None and tangent is not None:
         # Linear: the tangent is dropped by the same mask.
         given: dict[str, Any] = {
@@ -95,7 +99,6 @@ def dropout(
             position_offset=position_offset,
             position_stride=position_stride,
         )
-    constants = (site, position_offset, position_stride, p)
     return _Dropout.apply(x, residual, rows, seed, constants, activation == "gelu")
 
 
@@ -108,6 +111,7 @@ def _run(
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -121,6 +125,7 @@ def _run(
         torch.get_num_threads(),
         gelu,
         None if gelu_at is None else gelu_at.contiguous().detach().numpy(),
+        None if times is None else times.contiguous().detach().numpy(),
     )
     return out
 
@@ -142,6 +147,27 @@ class _Dropout(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at)
         return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _DropoutGelu(torch.autograd.Function):
+    """Dropped GELU with its tangent, all by the C++ kernel: value and tangent are
+    ``mask gelu(x)`` and ``mask gelu'(x) dx``."""
+
+    @staticmethod
+    def forward(ctx, x, dx, rows, seed, constants):
+        ctx.save_for_backward(x, dx, rows, seed)
+        ctx.constants = constants
+        value = _run(x, None, rows, seed, constants, gelu=True)
+        return value, _run(dx, None, rows, seed, constants, gelu_at=x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_tangent):
+        x, dx, rows, seed = ctx.saved_tensors
+        d_x = _run(grad, None, rows, seed, ctx.constants, gelu_at=x)
+        d_x = _run(grad_tangent, d_x, rows, seed, ctx.constants, gelu_at=x, times=dx)
+        d_dx = _run(grad_tangent, None, rows, seed, ctx.constants, gelu_at=x)
+        return d_x, d_dx, None, None, None
 
 
 class StreamDropout:
