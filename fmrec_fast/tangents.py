@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmrec_fast.reference.rms_norm import RMS_EPS
 
-CPU_FLOATS = 1 << 17  # of a chunk's temporaries
+CPU_FLOATS = 1 << 16  # of a chunk's temporaries
 Drop = Callable[[Tensor, slice], Tensor]  # (x, its rows of the batch) -> x times the mask's factors
 
 
