@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import read_results
 
-END_TO_END = ("euler_sampler", "training_step")
+END_TO_END = ("euler_sampler", "training_step", "fave")
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 

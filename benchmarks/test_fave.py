@@ -35,7 +35,7 @@ LARGE = 64
 STEPS_CHECKED = 3
 ROWS_CHECKED = 32
 SEED = 11
-FAVE, FMREC = "published Fave", "published FMRec"
+FAVE, FMREC = "published", "published FMRec"
 
 
 def fave_models(sizes, device, **changes):
@@ -126,7 +126,7 @@ def test_recommendation(suite, race, sampling_batch):
         run()
     race(
         "fave",
-        f"recommendation, B = {batch}",
+        f"Fave, B = {batch}, one step",
         variants,
         ours="ours",
         sizes={
@@ -141,8 +141,8 @@ def test_recommendation(suite, race, sampling_batch):
         equality=equality,
         flops=flops,
         items=batch,
-        note="from ids to the embedding of the next item; scoring is not included. 'ours' is our "
-        "Fave in one step, each agrees with the published program of its model",
+        note="from ids to the embedding of the next item; scoring is not included. 'published' and "
+        "'ours' are Fave in one step; each variant agrees with the published program of its model",
         left_out=left_out,
         budget=50.0 if batch == 1 else 60.0 if batch > LARGE else 25.0,
         least=ROUNDS_FOR_P99 if batch == 1 else 3 if batch > LARGE else 5,
@@ -225,7 +225,7 @@ def test_training_step(suite, race, stage):
         run()
     race(
         "fave",
-        f"training step of stage {1 if stage == 'pretrain' else 2}, B = {batch}",
+        f"Fave, training step of stage {1 if stage == 'pretrain' else 2}, B = {batch}",
         variants,
         ours="ours",
         sizes={"B": batch, "L": sizes.length, "D": sizes.width, "V": sizes.items},
