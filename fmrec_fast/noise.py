@@ -107,17 +107,21 @@ def philox_4x32(
         Four int64 tensors of the broadcast shape, values 0 .. 2^32 - 1.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
-    for _ in range(rounds):
+    device, wide = seed.device, (-1,) + (1,) * c0.ndim
+    # Both halves of a round at once: a call on few counters costs its number of operations.
+    even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
+    # Made on the device: a tensor of Python numbers would be copied there, and waited for.
+    which = torch.arange(2, device=device)
+    factors = (PHILOX_M0 + which * (PHILOX_M1 - PHILOX_M0)).view(wide)
+    steps = PHILOX_W0 + which * (PHILOX_W1 - PHILOX_W0)
+    first = torch.stack((seed, seed >> 32)) & MASK32
+    keys = (first + steps * torch.arange(rounds, device=device)[:, None]) & MASK32
+    for key in keys.view(rounds, *wide).unbind():
         # The products wrap modulo 2^64; masking makes the arithmetic shift a logical one.
-        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-        c0, c2 = (
-            ((product1 >> 32) & MASK32) ^ c1 ^ k0,
-            ((product0 >> 32) & MASK32) ^ c3 ^ k1,
-        )
-        c1, c3 = product1 & MASK32, product0 & MASK32
-        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
-    return c0, c1, c2, c3
+        product = even * factors
+        high, low = (product >> 32) & MASK32, product & MASK32
+        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def to_uniform(word: Tensor) -> Tensor:
