@@ -118,12 +118,17 @@ def blocks_of(call: Call, width: int, count: int) -> list[tuple[np.ndarray, ...]
     ]
 
 
-def packed(call: Call) -> int:
-    """A stack of the narrowest width and its neighbours; returns the width."""
+def packed(call: Call, length: int) -> int:
+    """A stack of the narrowest width and its neighbours, at times Fave's; returns the width."""
     width = call.draw(st.sampled_from([16, 32, 48]))
     heads = call.draw(st.sampled_from([1, 2]))
     blocks = blocks_of(call, width, call.draw(st.integers(1, 2)))
-    call.plain["packed"] = C.PackedEncoder(blocks, heads)
+    rotary = None
+    if call.draw(st.booleans()):  # RMS norms, rotated queries and keys
+        norm_biases = (1, 11)
+        blocks = [tuple(None if i in norm_biases else a for i, a in enumerate(b)) for b in blocks]
+        rotary = np.random.default_rng(0).standard_normal((length, width // heads), np.float32)
+    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary)
     return width
 
 
@@ -214,8 +219,8 @@ def history_loss_backward(call: Call) -> None:
 
 
 def encoder_forward(call: Call) -> None:
-    width = packed(call)
     b, length = call.draw(sizes), call.draw(st.integers(1, 9))
+    width = packed(call, length)
     call.floats("x", b, length, width)
     call.floats("mask", b, length)
     call.output("out", b, width)
@@ -226,8 +231,8 @@ def encoder_forward(call: Call) -> None:
 
 
 def euler_sampler(call: Call) -> None:
-    width = packed(call)
     b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 3))
+    width = packed(call, length)
     call.floats("norm_weight", width)
     call.floats("norm_bias", width)
     call.floats("e", b, length, width)

@@ -17,6 +17,7 @@ from fmrec_fast import (
     FaveRecommender,
     FMRecommender,
     dispatch_log,
+    extension,
     recommend,
     sample,
     scores,
@@ -574,6 +575,22 @@ def test_the_sampler_in_this_variant(place, pair, steps):
         )
 
 
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+def test_every_instruction_set_has_this_variant(pair):
+    _, model = pair("finetune", lambda_uncertainty=0.1)
+    sequence = make_sequences(7, 12, 61, 1, histories=EVERY).sequence
+    with use_backend("reference"):
+        expected = sample(model, sequence, seed=1)
+    kernels = extension.load()
+    before = kernels.isa()
+    try:
+        for isa in kernels.supported_isas():
+            kernels.set_isa(isa)
+            torch.testing.assert_close(sample(model, sequence, seed=1), expected, **CLOSE)
+    finally:
+        kernels.set_isa(before)
+
+
 def test_the_kernels_arguments_are_checked(pair):
     _, model = pair()
     blocks = model.fave.xstart_model.att.weights()
@@ -581,7 +598,9 @@ def test_the_kernels_arguments_are_checked(pair):
         tuple(None if part is None else part.detach().numpy() for part in block[:-1])
         for block in blocks
     ]
-    C = pytest.importorskip("fmrec_fast._C")
+    if not extension.available():
+        pytest.skip(str(extension.reason()))
+    C = extension.load()
     with pytest.raises(ValueError, match=r"rotary must have shape \[L, D / num_heads\]"):
         C.PackedEncoder(arrays, 4, torch.zeros(12, 7).numpy())
     mixed = [(*arrays[0][:1], arrays[0][0], *arrays[0][2:])]
