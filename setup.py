@@ -17,7 +17,13 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HOST_SOURCES = ["csrc/bindings.cpp", "csrc/isa.cpp", "csrc/packed_encoder.cpp"]
+HOST_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/isa.cpp",
+    "csrc/packed_encoder.cpp",
+    "csrc/parallel.cpp",
+    "csrc/ranking.cpp",
+]
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",
@@ -27,6 +33,10 @@ KERNEL_SOURCES = [
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
     "csrc/linear.cpp",
+    "csrc/item_ranking.cpp",
+    "csrc/recommend.cpp",
+    "csrc/picard_sweep.cpp",
+    "csrc/item_cross_entropy.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -26,13 +26,16 @@ from benchmarks.table import markdown
 from fmrec_fast.backend import OPS
 
 RESULTS = Path(__file__).parent / "results"
-ALL_OPS = {*OPS, "training_step", "fave"}
+ALL_OPS = {*OPS, "training_step", "recommend", "fave"}
+# What a CPU is measured by, beside test_cpu.py: ``-k cpu`` chooses these files' cases too.
+OF_A_CPU = ("test_euler_sampler.py", "test_training_step.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
     group.addoption("--quick", action="store_true", help="small sizes, three rounds")
     group.addoption("--compiled", action="store_true", help="torch.compile in a quick run too")
+    group.addoption("--large", action="store_true", help="item tables of up to 1e6 rows too")
     group.addoption("--save", action="store_true", help=f"write the record to {RESULTS}")
     group.addoption("--results", metavar="DIR", type=Path, help="folder of the record")
     group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
@@ -53,6 +56,7 @@ class Suite:
             self.compile_obstacle = "compiling takes longer than a quick run (--compiled does it)"
         self.compile_mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self.records: list[Record] = []
+        self.aims: list[str] = []
         self.path: Path | None = None
         self._limits: Limits | None = None
         self._facts: dict[str, Any] | None = None
@@ -76,6 +80,22 @@ class Suite:
             "reference backend (C++ and Triton kernels are invisible to it), compiled as tuned",
         }
 
+    def aim(
+        self,
+        what: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Note a figure that the summary shows beside what was aimed at (for the full sizes)."""
+        text = f"{what}: {value:.3g}"
+        if not self.quick and at_least is not None:
+            text += f" (at least {at_least:g}: {'met' if value >= at_least else 'missed'})"
+        if not self.quick and at_most is not None:
+            text += f" (at most {at_most:g}: {'met' if value <= at_most else 'missed'})"
+        self.aims.append(text)
+
     def write(self) -> None:
         """Write the record, if anything was timed."""
         if not self.records or self._limits is None or self._facts is None:
@@ -87,6 +107,11 @@ class Suite:
         self.path = write_results(
             self.folder, what, self._facts, self.settings(), self._limits, self.records
         )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.name in OF_A_CPU:
+        item.extra_keyword_matches.add("cpu")
 
 
 SUITE = pytest.StashKey[Suite]()
@@ -130,6 +155,7 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         items: int | None = None,
         note: str = "",
         left_out: dict[str, str] | None = None,
+        memory: dict[str, int] | None = None,
         budget: float = 4.0,
         least: int = 5,
         most: int = 200,
@@ -144,7 +170,19 @@ def race(benchmark: Any, suite: Suite) -> Callable[..., Record]:
         timings = robin.run(benchmark, budget=budget, least=least, most=most, round_s=round_s)
         for timing in timings:
             timing.flops = (flops or {}).get(timing.name)
-        record = Record(op, case, sizes, ours, equality, timings, work, items, note, left_out or {})
+        record = Record(
+            op,
+            case,
+            sizes,
+            ours,
+            equality,
+            timings,
+            work,
+            items,
+            note,
+            left_out or {},
+            memory or {},
+        )
         suite.records.append(record)
         benchmark.group = op
         benchmark.extra_info["equality"] = equality
@@ -161,7 +199,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    path = config.stash[SUITE].path
+    path, aims = config.stash[SUITE].path, config.stash[SUITE].aims
+    if aims:
+        terminalreporter.section("what was aimed at")
+        for text in aims:
+            terminalreporter.write_line(text)
     if path is None:
         return
     terminalreporter.section("fmrec_fast benchmarks")

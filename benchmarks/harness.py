@@ -115,6 +115,12 @@ class Record:
     items: int | None = None
     note: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def times_as_fast(self, name: str, than: str | None = None) -> float:
+        """How many times as long as ours (or `than`) a variant took, by the medians."""
+        medians = {t.name: statistics.median(t.seconds) for t in self.timings}
+        return medians[name] / medians[than or self.ours]
 
     def to_dict(self, limits: Limits) -> dict[str, Any]:
         """Plain values; the ratios say how many times as long as ours a variant took."""
@@ -129,6 +135,9 @@ class Record:
                 values["fraction_of_matmul_rate"] = rate / limits.matmul_flops_per_s
             if self.work is not None:
                 values["fraction_of_limit"] = limits.seconds(self.work) / values["median_s"]
+        for name, extra in self.memory.items():
+            # Peak beyond inputs and gradients.
+            variants[name]["extra_bytes"] = extra
         return {
             "op": self.op,
             "case": self.case,

@@ -38,7 +38,9 @@ class Sizes:
         return asdict(self)
 
 
-FULL = Sizes(50, 128, 12102, 30, 4, (512, 2048), (1, 32, 512), batch=512, small_batch=32)
+FULL = Sizes(
+    50, 128, 12102, 30, 4, (512, 2048), (1, 8, 32, 64, 512, 4096), batch=512, small_batch=32
+)
 QUICK = Sizes(20, 32, 500, 4, 2, (64, 128), (8,), batch=8, small_batch=8)
 
 

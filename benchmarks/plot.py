@@ -77,6 +77,55 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def draw_growth(results: dict[str, Any], op: str, path: Path) -> bool:
+    """Time and extra memory of forward + backward against V, both on log scales, a line for each
+    variant of `op`. Returns whether there were at least two V to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [
+        record
+        for record in results["records"]
+        if record["op"] == op and record["case"].startswith("forward + backward")
+    ]
+    records.sort(key=lambda record: record["sizes"]["V"])
+    if len(records) < 2:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    panels = (("median_s", 1.0, "median seconds"), ("extra_bytes", 1e6, "MB beyond gradients"))
+    names = list(dict.fromkeys(name for record in records for name in record["variants"]))
+    for axis, (key, unit, label) in zip(axes, panels):
+        for name in names:
+            points = [
+                (record["sizes"]["V"], max(record["variants"][name][key] / unit, 0.1 * unit / 1e6))
+                for record in records
+                if record["variants"].get(name, {}).get(key) is not None
+            ]
+            ours = name == records[0]["ours"]
+            style = {"color": COLOURS["ours"], "linewidth": 2.5} if ours else {}
+            if points:
+                axis.plot(*zip(*points), marker="o", label=name, **style)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("items V")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=7)
+    sizes, machine = records[0]["sizes"], results["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(
+        f"{op}, forward + backward, B = {sizes['B']}, D = {sizes['D']}; {where}, "
+        f"torch {machine['versions']['torch']}, {results['date'][:10]}",
+        fontsize=8,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """One picture per record, under the record's name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
@@ -92,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = chosen.out / f"{file.stem}.{FORMAT}"
         drawn = draw(read_results(file), path)
         print(f"{path}" if drawn else f"{file}: no end-to-end case in it, nothing drawn")
+        growth = path.with_stem(f"{path.stem}-item-cross-entropy")
+        if draw_growth(read_results(file), "item_cross_entropy", growth):
+            print(growth)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_training_step(suite, race):
     variants["ours"] = stepping(ours, ours_model, fused=True)
     for run in variants.values():
         run()
-    race(
+    record = race(
         "training_step",
         f"training step, B = {batch}",
         variants,
@@ -147,3 +147,10 @@ def test_training_step(suite, race):
         least=3,
         most=10,
     )
+    for peer, wanted in (("published", 10.0), ("compiled", 1.5)):
+        if peer in variants and device.type == "cpu":
+            suite.aim(
+                f"training step, B = {batch}: times as fast as {peer}",
+                record.times_as_fast(peer),
+                at_least=wanted,
+            )

@@ -7,6 +7,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -18,16 +19,24 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "attention.h"
 #include "dropout.h"
 #include "encoder.h"
 #include "euler_sampler.h"
 #include "history_loss.h"
 #include "isa.h"
+#include "item_cross_entropy.h"
 #include "linear.h"
 #include "noise_fusion.h"
 #include "packed_encoder.h"
 #include "parallel.h"
+#include "picard_sweep.h"
+#include "ranking.h"
+#include "recommend.h"
 
 namespace py = pybind11;
 
@@ -39,6 +48,7 @@ constexpr std::int64_t GRAIN_NOISE = 1 << 14;
 constexpr std::int64_t GRAIN_DROPOUT = 1 << 15;
 constexpr std::int64_t GRAIN_HISTORY = 1 << 17;
 constexpr std::int64_t GRAIN_LINEAR = 1 << 20;
+constexpr std::int64_t GRAIN_XENT = 1 << 18;
 constexpr std::int64_t GRAIN_ATTENTION = 1 << 16;  // scores times channels
 
 // Sequences in a group: at most this many, and at most this many floats of activations.
@@ -431,6 +441,111 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = g.sums[o];
 }
 
+void check_items(const py::array& ids, const char* name, std::int64_t least, std::int64_t items) {
+    const std::int64_t* id = data<std::int64_t>(ids);
+    for (py::ssize_t i = 0; i < ids.size(); ++i) {
+        if (id[i] < least || id[i] >= items) {
+            throw py::value_error(std::string(name) + " must be in " + std::to_string(least) +
+                                  " .. V - 1 = " + std::to_string(items - 1) + ", got " +
+                                  std::to_string(id[i]));
+        }
+    }
+}
+
+// rep [B, D], weight [V, D], and bias and exclude where they are given.
+RankingCall ranking_call(const py::array& rep, const py::array& weight, const py::object& scale_,
+                         const py::object& bias_, const py::object& exclude_, int num_threads) {
+    RankingCall call{};
+    call.rows = rep.shape(0);
+    call.items = weight.shape(0);
+    call.a.depth = rep.shape(1);
+    check_shape(weight, "weight", "[V, D]", {call.items, rep.shape(1)});
+    if (call.items >= std::int64_t{1} << 31) {
+        throw py::value_error("weight must have less than 2**31 rows, got " +
+                              std::to_string(call.items));
+    }
+    call.a.rep = data<float>(rep);
+    call.a.weight = weight.data();
+    call.a.type = weight.itemsize() == 4   ? TableType::float32
+                  : weight.itemsize() == 2 ? TableType::bfloat16
+                                           : TableType::int8;
+    call.num_threads = check_threads(num_threads);
+    if ((call.a.type == TableType::int8) != !scale_.is_none()) {
+        throw py::value_error("an int8 weight comes with a scale, no other does");
+    }
+    if (!scale_.is_none()) {
+        const py::array scale = input<float>(scale_, "scale", 1);
+        check_shape(scale, "scale", "[V]", {call.items});
+        call.a.scale = data<float>(scale);
+    }
+    if (!bias_.is_none()) {
+        const py::array bias = input<float>(bias_, "bias", 1);
+        check_shape(bias, "bias", "[V]", {call.items});
+        call.a.bias = data<float>(bias);
+    }
+    if (!exclude_.is_none()) {
+        const py::array exclude = input<std::int64_t>(exclude_, "exclude", 2);
+        check_shape(exclude, "exclude", "[B, E]", {call.rows, exclude.shape(1)});
+        check_items(exclude, "exclude", -1, call.items);
+        call.exclude = data<std::int64_t>(exclude);
+        call.excludes = exclude.shape(1);
+    }
+    return call;
+}
+
+bool is_table(const py::dtype& dtype) {
+    return is_dtype<float>(dtype) || is_dtype<std::uint16_t>(dtype) || is_dtype<std::int8_t>(dtype);
+}
+
+py::array item_table(const py::object& weight) {
+    return checked_array(weight, "weight", "float32, uint16 or int8", is_table, 2, false);
+}
+
+void item_topk(const py::object& rep_, const py::object& weight_, const py::object& scale,
+               const py::object& bias, const py::object& exclude, const py::object& candidates_,
+               const py::object& scores_, const py::object& ids_, int num_threads) {
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
+    const RankingCall call = ranking_call(rep, weight, scale, bias, exclude, num_threads);
+    py::array scores = output<float>(scores_, "scores", 2);
+    py::array ids = output<std::int64_t>(ids_, "ids", 2);
+    const std::int64_t k = scores.shape(1);
+    check_shape(scores, "scores", "[B, k]", {call.rows, k});
+    check_shape(ids, "ids", "[B, k]", {call.rows, k});
+    const std::int64_t* candidates = nullptr;
+    std::int64_t count = 0;
+    bool per_row = false;
+    if (!candidates_.is_none()) {
+        per_row = py::isinstance<py::array>(candidates_) &&
+                  py::reinterpret_borrow<py::array>(candidates_).ndim() == 2;
+        const py::array array = input<std::int64_t>(candidates_, "candidates", per_row ? 2 : 1);
+        count = array.shape(per_row ? 1 : 0);
+        if (per_row) check_shape(array, "candidates", "[B, C]", {call.rows, count});
+        check_items(array, "candidates", -1, call.items);
+        candidates = data<std::int64_t>(array);
+    }
+    if (is_empty(scores)) return;
+    float* const to = target(scores);
+    std::int64_t* const to_ids = static_cast<std::int64_t*>(ids.mutable_data());
+    py::gil_scoped_release release;
+    rank_best(call, candidates, count, per_row, k, to, to_ids);
+}
+
+void target_rank(const py::object& rep_, const py::object& weight_, const py::object& bias,
+                 const py::object& target_, const py::object& exclude, const py::object& ranks_,
+                 int num_threads) {
+    const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
+    const RankingCall call = ranking_call(rep, weight, py::none(), bias, exclude, num_threads);
+    const py::array wanted = input<std::int64_t>(target_, "target", 1);
+    py::array ranks = output<std::int64_t>(ranks_, "ranks", 1);
+    check_shape(wanted, "target", "[B]", {call.rows});
+    check_items(wanted, "target", 0, call.items);
+    check_shape(ranks, "ranks", "[B]", {call.rows});
+    if (is_empty(ranks)) return;
+    std::int64_t* const to = static_cast<std::int64_t*>(ranks.mutable_data());
+    py::gil_scoped_release release;
+    rank_targets(call, data<std::int64_t>(wanted), to);
+}
+
 // The cells in use, gathered by `key` with a counting sort: bucket k holds, in their own order,
 // the cells order[starts[k] .. starts[k + 1]).
 struct Buckets {
@@ -497,6 +612,228 @@ std::int64_t balanced(const std::int32_t* starts, std::int64_t keys, std::int64_
         }
     }
     return low;
+}
+
+// Asks for huge pages under the whole ones of them that [memory, memory + bytes) covers: faulting
+// a gradient of the item table in by pages of 4 kB can take longer than to compute it.
+void prefer_huge_pages(float* memory, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + HUGE - 1) & ~(HUGE - 1);
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) +
+                                static_cast<std::uintptr_t>(bytes)) & ~(HUGE - 1);
+    // Only a hint: a kernel without huge pages refuses, and nothing is lost.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
+// Rows whose gradients a part sums at a time, so that its partial sums stay in its L2.
+constexpr std::int64_t XENT_PARTIAL_FLOATS = 1 << 17;
+
+// What forward and the adjoint share: inputs, packed rows, scratch, and how the work is split.
+struct XentCall {
+    ItemCrossEntropy a{};
+    std::vector<py::array> arrays;  // keeps them alive
+    std::int64_t tiles = 0, chunks = 0, parts = 0;
+    Floats columns, panels, scratch;
+    bool worth_it = false;
+
+    const float* optional(const py::object& object, const char* name, std::int64_t size) {
+        if (object.is_none()) return nullptr;
+        arrays.push_back(input<float>(object, name, 1));
+        check_shape(arrays.back(), name, "[V]", {size});
+        return data<float>(arrays.back());
+    }
+
+    XentCall(const py::object& rep_, const py::object& weight_, const py::object& bias_,
+             const py::object& smoothing_, const py::object& target_, double scale,
+             const py::object& cache_, int num_threads) {
+        const py::array rep = input<float>(rep_, "rep", 2), weight = input<float>(weight_, "weight", 2);
+        const py::array wanted = input<std::int64_t>(target_, "target", 1);
+        check_threads(num_threads);
+        a.batch = rep.shape(0);
+        a.width = rep.shape(1);
+        a.items = weight.shape(0);
+        check_shape(weight, "weight", "[V, D]", {a.items, a.width});
+        check_shape(wanted, "target", "[B]", {a.batch});
+        if (a.items < 1) throw py::value_error("weight must have at least one row, got none");
+        arrays = {rep, weight, wanted};
+        a.rep = data<float>(rep);
+        a.weight = data<float>(weight);
+        a.target = data<std::int64_t>(wanted);
+        a.bias = optional(bias_, "bias", a.items);
+        a.smoothing = optional(smoothing_, "smoothing", a.items);
+        a.scale = static_cast<float>(scale);
+        tiles = (a.items + XENT_ITEMS - 1) / XENT_ITEMS;
+        chunks = (a.batch + XENT_ROWS - 1) / XENT_ROWS;
+        if (!cache_.is_none()) {
+            py::array cache = output<float>(cache_, "cache", 1);
+            check_shape(cache, "cache", "[tiles * chunks * block]",
+                        {tiles * chunks * XENT_ITEMS * XENT_ROWS});
+            a.cache = target(cache);
+            arrays.push_back(cache);
+        }
+        worth_it = a.batch * a.items * a.width >= GRAIN_XENT;
+        parts = worth_it && num_threads > 1 ? std::min<std::int64_t>(num_threads, tiles) : 1;
+        columns = allocate_floats(chunks * XENT_ROWS * a.width, false);
+        panels = allocate_floats(chunks * XENT_ROWS * xent_padded(a.width), false);
+        scratch = allocate_floats(parts * xent_scratch(a.width), false);
+        a.columns = columns.get();
+        a.panels = panels.get();
+        a.scratch = scratch.get();
+    }
+
+    // work(part, first tile, last tile), every part by a thread of its own.
+    template <typename Work>
+    void run(int num_threads, Work work) {
+        parallel_items(num_threads, parts, worth_it, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t part = begin; part < end; ++part) {
+                work(part, tiles * part / parts, tiles * (part + 1) / parts);
+            }
+        });
+    }
+
+    void pack(const ItemCrossEntropyKernels& kernels, int num_threads) {
+        parallel_items(num_threads, chunks, worth_it, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t chunk = begin; chunk < end; ++chunk) kernels.pack(&a, chunk);
+        });
+    }
+};
+
+void item_cross_entropy_forward(const py::object& rep, const py::object& weight,
+                                const py::object& bias, const py::object& smoothing,
+                                const py::object& target_, double scale,
+                                const py::object& statistics_, const py::object& cache,
+                                int num_threads) {
+    XentCall call(rep, weight, bias, smoothing, target_, scale, cache, num_threads);
+    ItemCrossEntropy& a = call.a;
+    py::array statistics = checked_array(statistics_, "statistics", "float64", is_dtype<double>, 2,
+                                         true);
+    check_shape(statistics, "statistics", "[4, B]", {4, a.batch});
+    double* const out = static_cast<double*>(statistics.mutable_data());
+    const ItemCrossEntropyKernels& kernels = FMREC_TABLE(item_cross_entropy);
+    if (a.batch == 0) return;
+    py::gil_scoped_release release;
+    const std::int64_t padded = call.chunks * XENT_ROWS;
+    const Floats largest = allocate_floats(call.parts * padded, false);
+    const Floats at_target = allocate_floats(padded, true);
+    std::vector<double> sum(static_cast<std::size_t>(call.parts * padded)), dot(sum.size());
+    a.largest = largest.get();
+    a.at_target = at_target.get();
+    a.sum = sum.data();
+    a.dot = dot.data();
+    call.pack(kernels, num_threads);
+    call.run(num_threads, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
+        kernels.forward(&a, part, begin, end);
+    });
+    // The sums of s over each part's items, to move its `dot` to the common maximum.
+    std::vector<double> weights(static_cast<std::size_t>(call.parts));
+    for (std::int64_t part = 0; part < call.parts; ++part) {
+        const std::int64_t begin = call.tiles * part / call.parts * XENT_ITEMS;
+        const std::int64_t end =
+            std::min<std::int64_t>(call.tiles * (part + 1) / call.parts * XENT_ITEMS, a.items);
+        double& total = weights[static_cast<std::size_t>(part)];
+        total = a.smoothing ? 0.0 : static_cast<double>(end - begin);
+        for (std::int64_t i = begin; a.smoothing && i < end; ++i) total += a.smoothing[i];
+    }
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+        float top = a.largest[b];
+        for (std::int64_t part = 1; part < call.parts; ++part) {
+            top = std::max(top, a.largest[part * padded + b]);
+        }
+        double total = 0.0, moved = 0.0;
+        for (std::int64_t part = 0; part < call.parts; ++part) {
+            const double fall = static_cast<double>(a.largest[part * padded + b]) - top;
+            total += a.sum[part * padded + b] * std::exp2(fall);
+            moved += a.dot[part * padded + b] + weights[static_cast<std::size_t>(part)] * fall;
+        }
+        out[b] = top;
+        out[a.batch + b] = total;
+        out[2 * a.batch + b] = static_cast<double>(top) - a.at_target[b];
+        out[3 * a.batch + b] = moved;
+    }
+}
+
+void item_cross_entropy_backward(const py::object& rep, const py::object& weight,
+                                 const py::object& bias, const py::object& smoothing,
+                                 const py::object& target_, double scale,
+                                 const py::object& rows_, double filter, const py::object& cache,
+                                 const py::object& d_rep_, const py::object& d_weight_,
+                                 const py::object& d_bias_, int num_threads) {
+    XentCall call(rep, weight, bias, smoothing, target_, scale, cache, num_threads);
+    ItemCrossEntropy& a = call.a;
+    const py::array given = input<float>(rows_, "rows", 2);
+    check_shape(given, "rows", "[5, B]", {5, a.batch});
+    a.filter = static_cast<float>(filter);
+    float* d_rep = nullptr;
+    if (!d_rep_.is_none()) {
+        py::array array = output<float>(d_rep_, "d_rep", 2);
+        check_shape(array, "d_rep", "[B, D]", {a.batch, a.width});
+        d_rep = target(array);
+    }
+    if (!d_weight_.is_none()) {
+        py::array array = output<float>(d_weight_, "d_weight", 2);
+        check_shape(array, "d_weight", "[V, D]", {a.items, a.width});
+        a.d_weight = target(array);
+    }
+    if (!d_bias_.is_none()) {
+        py::array array = output<float>(d_bias_, "d_bias", 1);
+        check_shape(array, "d_bias", "[V]", {a.items});
+        a.d_bias = target(array);
+    }
+    const ItemCrossEntropyKernels& kernels = FMREC_TABLE(item_cross_entropy);
+    py::gil_scoped_release release;
+    if (a.batch == 0) {
+        std::fill_n(a.d_weight, a.d_weight ? a.items * a.width : 0, 0.0f);
+        std::fill_n(a.d_bias, a.d_bias ? a.items : 0, 0.0f);
+        return;
+    }
+    // Whole chunks: what lies past the rows has no probability and coefficients of 0.
+    const std::int64_t padded = call.chunks * XENT_ROWS;
+    const Floats rows = allocate_floats(5 * padded, true);
+    std::fill_n(rows.get() + a.batch, padded - a.batch, 3.0e38f);
+    for (std::int64_t row = 0; row < 5; ++row) {
+        std::copy_n(data<float>(given) + row * a.batch, a.batch, rows.get() + row * padded);
+    }
+    a.largest = rows.get();
+    a.coefficient = rows.get() + padded;
+    a.smooth = rows.get() + 2 * padded;
+    a.at_target = rows.get() + 3 * padded;
+    a.share = rows.get() + 4 * padded;
+    if (a.d_weight) prefer_huge_pages(a.d_weight, a.items * a.width * 4);
+    call.pack(kernels, num_threads);
+    const std::int64_t wide = xent_padded(a.width);
+    const std::int64_t group = XENT_PARTIAL_FLOATS / (XENT_ROWS * (wide + XENT_WIDTH)) + 1;
+    for (a.first_chunk = 0; a.first_chunk < call.chunks; a.first_chunk = a.last_chunk) {
+        a.last_chunk = std::min(a.first_chunk + group, call.chunks);
+        a.add = a.first_chunk > 0;
+        const std::int64_t size = (a.last_chunk - a.first_chunk) * XENT_ROWS * wide;
+        const Floats partial = allocate_floats(d_rep ? call.parts * size : 0, true);
+        a.d_rep = d_rep ? partial.get() : nullptr;
+        call.run(num_threads, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
+            kernels.backward(&a, part, begin, end);
+        });
+        if (!d_rep) continue;
+        const std::int64_t first = a.first_chunk * XENT_ROWS;
+        const std::int64_t count = std::min(a.last_chunk * XENT_ROWS, a.batch) - first;
+        parallel_items(num_threads, count, call.parts * count * wide >= GRAIN_LINEAR,
+                       [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t b = begin; b < end; ++b) {
+                float* to = d_rep + (first + b) * a.width;
+                const float* from = partial.get() + b * wide;
+                for (std::int64_t d = 0; d < a.width; ++d) {
+                    float total = from[d];
+                    for (std::int64_t part = 1; part < call.parts; ++part) {
+                        total += from[part * size + d];
+                    }
+                    to[d] = total * a.scale;
+                }
+            }
+        });
+    }
 }
 
 void history_loss_forward(const py::object& hidden_, const py::object& weight_,
@@ -716,14 +1053,19 @@ std::int64_t group_size(const Encoder& encoder, std::int64_t batch, std::int64_t
     return (batch + num_threads * rounds - 1) / (num_threads * rounds);
 }
 
-// Runs all sequences, group by group: a thread takes the next group when it is done with one.
-// A sequence's result does not depend on its group.
+// Runs all groups, from bounds[i] to bounds[i + 1]: a thread takes the next one when it is done.
 template <typename Kernels, typename Arguments>
-void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
-    const std::int64_t size = group_size(a.encoder, batch, num_threads);
-    const std::int64_t groups = (batch + size - 1) / size;
+void run_ranges(const Kernels& kernels, const Arguments& a, const std::vector<std::int64_t>& bounds,
+                int num_threads) {
+    const std::int64_t groups = static_cast<std::int64_t>(bounds.size()) - 1;
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i < groups; ++i) {
+        const std::int64_t size = bounds[static_cast<std::size_t>(i) + 1] -
+                                  bounds[static_cast<std::size_t>(i)];
+        most = size > most ? size : most;
+    }
     const std::int64_t slabs = groups < num_threads ? groups : num_threads;
-    const std::int64_t slab_size = round_up(kernels.scratch(&a, size), UNIT);
+    const std::int64_t slab_size = round_up(kernels.scratch(&a, most), UNIT);
     const Floats memory = allocate_floats(slabs * slab_size, true);
     std::atomic<std::int64_t> next_group{0}, next_slab{0};
     parallel_items(num_threads, num_threads, groups > 1, [&](std::int64_t, std::int64_t) {
@@ -731,15 +1073,75 @@ void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, 
         if (group >= groups) return;
         float* slab = memory.get() + next_slab.fetch_add(1) * slab_size;
         for (; group < groups; group = next_group.fetch_add(1)) {
-            const std::int64_t begin = group * size;
-            kernels.run(&a, begin, begin + size < batch ? begin + size : batch, slab);
+            const std::size_t i = static_cast<std::size_t>(group);
+            kernels.run(&a, bounds[i], bounds[i + 1], slab);
         }
     });
 }
 
+// Runs all sequences, group by group. A sequence's result does not depend on its group.
+template <typename Kernels, typename Arguments>
+void run_groups(const Kernels& kernels, const Arguments& a, std::int64_t batch, int num_threads) {
+    const std::int64_t size = group_size(a.encoder, batch, num_threads);
+    const std::int64_t groups = (batch + size - 1) / size;
+    // Equal groups, the larger ones first: 30 sequences on two threads are 8 + 7 on each.
+    std::vector<std::int64_t> bounds;
+    for (std::int64_t group = 0; group <= groups; ++group) {
+        const std::int64_t larger = batch % groups;
+        bounds.push_back(group * (batch / groups) + (group < larger ? group : larger));
+    }
+    run_ranges(kernels, a, bounds, num_threads);
+}
+
+// start[b]: the rows before sequence b when the padded prefix of a sequence is one token.
+std::vector<std::int64_t> tied_rows(const float* mask, std::int64_t batch, std::int64_t length) {
+    std::vector<std::int64_t> start(1, 0);
+    for (std::int64_t b = 0; b < batch; ++b) {
+        std::int64_t padding = 0;
+        while (padding < length && mask[b * length + padding] == 0.0f) ++padding;
+        start.push_back(start.back() + length - (padding > 1 ? padding - 1 : 0));
+    }
+    return start;
+}
+
+// Groups of about as many rows as each thread's equal share in a few rounds; each row of the batch
+// has `points` sequences. Sets what the arguments hold of tied padding.
+template <typename Kernels, typename Arguments>
+void run_tied(const Kernels& kernels, Arguments& a, std::int64_t points, int num_threads) {
+    const std::vector<std::int64_t> start = tied_rows(a.mask, a.batch, a.encoder.length);
+    const std::int64_t most = GROUP_FLOATS / row_stride(a.encoder.channels);
+    const std::int64_t total = points * start.back();
+    const std::int64_t rounds = (total + num_threads * most - 1) / (num_threads * most);
+    const std::int64_t share = (total + num_threads * rounds - 1) / (num_threads * rounds);
+    std::vector<std::int64_t> bounds(1, 0);
+    std::int64_t rows = 0;
+    for (std::int64_t s = 0; s < points * a.batch; ++s) {
+        const std::size_t b = static_cast<std::size_t>(s / points);
+        rows += start[b + 1] - start[b];
+        if (rows >= share || s + 1 == points * a.batch) {
+            bounds.push_back(s + 1);
+            a.group_rows = rows > a.group_rows ? rows : a.group_rows;
+            rows = 0;
+        }
+    }
+    a.start = start.data();
+    run_ranges(kernels, a, bounds, num_threads);
+    a.start = nullptr;
+}
+
+template <typename Kernels, typename Arguments>
+void run_sequences(const Kernels& kernels, Arguments& a, std::int64_t points, bool tied,
+                   int num_threads) {
+    if (tied) {
+        run_tied(kernels, a, points, num_threads);
+    } else {
+        run_groups(kernels, a, points * a.batch, num_threads);
+    }
+}
+
 void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
                      std::int64_t tap, const py::object& out_, const py::object& tapped_,
-                     int num_threads) {
+                     int num_threads, const py::object& first_key_bias_) {
     const py::array x = input<float>(x_, "x", 3), mask = input<float>(mask_, "mask", 2);
     py::array out = output<float>(out_, "out", 2);
     check_threads(num_threads);
@@ -765,6 +1167,13 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
         a.encoder.tap = tap;
         a.tapped = target(tapped);
     }
+    py::array first_key_bias;
+    if (!first_key_bias_.is_none()) {
+        first_key_bias = input<float>(first_key_bias_, "first_key_bias", 1);
+        check_shape(first_key_bias, "first_key_bias", "[B]", {batch});
+        check_overlap(out, "out", first_key_bias, "first_key_bias", false);
+        a.first_key_bias = data<float>(first_key_bias);
+    }
     const EncoderBatchKernels& kernels = FMREC_TABLE(encoder_batch);
     if (is_empty(out)) return;
     a.x = data<float>(x);
@@ -774,64 +1183,262 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
     run_groups(kernels, a, batch, num_threads);
 }
 
-void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight_,
-                   const py::object& norm_bias_, const py::object& e_, const py::object& mask_,
-                   const py::object& z0_, const py::object& taus_, const py::object& noise_,
-                   const py::object& rows_, const py::object& seed, double delta,
-                   const py::object& out_, int num_threads) {
-    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
-                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
-                    e = input<float>(e_, "e", 3), mask = input<float>(mask_, "mask", 2),
-                    z0 = input<float>(z0_, "z0", 2), taus = input<float>(taus_, "taus", 2);
+// The arrays of a SamplerNetwork, kept while the kernel runs.
+struct NetworkArrays {
+    py::array norm_weight, norm_bias, e, mask, taus, noise, rows;
+};
+
+// Checks what the samplers share and fills it in; `out` must overlap none of it.
+NetworkArrays sampler_network(SamplerNetwork& a, const PackedEncoder& packed,
+                              const py::object& norm_weight, const py::object& norm_bias,
+                              const py::object& e, const py::object& mask, const py::object& taus,
+                              const py::object& noise, const py::object& rows,
+                              const py::object& seed, double delta, const py::array& out) {
+    NetworkArrays k{input<float>(norm_weight, "norm_weight", 1),
+                    input<float>(norm_bias, "norm_bias", 1),
+                    input<float>(e, "e", 3),
+                    input<float>(mask, "mask", 2),
+                    input<float>(taus, "taus", 2),
+                    py::array(),
+                    py::array()};
+    const std::int64_t channels = packed.channels(), length = k.e.shape(1);
+    a.encoder = make_encoder(packed, length);
+    a.batch = k.e.shape(0);
+    a.steps = k.taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(k.norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(k.norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(k.e, "e", "[B, L, D]", {a.batch, length, channels});
+    check_shape(k.mask, "mask", "[B, L]", {a.batch, length});
+    check_shape(k.taus, "taus", "[q, D]", {a.steps, channels});
+    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "taus"};
+    const py::array* const inputs[] = {&k.norm_weight, &k.norm_bias, &k.e, &k.mask, &k.taus};
+    for (int i = 0; i < 5; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
+    if (!noise.is_none()) {
+        k.noise = input<float>(noise, "noise", 4);
+        check_shape(k.noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
+        check_overlap(out, "out", k.noise, "noise", false);
+        a.noise = data<float>(k.noise);
+    } else {
+        k.rows = input<std::int64_t>(rows, "rows", 1);
+        check_shape(k.rows, "rows", "[B]", {a.batch});
+        check_overlap(out, "out", k.rows, "rows", false);
+        a.rows = data<std::int64_t>(k.rows);
+        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    }
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(k.norm_weight);
+    a.norm_bias = data<float>(k.norm_bias);
+    a.e = data<float>(k.e);
+    a.mask = data<float>(k.mask);
+    a.taus = data<float>(k.taus);
+    return k;
+}
+
+void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
+                   const py::object& norm_bias, const py::object& e, const py::object& mask,
+                   const py::object& z0_, const py::object& taus, const py::object& noise,
+                   const py::object& rows, const py::object& seed, double delta,
+                   const py::object& out_, int num_threads, bool tied) {
     check_threads(num_threads);
     EulerSampler a{};
-    a.encoder = make_encoder(packed, e.shape(1));
-    a.batch = e.shape(0);
-    a.steps = taus.shape(0);
-    const std::int64_t channels = packed.channels(), length = e.shape(1);
     // All points, or the last one, by the number of dimensions.
     a.trajectory = py::isinstance<py::array>(out_) && py::cast<py::array>(out_).ndim() == 3;
     py::array out = output<float>(out_, "out", a.trajectory ? 3 : 2);
-    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
-    check_shape(norm_weight, "norm_weight", "[D]", {channels});
-    check_shape(norm_bias, "norm_bias", "[D]", {channels});
-    check_shape(e, "e", "[B, L, D]", {a.batch, length, channels});
-    check_shape(mask, "mask", "[B, L]", {a.batch, length});
+    const py::array z0 = input<float>(z0_, "z0", 2);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    const std::int64_t channels = packed.channels();
     check_shape(z0, "z0", "[B, D]", {a.batch, channels});
-    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_overlap(out, "out", z0, "z0", false);
     if (a.trajectory) {
         check_shape(out, "out", "[q + 1, B, D]", {a.steps + 1, a.batch, channels});
     } else {
         check_shape(out, "out", "[B, D]", {a.batch, channels});
     }
-    const char* const names[] = {"norm_weight", "norm_bias", "e", "mask", "z0", "taus"};
-    const py::array* const inputs[] = {&norm_weight, &norm_bias, &e, &mask, &z0, &taus};
-    for (int i = 0; i < 6; ++i) check_overlap(out, "out", *inputs[i], names[i], false);
-    py::array noise, rows;
-    if (!noise_.is_none()) {
-        noise = input<float>(noise_, "noise", 4);
-        check_shape(noise, "noise", "[q, B, L, D]", {a.steps, a.batch, length, channels});
-        check_overlap(out, "out", noise, "noise", false);
-        a.noise = data<float>(noise);
-    } else {
-        rows = input<std::int64_t>(rows_, "rows", 1);
-        check_shape(rows, "rows", "[B]", {a.batch});
-        check_overlap(out, "out", rows, "rows", false);
-        a.rows = data<std::int64_t>(rows);
-        a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
-    }
-    a.delta = static_cast<float>(delta);
     const EulerSamplerKernels& kernels = FMREC_TABLE(euler_sampler);
     if (is_empty(out)) return;
-    a.norm_weight = data<float>(norm_weight);
-    a.norm_bias = data<float>(norm_bias);
-    a.e = data<float>(e);
-    a.mask = data<float>(mask);
     a.z0 = data<float>(z0);
-    a.taus = data<float>(taus);
     a.out = target(out);
     py::gil_scoped_release release;
-    run_groups(kernels, a, a.batch, num_threads);
+    run_sequences(kernels, a, 1, tied, num_threads);
+}
+
+// All steps at once, as fmrec_fast/picard.py: from the straight way to the first step's prediction,
+// sweeps over all points of a row's trajectory until its residual is at most `tolerance`.
+void picard(const EulerSampler& a, const PicardSweepKernels& kernels, double tolerance, bool tied,
+            int num_threads) {
+    const std::int64_t channels = a.encoder.channels, steps = a.steps, size = a.batch * channels;
+    const Floats memory = allocate_floats(2 * steps * size, false);
+    float* const points = memory.get();  // [B, q, D]
+    float* const predictions = points + steps * size;
+    PicardSweep sweep{};
+    static_cast<SamplerNetwork&>(sweep) = a;
+    sweep.x = a.z0;
+    sweep.out = predictions;
+    sweep.steps = 1;
+    run_sequences(kernels, sweep, 1, tied, num_threads);
+    std::vector<double> before(static_cast<std::size_t>(a.batch));
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+        double squares = 0.0;
+        for (std::int64_t j = 0; j < channels; ++j) {
+            const std::int64_t at = b * channels + j;
+            const float z0 = a.z0[at], velocity = predictions[at] - z0;
+            for (std::int64_t i = 0; i < steps; ++i) {
+                points[(b * steps + i) * channels + j] =
+                    z0 + velocity * (static_cast<float>(i) / static_cast<float>(steps));
+            }
+            a.out[at] = z0 + velocity;
+            squares += static_cast<double>(velocity) * velocity;
+        }
+        before[static_cast<std::size_t>(b)] = std::sqrt(squares);
+    }
+    sweep.x = points;
+    sweep.steps = steps;
+    std::vector<bool> settled(static_cast<std::size_t>(a.batch), false);
+    bool all = false;
+    // After q - 1 sweeps the result is exact.
+    for (std::int64_t n = 1; n < steps && !all; ++n) {
+        run_sequences(kernels, sweep, steps, tied, num_threads);
+        all = true;
+        for (std::int64_t b = 0; b < a.batch; ++b) {
+            const std::size_t row = static_cast<std::size_t>(b);
+            if (settled[row]) continue;
+            double squares = 0.0, moved = 0.0;
+            for (std::int64_t j = 0; j < channels; ++j) {
+                const std::int64_t at = b * channels + j;
+                const float z0 = a.z0[at];
+                float sum = 0.0f;
+                for (std::int64_t i = 0; i < steps; ++i) {
+                    const std::int64_t p = (b * steps + i) * channels + j;
+                    points[p] = z0 + sum / static_cast<float>(steps);
+                    sum += predictions[p] - z0;
+                }
+                const float end = z0 + sum / static_cast<float>(steps);
+                moved += static_cast<double>(end - a.out[at]) * (end - a.out[at]);
+                squares += static_cast<double>(end) * end;
+                a.out[at] = end;
+            }
+            const double change = std::sqrt(moved);
+            const double residual = moved / (before[row] * std::sqrt(squares));
+            before[row] = change;
+            // Not so where it is NaN: then sweeps go on, as many as there are.
+            settled[row] = change == 0.0 || residual <= tolerance;
+            all = all && settled[row];
+        }
+    }
+}
+
+// From ids to the best items: embedding, start, sampler and ranking in one call. A tolerance above
+// 0 chooses the sampler that takes all steps at once.
+void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
+               const py::object& norm_bias_, const py::object& items_,
+               const py::object& embedded_weight_, const py::object& embedded_bias_,
+               const py::object& ids_, const py::object& taus_, const py::object& rows_,
+               const py::object& seed, const py::object& start_seed, double delta,
+               const py::object& exclude, const py::object& scores_, const py::object& best_,
+               int num_threads, bool tied, double tolerance) {
+    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
+                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
+                    items = input<float>(items_, "items", 2),
+                    embedded_weight = input<float>(embedded_weight_, "embedded_weight", 1),
+                    embedded_bias = input<float>(embedded_bias_, "embedded_bias", 1),
+                    ids = input<std::int64_t>(ids_, "ids", 2),
+                    taus = input<float>(taus_, "taus", 2),
+                    rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array scores = output<float>(scores_, "scores", 2);
+    py::array best = output<std::int64_t>(best_, "best", 2);
+    check_threads(num_threads);
+    const std::int64_t channels = packed.channels(), batch = ids.shape(0), length = ids.shape(1);
+    EulerSampler a{};
+    a.encoder = make_encoder(packed, length);
+    a.batch = batch;
+    a.steps = taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(items, "items", "[V, D]", {items.shape(0), channels});
+    check_shape(embedded_weight, "embedded_weight", "[D]", {channels});
+    check_shape(embedded_bias, "embedded_bias", "[D]", {channels});
+    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_shape(rows, "rows", "[B]", {batch});
+    const std::int64_t k = scores.shape(1);
+    check_shape(scores, "scores", "[B, k]", {batch, k});
+    check_shape(best, "best", "[B, k]", {batch, k});
+    if (k > items.shape(0)) {
+        throw py::value_error("k must be at most V = " + std::to_string(items.shape(0)) +
+                              ", got " + std::to_string(k));
+    }
+    const std::int64_t* const id = data<std::int64_t>(ids);
+    for (std::int64_t i = 0; i < batch * length; ++i) {
+        if (id[i] < 0 || id[i] >= items.shape(0)) {
+            throw py::value_error("ids must be in 0 .. " + std::to_string(items.shape(0) - 1) +
+                                  ", got " + std::to_string(id[i]));
+        }
+    }
+    a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(norm_weight);
+    a.norm_bias = data<float>(norm_bias);
+    a.rows = data<std::int64_t>(rows);
+    a.taus = data<float>(taus);
+    Recommend r{};
+    r.items = data<float>(items);
+    r.norm_weight = data<float>(embedded_weight);
+    r.norm_bias = data<float>(embedded_bias);
+    r.ids = id;
+    r.rows = a.rows;
+    r.seed = static_cast<std::uint64_t>(read_int64(start_seed, "start_seed"));
+    r.batch = batch;
+    r.length = length;
+    r.channels = channels;
+    py::array_t<float> rep({batch, channels});
+    const RankingCall ranking =
+        ranking_call(rep, items, py::none(), py::none(), exclude, num_threads);
+    const RecommendKernels& kernels = FMREC_TABLE(recommend);
+    const EulerSamplerKernels& sampler = FMREC_TABLE(euler_sampler);
+    if (is_empty(scores)) return;
+    float* const to = target(scores);
+    std::int64_t* const to_ids = static_cast<std::int64_t*>(best.mutable_data());
+    a.out = rep.mutable_data();
+    py::gil_scoped_release release;
+    const Floats memory = allocate_floats(
+        batch * length * (channels + 1) + batch * channels + kernels.scratch(&r), false);
+    r.e = memory.get();
+    r.mask = r.e + batch * length * channels;
+    r.z0 = r.mask + batch * length;
+    kernels.prepare(&r, r.z0 + batch * channels);
+    a.e = r.e;
+    a.mask = r.mask;
+    a.z0 = r.z0;
+    if (tolerance > 0.0) {
+        picard(a, FMREC_TABLE(picard_sweep), tolerance, tied, num_threads);
+    } else {
+        run_sequences(sampler, a, 1, tied, num_threads);
+    }
+    rank_best(ranking, nullptr, 0, false, k, to, to_ids);
+}
+
+void picard_sweep(const PackedEncoder& packed, const py::object& norm_weight,
+                  const py::object& norm_bias, const py::object& e, const py::object& mask,
+                  const py::object& x_, const py::object& taus, const py::object& noise,
+                  const py::object& rows, const py::object& seed, double delta,
+                  const py::object& out_, int num_threads, bool tied) {
+    check_threads(num_threads);
+    PicardSweep a{};
+    py::array out = output<float>(out_, "out", 3);
+    const py::array x = input<float>(x_, "x", 3);
+    const NetworkArrays kept = sampler_network(a, packed, norm_weight, norm_bias, e, mask, taus,
+                                               noise, rows, seed, delta, out);
+    check_shape(x, "x", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_shape(out, "out", "[B, q, D]", {a.batch, a.steps, packed.channels()});
+    check_overlap(out, "out", x, "x", true);
+    const PicardSweepKernels& kernels = FMREC_TABLE(picard_sweep);
+    if (is_empty(out)) return;
+    a.x = data<float>(x);
+    a.out = target(out);
+    py::gil_scoped_release release;
+    run_sequences(kernels, a, a.steps, tied, num_threads);
 }
 
 // What forward and backward share, checked and filled in.
@@ -978,6 +1585,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     using namespace fmrec;
+    watch_forks();
     m.doc() = "C++ CPU kernels of fmrec_fast; arrays are numpy's and are never converted.";
     m.def("noise_fusion_forward", &noise_fusion_forward, py::arg("e"), py::arg("shift"),
           py::arg("rows"), py::arg("seed"), py::arg("step"), py::arg("delta"), py::arg("out"),
@@ -1009,6 +1617,22 @@ PYBIND11_MODULE(_C, m) {
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
           py::arg("num_threads"),
           "d_x = grad @ weight, d_weight = grad.T @ x, d_bias = grad.sum(0), each unless None.");
+    m.def("item_cross_entropy_forward", &item_cross_entropy_forward, py::arg("rep"),
+          py::arg("weight"), py::arg("bias").none(true), py::arg("smoothing").none(true),
+          py::arg("target"), py::arg("scale"), py::arg("statistics"), py::arg("cache").none(true),
+          py::arg("num_threads"),
+          "statistics [4, B] of the scores x in base 2: max x, sum 2^(x - max), max - x[target], "
+          "sum smoothing (x - max); cache keeps the scores for the adjoint.");
+    m.def("item_cross_entropy_backward", &item_cross_entropy_backward, py::arg("rep"),
+          py::arg("weight"), py::arg("bias").none(true), py::arg("smoothing").none(true),
+          py::arg("target"), py::arg("scale"), py::arg("rows"), py::arg("filter"),
+          py::arg("cache").none(true), py::arg("d_rep").none(true),
+          py::arg("d_weight").none(true), py::arg("d_bias").none(true), py::arg("num_threads"),
+          "Adjoint of the statistics; rows [5, B]: max x, coefficient, smooth, at_target, share.");
+    m.def("item_cross_entropy_cache", [](std::int64_t batch, std::int64_t items) {
+              return (items + XENT_ITEMS - 1) / XENT_ITEMS * ((batch + XENT_ROWS - 1) / XENT_ROWS) *
+                     XENT_ITEMS * XENT_ROWS;
+          }, py::arg("batch"), py::arg("items"), "Floats of a cache of all scores.");
     m.def("history_loss_forward", &history_loss_forward, py::arg("hidden"), py::arg("weight"),
           py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("label"), py::arg("use"),
           py::arg("residual"), py::arg("num_threads"),
@@ -1018,6 +1642,16 @@ PYBIND11_MODULE(_C, m) {
           py::arg("d_hidden").none(true), py::arg("d_weight").none(true),
           py::arg("d_bias").none(true), py::arg("num_threads"),
           "Adjoint of the residuals: writes d_hidden, adds to d_weight and d_bias.");
+    m.def("item_topk", &item_topk, py::arg("rep"), py::arg("weight"), py::arg("scale").none(true),
+          py::arg("bias").none(true), py::arg("exclude").none(true),
+          py::arg("candidates").none(true), py::arg("scores"), py::arg("ids"),
+          py::arg("num_threads"),
+          "scores, ids = the k best of rep @ (scale * weight).T + bias, ties towards the lower id; "
+          "weight is float32, bfloat16 (as uint16) or int8.");
+    m.def("target_rank", &target_rank, py::arg("rep"), py::arg("weight"),
+          py::arg("bias").none(true), py::arg("target"), py::arg("exclude").none(true),
+          py::arg("ranks"), py::arg("num_threads"),
+          "ranks = 1 + number of items ahead of the target.");
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
@@ -1027,12 +1661,24 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),
+          py::arg("first_key_bias").none(true) = py::none(),
           "The last position's output, and that of block tap where tapped is given.");
     m.def("euler_sampler", &euler_sampler, py::arg("packed"), py::arg("norm_weight"),
           py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("z0"), py::arg("taus"),
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
-          py::arg("delta"), py::arg("out"), py::arg("num_threads"),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
+    m.def("picard_sweep", &picard_sweep, py::arg("packed"), py::arg("norm_weight"),
+          py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("x"), py::arg("taus"),
+          py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
+          py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
+          "The network at all points x [B, q, D]: row b at step i. out may be x.");
+    m.def("recommend", &recommend, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
+          py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
+          py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
+          py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
+          py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
+          "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");
     m.def("supported_isas", &supported_isas, "Instruction sets built in and supported here.");

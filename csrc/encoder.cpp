@@ -12,16 +12,21 @@ namespace {
 // first-level cache. Whole panels.
 const int64_t INNER = 2 * PANEL;
 
-// Memory of one sequence's block, all rows padded.
+// Rows that ragged sequences share a matrix product up to: a panel of weights, once it is in the
+// first-level cache, serves them all.
+const int64_t CHUNK_ROWS = 96;
+
+// Memory of a chunk's block, all rows padded; R = max(L, CHUNK_ROWS).
 struct Workspace {
-    float* normed;      // [L, stride]
-    float* query;       // [L + 3, stride]; then the heads' mixed values
-    float* key;         // [L, stride]
-    float* value;       // [L, stride]
+    float* normed;      // [R, stride]
+    float* query;       // [R + 3, stride]; then the heads' mixed values
+    float* key;         // [R, stride]
+    float* value;       // [R, stride]
     float* transposed;  // [stride, queries]: query, channels by positions
     float* scores;      // [L, queries]
     float* factor;      // [queries]
-    float* inner;       // [max(L, count), INNER + UNIT]
+    float* inner;       // [max(R, count), INNER + UNIT]
+    float* last_normed; // [count, stride]
     float* last_mixed;  // [count, stride]
     float* row;         // [2, stride]
 };
@@ -37,15 +42,17 @@ FMREC_INLINE float* take(float** memory, int64_t count) {
 
 int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     float* const start = memory;
-    const int64_t stride = row_stride(e->channels), rows = e->length, queries = padded_queries(e);
+    const int64_t stride = row_stride(e->channels), queries = padded_queries(e);
+    const int64_t rows = e->length > CHUNK_ROWS ? e->length : CHUNK_ROWS;
     w->normed = take(&memory, rows * stride);
     w->query = take(&memory, (rows + 3) * stride);
     w->key = take(&memory, rows * stride);
     w->value = take(&memory, rows * stride);
     w->transposed = take(&memory, stride * queries);
-    w->scores = take(&memory, rows * queries);
+    w->scores = take(&memory, e->length * queries);
     w->factor = take(&memory, queries);
     w->inner = take(&memory, (rows > count ? rows : count) * (INNER + UNIT));
+    w->last_normed = take(&memory, count * stride);
     w->last_mixed = take(&memory, count * stride);
     w->row = take(&memory, 2 * stride);
     return memory - start;
@@ -147,25 +154,39 @@ FMREC_INLINE void softmax_columns(float* scores, int64_t row, int64_t rows, int6
     }
 }
 
-// Multi-head attention of the `queries` rows of w->query over all keys, into `mixed`, which may
-// be w->query. A query is multiplied by its mask first: a padded one attends uniformly.
-void attention(const Encoder* e, Workspace* w, const float* mask, int64_t queries, float* mixed) {
+// Queries of one sequence and what they attend to; rows are row_stride apart.
+struct Attended {
+    const float* query;  // [queries, D]
+    const float* mask;   // [queries], which a query is multiplied by: a padded one attends uniformly
+    int64_t queries;
+    const float* key;    // [length, D]
+    const float* value;  // [length, D]
+    int64_t length;
+    float key_bias;      // of the first key
+    float* mixed;        // [queries, D], may be the queries
+};
+
+// Multi-head attention.
+void attention(const Encoder* e, const Workspace* w, const Attended* a) {
     const int64_t stride = row_stride(e->channels), width = e->channels / e->heads;
-    const int64_t columns = round_up(queries, UNIT), length = e->length;
+    const int64_t queries = a->queries, columns = round_up(queries, UNIT), length = a->length;
     // The scale of the scores, and base 2 for the exponentials.
-    const float scale = 1.44269504f / __builtin_sqrtf((float)width);
-    for (int64_t i = 0; i < queries; ++i) w->factor[i] = mask[i] * scale;
+    const float log2e = 1.44269504f, scale = log2e / __builtin_sqrtf((float)width);
+    for (int64_t i = 0; i < queries; ++i) w->factor[i] = a->mask[i] * scale;
     for (int64_t i = queries; i < columns; ++i) w->factor[i] = 0.0f;
     // Scores are kept keys by queries, so that the softmax goes down the columns.
-    transpose_scaled(w->query, stride, queries, e->channels, w->factor, w->transposed, columns);
+    transpose_scaled(a->query, stride, queries, e->channels, w->factor, w->transposed, columns);
     for (int64_t h = 0; h < e->heads; ++h) {
-        const Product scores = {w->key + h * width, stride, 1, w->transposed + h * width * columns,
+        const Product scores = {a->key + h * width, stride, 1, w->transposed + h * width * columns,
                                 columns, nullptr, nullptr, false, w->scores, columns, width};
         multiply(&scores, length, columns);
+        if (a->key_bias != 0.0f) {
+            for (int64_t j = 0; j < columns; ++j) w->scores[j] += a->key_bias * log2e;
+        }
         softmax_columns(w->scores, columns, length, columns, w->factor);
         // The columns beyond the head's are the next head's, and written again by it.
-        const Product values = {w->scores, 1, columns, w->value + h * width, stride, nullptr,
-                                w->factor, false, mixed + h * width, stride, length};
+        const Product values = {w->scores, 1, columns, a->value + h * width, stride, nullptr,
+                                w->factor, false, a->mixed + h * width, stride, length};
         multiply(&values, queries, round_up(width, UNIT));
     }
 }
@@ -181,16 +202,45 @@ FMREC_INLINE void mean_value(const Encoder* e, const float* value, float* out) {
     }
 }
 
-// x = block(x) at all positions of one sequence.
-void block(const Encoder* e, const PackedBlock* b, Workspace* w, float* x, const float* mask) {
+FMREC_INLINE int64_t row_of(const Encoder* e, const Ragged* r, int64_t s) {
+    return r && r->start ? r->start[s] - r->start[0] : s * e->length;
+}
+
+FMREC_INLINE float bias_of(const Ragged* r, int64_t s) {
+    return r && r->key_bias ? r->key_bias[s] : 0.0f;
+}
+
+// The first sequence after the chunk that begins with `first`: as many as CHUNK_ROWS hold.
+FMREC_INLINE int64_t chunk_end(const Encoder* e, const Ragged* r, int64_t first, int64_t count) {
+    int64_t end = first + 1;
+    if (!r) return end;
+    const int64_t limit = row_of(e, r, first) + CHUNK_ROWS;
+    while (end < count && row_of(e, r, end + 1) <= limit) ++end;
+    return end;
+}
+
+// The norm of `rows` rows, their keys and their values.
+FMREC_INLINE void keys_and_values(const Encoder* e, const PackedBlock* b, const Workspace* w,
+                                  const float* x, int64_t rows) {
+    const int64_t stride = row_stride(e->channels);
+    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels,
+                            round_up(e->channels, UNIT), e->rms};
+    layer_norm(&norm, x, w->normed, stride, rows);
+    linear(w->normed, stride, &b->key, false, w->key, stride, rows);
+    // Whole sequences of L rows, one or several: a ragged group is never rotated.
+    for (int64_t first = 0; first < rows; first += e->length) {
+        rotate_rows(e, w->key + first * stride, rows < e->length ? rows : e->length, 0);
+    }
+    linear(w->normed, stride, &b->value, false, w->value, stride, rows);
+}
+
+// x = block(x) at all positions of one sequence. Queries of the left padding are zeros and share
+// one result.
+void block(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
+           const float* mask) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t length = e->length;
-    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded, e->rms};
-    layer_norm(&norm, x, w->normed, stride, length);
-    linear(w->normed, stride, &b->key, false, w->key, stride, length);
-    rotate_rows(e, w->key, length, 0);
-    linear(w->normed, stride, &b->value, false, w->value, stride, length);
-    // Queries of the left padding are zeros and share one result.
+    keys_and_values(e, b, w, x, length);
     int64_t padding = 0;
     while (padding < length && mask[padding] == 0.0f) ++padding;
     if (padding > 0) {
@@ -207,52 +257,88 @@ void block(const Encoder* e, const PackedBlock* b, Workspace* w, float* x, const
     if (queries > 0) {
         linear(w->normed + padding * stride, stride, &b->query, false, w->query, stride, queries);
         rotate_rows(e, w->query, queries, padding);
-        attention(e, w, mask + padding, queries, w->query);
+        const Attended a = {w->query, mask + padding, queries, w->key,  w->value,
+                            length,   0.0f,           w->query};
+        attention(e, w, &a);
         linear(w->query, stride, &b->output, true, x + padding * stride, stride, queries);
     }
     feed_forward(e, b, x, length, w->normed, w->inner);
+}
+
+// x = block(x) at all positions of the sequences first .. end - 1, a chunk; x is the group's.
+void ragged_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
+                  const float* mask, const Ragged* r, int64_t first, int64_t end) {
+    const int64_t stride = row_stride(e->channels), base = row_of(e, r, first);
+    const int64_t rows = row_of(e, r, end) - base;
+    x += base * stride;
+    keys_and_values(e, b, w, x, rows);
+    linear(w->normed, stride, &b->query, false, w->query, stride, rows);
+    for (int64_t s = first; s < end; ++s) {
+        const int64_t row = row_of(e, r, s) - base, length = row_of(e, r, s + 1) - base - row;
+        float* query = w->query + row * stride;
+        const Attended a = {query,  mask + base + row, length, w->key + row * stride,
+                            w->value + row * stride, length, bias_of(r, s), query};
+        attention(e, w, &a);
+    }
+    linear(w->query, stride, &b->output, true, x, stride, rows);
+    feed_forward(e, b, x, rows, w->normed, w->inner);
 }
 
 FMREC_INLINE void copy_row(float* target, const float* source, int64_t columns) {
     for (int64_t j = 0; j < columns; j += FLOATS) store(target + j, load(source + j));
 }
 
-void run(const Encoder* e, float* x, const float* mask, int64_t count, float* last, float* tapped,
-         float* scratch) {
+void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,
+                float* last, float* tapped, float* scratch) {
     Workspace w;
     lay_out(e, count, scratch, &w);
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
-    const int64_t length = e->length, sequence = length * stride;
     for (int64_t n = 0; n + 1 < e->num_blocks; ++n) {
-        for (int64_t s = 0; s < count; ++s) {
-            float* rows = x + s * sequence;
-            block(e, e->blocks + n, &w, rows, mask + s * length);
-            if (n == e->tap) {
-                copy_row(tapped + s * stride, rows + (length - 1) * stride, padded);
+        const PackedBlock* b = e->blocks + n;
+        for (int64_t s = 0, end = 0; s < count; s = end) {
+            end = chunk_end(e, r, s, count);
+            if (r) {
+                ragged_block(e, b, &w, x, mask, r, s, end);
+            } else {
+                block(e, b, &w, x + s * e->length * stride, mask + s * e->length);
             }
+        }
+        for (int64_t s = 0; n == e->tap && s < count; ++s) {
+            copy_row(tapped + s * stride, x + (row_of(e, r, s + 1) - 1) * stride, padded);
         }
     }
     // Of the last block only the last position's query, output and feed-forward.
     const PackedBlock* b = e->blocks + e->num_blocks - 1;
-    const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels, padded, e->rms};
-    for (int64_t s = 0; s < count; ++s) {
-        const float* rows = x + s * sequence;
-        layer_norm(&norm, rows, w.normed, stride, length);
-        linear(w.normed, stride, &b->key, false, w.key, stride, length);
-        rotate_rows(e, w.key, length, 0);
-        linear(w.normed, stride, &b->value, false, w.value, stride, length);
-        linear(w.normed + (length - 1) * stride, stride, &b->query, false, w.query, stride, 1);
-        rotate_rows(e, w.query, 1, length - 1);
-        attention(e, &w, mask + s * length + length - 1, 1, w.last_mixed + s * stride);
-        copy_row(last + s * stride, rows + (length - 1) * stride, padded);
+    for (int64_t first = 0, end = 0; first < count; first = end) {
+        end = chunk_end(e, r, first, count);
+        const int64_t base = row_of(e, r, first);
+        keys_and_values(e, b, &w, x + base * stride, row_of(e, r, end) - base);
+        for (int64_t s = first; s < end; ++s) {
+            const int64_t position = row_of(e, r, s + 1) - 1;
+            copy_row(w.last_normed + s * stride, w.normed + (position - base) * stride, padded);
+            copy_row(last + s * stride, x + position * stride, padded);
+        }
+        linear(w.last_normed + first * stride, stride, &b->query, false, w.query, stride,
+               end - first);
+        for (int64_t s = first; s < end; ++s) {
+            rotate_rows(e, w.query + (s - first) * stride, 1, e->length - 1);
+            const int64_t row = row_of(e, r, s) - base, length = row_of(e, r, s + 1) - base - row;
+            const Attended a = {w.query + (s - first) * stride, mask + base + row + length - 1, 1,
+                                w.key + row * stride, w.value + row * stride, length,
+                                bias_of(r, s), w.last_mixed + s * stride};
+            attention(e, &w, &a);
+        }
     }
     linear(w.last_mixed, stride, &b->output, true, last, stride, count);
     feed_forward(e, b, last, count, w.last_mixed, w.inner);
-    if (e->tap == e->num_blocks - 1) {
-        for (int64_t s = 0; s < count; ++s) {
-            copy_row(tapped + s * stride, last + s * stride, padded);
-        }
+    for (int64_t s = 0; e->tap == e->num_blocks - 1 && s < count; ++s) {
+        copy_row(tapped + s * stride, last + s * stride, padded);
     }
+}
+
+void run(const Encoder* e, float* x, const float* mask, int64_t count, float* last, float* tapped,
+         float* scratch) {
+    run_ragged(e, x, mask, nullptr, count, last, tapped, scratch);
 }
 
 int64_t scratch(const Encoder* e, int64_t count) {
@@ -278,7 +364,9 @@ void run_batch(const EncoderBatch* a, int64_t begin, int64_t end, float* memory)
         __builtin_memcpy(row, a->x + (begin * e->length + i) * e->channels, row_bytes);
         for (int64_t j = e->channels; j < stride; ++j) row[j] = 0.0f;
     }
-    run(e, x, a->mask + begin * e->length, count, last, a->tapped ? tapped : nullptr, memory);
+    const Ragged biased = {nullptr, a->first_key_bias + (a->first_key_bias ? begin : 0)};
+    run_ragged(e, x, a->mask + begin * e->length, a->first_key_bias ? &biased : nullptr, count,
+               last, a->tapped ? tapped : nullptr, memory);
     for (int64_t s = 0; s < count; ++s) {
         __builtin_memcpy(a->out + (begin + s) * e->channels, last + s * stride, row_bytes);
         if (a->tapped) {
@@ -291,7 +379,7 @@ void run_batch(const EncoderBatch* a, int64_t begin, int64_t end, float* memory)
 }  // namespace
 
 namespace FMREC_ISA {
-extern const EncoderKernels encoder = {scratch, run};
+extern const EncoderKernels encoder = {scratch, run, run_ragged};
 extern const EncoderBatchKernels encoder_batch = {batch_scratch, run_batch};
 }
 

@@ -48,13 +48,25 @@ FMREC_INLINE constexpr int64_t row_stride(int64_t channels) {
     return round_up(channels, UNIT) + UNIT;
 }
 
+// Sequences of different lengths, at most L, one after the other: sequence s of a group has the
+// rows start[s] - start[0] up to start[s + 1] - start[0] of x and of the mask. Its first token may
+// stand for many equal ones: `key_bias` [count], the logarithm of their number, is added to the
+// scores that it gets as a key. Null: all of length L; no bias.
+struct Ragged {
+    const int64_t* start;
+    const float* key_bias;
+};
+
 // Sequences go through the stack in groups, so that a block's weights serve all of a group while
 // they are in the cache. run() works in place: x [count, L, row_stride], mask [count, L];
 // last and tapped (or null) [count, row_stride] hold the outputs at the last position.
+// run_ragged() takes short sequences several at a time through the matrix products.
 struct EncoderKernels {
     int64_t (*scratch)(const Encoder*, int64_t count);  // floats
     void (*run)(const Encoder*, float* x, const float* mask, int64_t count, float* last,
                 float* tapped, float* scratch);
+    void (*run_ragged)(const Encoder*, float* x, const float* mask, const Ragged*, int64_t count,
+                       float* last, float* tapped, float* scratch);
 };
 
 // All of x [batch, L, D]: out and tapped (or null) are [batch, D].
@@ -62,6 +74,7 @@ struct EncoderBatch {
     Encoder encoder;
     const float* x;
     const float* mask;
+    const float* first_key_bias;  // [batch], or null
     float* out;
     float* tapped;
 };

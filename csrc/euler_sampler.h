@@ -3,24 +3,13 @@
 
 #include <stdint.h>
 
-#include "encoder.h"
+#include "sampler_network.h"
 
 namespace fmrec {
 
-struct EulerSampler {
-    Encoder encoder;
-    const float* e;            // [B, L, D]
-    const float* mask;         // [B, L]
-    const float* z0;           // [B, D]
-    const float* taus;         // [q, D]
-    const float* noise;        // lam [q, B, L, D], or null: the stream's
-    const int64_t* rows;       // [B], and
-    uint64_t seed;             // the stream's key
-    float delta;
-    const float* norm_weight;  // [D], of the final norm
-    const float* norm_bias;    // [D]
-    float* out;                // [B, D], or the trajectory [q + 1, B, D]
-    int64_t batch, steps;
+struct EulerSampler : SamplerNetwork {
+    const float* z0;  // [B, D]
+    float* out;       // [B, D], or the trajectory [q + 1, B, D]
     bool trajectory;
 };
 

@@ -13,12 +13,19 @@
 
 namespace fmrec {
 
+// fork() copies the calling thread only. libgomp's other threads are then missing from a pool that
+// still counts them, and a parallel region would wait for them for ever: a child stays serial.
+bool in_forked_child();
+
+// Called once, when the module is loaded.
+void watch_forks();
+
 // Calls work(begin, end) on consecutive ranges that cover [0, items). `boundary(t, threads)` is
 // the first item of thread t of `threads`. Serial where the work is worth no second thread.
 template <typename Boundary, typename Work>
 void parallel_ranges(int num_threads, bool worth_it, Boundary boundary, Work work) {
 #ifdef _OPENMP
-    if (num_threads > 1 && worth_it) {
+    if (num_threads > 1 && worth_it && !in_forked_child()) {
         // All threads or one: libgomp rebuilds its pool when the size of the team changes.
 #pragma omp parallel num_threads(num_threads)
         {

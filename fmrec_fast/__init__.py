@@ -13,6 +13,7 @@ from fmrec_fast.models import (
 )
 from fmrec_fast.recommend import Recommendations, recommend
 from fmrec_fast.sampler import sample, scores
+from fmrec_fast.serving import Server
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Losses",
     "Recommendations",
     "Rng",
+    "Server",
     "TrainingDraws",
     "__version__",
     "dispatch_log",

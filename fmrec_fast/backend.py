@@ -47,24 +47,16 @@ OPS = (
     "attention",
     "encoder",
     "euler_sampler",
+    "picard_sweep",
     "item_cross_entropy",
     "history_loss",
     "item_ranking",
 )
 
-_COMPOSED = "composed of the ops noise_fusion and encoder, which choose for themselves"
 _NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
-    ("dropout", Backend.TRITON): _NO_KERNEL,
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("attention", Backend.TRITON): _NO_KERNEL,
-    ("encoder", Backend.TRITON): _NO_KERNEL,
-    ("euler_sampler", Backend.TRITON): _COMPOSED,
-    ("item_cross_entropy", Backend.TRITON): _NO_KERNEL,
-    ("item_cross_entropy", Backend.CPP): _NO_KERNEL,
-    ("history_loss", Backend.TRITON): _NO_KERNEL,
-    ("item_ranking", Backend.TRITON): _NO_KERNEL,
-    ("item_ranking", Backend.CPP): _NO_KERNEL,
 }
 
 
@@ -185,44 +177,91 @@ def dispatch_log() -> Iterator[list[Dispatch]]:
         _log.reset(token)
 
 
-def choose(op: str, *tensors: Tensor, declined: str = "") -> Backend:
+def log_again(entries: list[Dispatch]) -> None:
+    """Enter what ran before into the dispatch log: a replayed graph runs it without choosing."""
+    log = _log.get()
+    if log is not None:
+        log.extend(entries)
+
+
+def candidate(device: torch.device) -> Backend:
+    """The backend in force, where 'auto' stands for the fastest one for `device`."""
+    wanted = current_backend()
+    if wanted is Backend.AUTO:
+        return Backend.TRITON if device.type == "cuda" else Backend.CPP
+    return wanted
+
+
+def choose(
+    op: str,
+    *tensors: Tensor,
+    declined: str = "",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Backend:
     """The backend for `op` on these tensors, entered into the dispatch log.
 
     Args:
-        declined: why the op's kernels do not cover this call, if they do not: the definition then
-            runs, also where a backend was named, and the log says why.
+        declined: why the kernel of the `candidate` backend does not cover this call, if it does
+            not: the definition then runs, also where a backend was named, and the log says why.
+        dtypes: what the op's Triton kernels take; the C++ ones take float32.
 
     Raises:
         BackendError: a backend was named that the op has and that cannot run here.
     """
-    wanted = current_backend()
+    if torch.compiler.is_compiling():
+        given = tuple(tensor.dtype for tensor in tensors)
+        kind = tensors[0].device.type
+        return Backend(_choose_while_compiling(op, kind, given, declined, dtypes))
+    return _choose(op, tensors, declined, dtypes)
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_compiling(
+    op: str,
+    device: str,
+    given: tuple[torch.dtype, ...],
+    declined: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> str:
+    """The choice at compile time, which the compiled program keeps; it logs when it runs."""
+    with dispatch_log():
+        tensors = tuple(torch.empty(0, dtype=dtype, device=device) for dtype in given)
+        return _choose(op, tensors, declined, dtypes).value
+
+
+def _choose(
+    op: str, tensors: tuple[Tensor, ...], declined: str, dtypes: tuple[torch.dtype, ...]
+) -> Backend:
     device, reason = tensors[0].device, ""
-    chosen = Backend.REFERENCE
-    if wanted is Backend.AUTO:
-        candidate = Backend.TRITON if device.type == "cuda" else Backend.CPP
-        reason = MISSING.get((op, candidate)) or declined
-        reason = reason or _obstacle(candidate, device, tensors) or ""
-        chosen = Backend.REFERENCE if reason else candidate
-    elif wanted is not Backend.REFERENCE:
-        reason = MISSING.get((op, wanted)) or declined
+    chosen = candidate(device)
+    if chosen is not Backend.REFERENCE:
+        reason = MISSING.get((op, chosen)) or declined
         if not reason:
-            obstacle = _obstacle(wanted, device, tensors)
-            if obstacle:
-                raise BackendError(f"backend {wanted.value!r} was asked for {op}, but {obstacle}")
-            chosen = wanted
+            reason = _obstacle(chosen, device, tensors, {Backend.TRITON: dtypes}) or ""
+            if reason and current_backend() is not Backend.AUTO:
+                raise BackendError(f"backend {chosen.value!r} was asked for {op}, but {reason}")
+        if reason:
+            chosen = Backend.REFERENCE
     log = _log.get()
     if log is not None:
         log.append(Dispatch(op, chosen, reason))
     return chosen
 
 
-def _obstacle(backend: Backend, device: torch.device, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(
+    backend: Backend,
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    taken: dict[Backend, tuple[torch.dtype, ...]],
+) -> str | None:
     reason = availability(backend, device)
     if reason:
         return reason
+    dtypes = taken.get(backend, (torch.float32,))
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"its kernels take float32, got {tensor.dtype}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"its kernels take {names}, got {tensor.dtype}"
     return None
 
 

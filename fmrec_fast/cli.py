@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import __version__, backend, checkpoint, demo, noise, training
-from fmrec_fast.config import STAGES, FaveConfig, FMRecConfig
+from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, noise, training
+from fmrec_fast import steps as step_study
+from fmrec_fast.config import PADDINGS, STAGES, FaveConfig, FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
@@ -28,6 +29,7 @@ from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
 from fmrec_fast.sampler import sample
 
 OUTPUTS = (".parquet", ".csv", ".jsonl")
+PLOTS = (".png", ".pdf", ".svg")
 
 
 class UserError(Exception):
@@ -119,6 +121,12 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     train.add_argument(
         "--checkpoint_steps", type=int | None, default=None, help="instead, steps between them"
     )
+    train.add_argument(
+        "--graph",
+        type=bool | None,
+        default=None,
+        help="steps of whole batches as one CUDA graph; default: on cuda",
+    )
     train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
     train.add_argument(
         "--config", action="config", help="YAML file of the settings below; flags after it win"
@@ -166,6 +174,50 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     best.add_argument("--out", default=None, help="file .parquet, .csv or .jsonl; default: print")
     commands.add_subcommand("recommend", best, help="recommend from a run")
 
+    fewer = ArgumentParser(
+        description="Compare numbers of sampling steps: metrics, overlap of the top items with the "
+        "largest number's, FLOPs, latency."
+    )
+    fewer.add_argument("run", help="run directory")
+    fewer.add_argument("data", nargs="?", default=None, help="dataset; default: the run's own")
+    _add_reading(fewer)
+    _add_device(fewer)
+    fewer.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    fewer.add_argument("--split", choices=("val", "test"), default="test")
+    fewer.add_argument(
+        "--steps", type=list[int], default=list(step_study.STEPS), help="as in [1,2,30]"
+    )
+    fewer.add_argument(
+        "--ks", type=list[int] | None, default=None, help="K of the metrics; default: the run's"
+    )
+    fewer.add_argument("--users", type=int | None, default=None, help="so many, drawn; default all")
+    fewer.add_argument("--seed", type=int, default=step_study.SEED, help="sampling seed")
+    fewer.add_argument("--out", default=None, help="also write the table to this file, as JSON")
+    fewer.add_argument(
+        "--plot", default=None, help="also draw it (extra [bench]): .png, .pdf, .svg"
+    )
+    commands.add_subcommand("steps", fewer, help="what fewer sampling steps cost")
+
+    bench = ArgumentParser(
+        description="Time recommendations on this CPU: p50, p90 and p99 of a call, and throughput, "
+        "warm and cold (caches swept, weights packed)."
+    )
+    bench.add_argument("what", choices=("latency",), help="what is timed")
+    bench.add_argument("run", nargs="?", default=None, help="run directory; default: random model")
+    _add_checkpoint(bench)
+    bench.add_argument("--item_num", type=int, default=12102, help="V of the random model")
+    bench.add_argument("--hidden_size", type=int, default=128, help="of the random model")
+    bench.add_argument("--max_len", type=int, default=50, help="of the random model")
+    bench.add_argument("--num_blocks", type=int, default=4, help="of the random model")
+    bench.add_argument("--users", type=list[int], default=list(latency.USERS), help="as in [1,8]")
+    bench.add_argument(
+        "--threads", type=list[int], default=list(latency.THREADS), help="as in [1,2]"
+    )
+    bench.add_argument("-k", type=int, default=10, help="items per user")
+    bench.add_argument("--seconds", type=float, default=1.0, help="about, for each line")
+    bench.add_argument("--json", default=None, help="also write the figures to this file")
+    commands.add_subcommand("bench", bench, help="time recommendations")
+
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("env", env, help="report the installation")
@@ -209,6 +261,12 @@ def _add_device(parser: Any) -> None:
 def _add_checkpoint(parser: Any) -> None:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--steps", type=int | None, default=None, help="Euler steps")
+    parser.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        default="published",
+        help="'tied': one noise draw for all padded positions of a row, several times faster",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,6 +431,7 @@ def _train(options: Any, choice: Choice, stage: str | None) -> None:
         device=device,
         checkpoint_seconds=options.checkpoint_seconds,
         checkpoint_steps=options.checkpoint_steps,
+        graph=options.graph,
         max_steps=options.max_steps,
         source=source,
         listener=console,
@@ -450,6 +509,7 @@ def _evaluate(options: Any) -> None:
             exclude_seen=options.exclude_seen,
             averaging=options.averaging,
             progress=progress,
+            padding=options.padding,
         )
     baseline = metrics_from_ranks(
         popularity_ranks(dataset, samples, exclude_seen=options.exclude_seen),
@@ -468,6 +528,7 @@ def _evaluate(options: Any) -> None:
             "averaging": options.averaging,
             "exclude_seen": options.exclude_seen,
             "steps": options.steps or model.fm.steps,
+            "padding": options.padding,
             "mean": found.mean,
             "spread": found.spread,
             "per_seed": found.per_seed,
@@ -476,6 +537,50 @@ def _evaluate(options: Any) -> None:
         path = Path(options.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _steps(options: Any) -> None:
+    step_study.check_steps(options.steps)
+    if options.users is not None and options.users < 1:
+        raise UserError(f"--users must be at least 1, got {options.users}")
+    if options.plot is not None and Path(options.plot).suffix not in PLOTS:
+        raise UserError(f"--plot must end in one of {PLOTS}, got {options.plot!r}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'fmrec_fast[bench]'")
+    model, state = _load(options)
+    if options.data is None:
+        dataset = _run_dataset(state)
+    else:
+        dataset = with_items(_read(_reading(options, options.data)), state["item_ids"])
+    _show(dataset)
+    device = model.item_embeddings.weight.device
+    samples = EvaluationSamples(dataset, options.split, model.config.max_len, device)
+    count = min(len(samples), options.users or len(samples))
+    with _bar(count * (len(options.steps) + 1), "steps") as progress:
+        found = step_study.study(
+            model,
+            samples,
+            steps=options.steps,
+            ks=options.ks or model.config.metric_ks,
+            users=options.users,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(step_study.table(found))
+    if options.out is not None:
+        path = Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "run": str(options.run),
+            "split": options.split,
+            "seed": options.seed,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            **found.to_dict(),
+        }
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
+    if options.plot is not None:
+        step_study.draw(found, Path(options.plot))
 
 
 def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
@@ -502,6 +607,7 @@ def _recommend(options: Any) -> None:
             exclude_seen=options.exclude_seen,
             steps=options.steps,
             seed=options.seed,
+            padding=options.padding,
         )
         _write(options.out, ["history"], best, item_ids)
         return
@@ -529,6 +635,7 @@ def _recommend_all(model: FMRecommender, dataset: Dataset, options: Any) -> Reco
                 steps=options.steps,
                 seed=seed,
                 rows=index.to(device),
+                padding=options.padding,
             )
             exclude = torch.empty(len(index), 0, dtype=torch.int64, device=device)
             if options.exclude_seen:
@@ -546,7 +653,7 @@ def _write(out: str | None, users: list, best: Recommendations, item_ids: list) 
     columns = {
         "user": [user for user in users for _ in range(k)],
         "rank": [rank + 1 for _ in users for rank in range(k)],
-        "item": [item_ids[i - 1] if i else None for i in best.ids.flatten().tolist()],
+        "item": [item_ids[i - 1] if i > 0 else None for i in best.ids.flatten().tolist()],
         "score": best.scores.flatten().tolist(),
     }
     columns = {
@@ -579,12 +686,47 @@ def _write_json_lines(table: Any, path: Path) -> None:
 
 
 def _env(options: Any) -> None:
-    from fmrec_fast import environment
-
     if options.json:
         print(json.dumps(environment.report(), indent=1))
     else:
         print("\n".join(environment.lines()))
+
+
+def _bench(options: Any) -> None:
+    if options.run is not None:
+        state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
+        model = checkpoint.build_model(state, torch.device("cpu"))
+    else:
+        model = latency.random_model(
+            options.item_num, options.hidden_size, options.max_len, options.num_blocks
+        )
+    print(latency.HEADER)
+    found = latency.measure(
+        model,
+        users=options.users,
+        threads=options.threads,
+        k=options.k,
+        steps=options.steps,
+        padding=options.padding,
+        seconds=options.seconds,
+        report=lambda one: print(latency.line(one), flush=True),
+    )
+    if options.json:
+        facts = {
+            "run": None if options.run is None else str(options.run),
+            "cpu": environment.processor(),
+            "torch": torch.__version__,
+            "item_num": model.item_num,
+            "hidden_size": model.config.hidden_size,
+            "max_len": model.config.max_len,
+            "num_blocks": model.config.num_blocks,
+            "steps": options.steps or model.fm.steps,
+            "padding": options.padding,
+            "latencies": latency.to_dict(found),
+        }
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _demo(options: Any) -> None:
@@ -599,6 +741,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": _train,  # once a stage
     "evaluate": _evaluate,
     "recommend": _recommend,
+    "steps": _steps,
+    "bench": _bench,
     "env": _env,
     "demo": _demo,
 }

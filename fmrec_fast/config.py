@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("uniform", "logit_normal", "mode", "cosmap")
 ATTENTIONS = ("published", "causal")
+# What padded positions draw: each its own lam, or one for all of a row (an inference option).
+PADDINGS = ("published", "tied")
 TRAJECTORIES = ("straight", "cosine")
 TARGETS = ("data", "velocity")
 OPTIMIZERS = ("Adam", "SGD")
+# Of the encoder's linear layers in training; weights, accumulation and all else stay float32.
+TRAINING_PRECISIONS = ("float32", "bf16")
+# Of the encoder's matrix products in sampling; accumulation and all else stay float32.
+PRECISIONS = ("float32", "tf32", "bf16")
 _NUMBERS = (
     "dropout emb_dropout lambda_uncertainty eps eps_reverse m_logNorm s_logNorm s_modsamp "
     "mask_ratio Loss_Alpha Loss_Beta lr weight_decay gamma"
@@ -69,6 +75,7 @@ class FMRecConfig:
         patience: validations without improvement after which training stops.
         metric_ks: the K of HR@K, NDCG@K and MRR@K.
         early_stopping_metric: the validation metric that decides, or 'any' (as published).
+        precision: of the encoder's linear layers in training: 'float32' or 'bf16'.
         random_seed: governs initialisation, order of samples, and every draw.
     """
 
@@ -109,6 +116,7 @@ class FMRecConfig:
     patience: int = 5
     metric_ks: tuple[int, ...] = (5, 10, 20)
     early_stopping_metric: str = "NDCG@10"
+    precision: str = "float32"
     random_seed: int = 1997
 
     def __post_init__(self) -> None:
@@ -176,6 +184,7 @@ class FMRecConfig:
             ("trajectory", TRAJECTORIES),
             ("target", TARGETS),
             ("optimizer", OPTIMIZERS),
+            ("precision", TRAINING_PRECISIONS),
         ):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
         metrics = [f"{m}@{k}" for m in ("HR", "NDCG", "MRR") for k in self.metric_ks]

@@ -49,6 +49,7 @@ def model_ranks(
     exclude_seen: bool = False,
     batch_size: int = BATCH,
     progress: Callable[[int], None] | None = None,
+    padding: str = "published",
 ) -> Tensor:
     """The target's rank among all V scores (id 0 included, as published): int64 [S].
 
@@ -57,6 +58,7 @@ def model_ranks(
     Args:
         exclude_seen: leave the items of the input history out of the ranking.
         progress: called with the number of users done in each batch.
+        padding: as in `sample`.
     """
     device = model.item_embeddings.weight.device
     seed = noise.as_seed(seed, device)
@@ -64,7 +66,7 @@ def model_ranks(
     for index in _indices(samples, batch_size):
         sequence, target = samples.batch(index)
         rows = samples.users[index.to(samples.users.device)]
-        rep = sample(model, sequence, steps=steps, seed=seed, rows=rows)
+        rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
         exclude = samples.seen(index) if exclude_seen else None
         ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
         if progress is not None:
@@ -136,8 +138,11 @@ def evaluate(
     exclude_seen: bool = False,
     averaging: str = "user",
     progress: Callable[[int], None] | None = None,
+    padding: str = "published",
 ) -> Evaluation:
     """Evaluate on the validation ('val') or test items, once for each sampling seed.
+
+    `steps` and `padding` are those of `sample`.
 
     Raises:
         ValueError: unknown split or averaging, no seeds, or nobody to evaluate.
@@ -149,7 +154,13 @@ def evaluate(
     runs = []
     for seed in seeds:
         ranks = model_ranks(
-            model, samples, steps=steps, seed=seed, exclude_seen=exclude_seen, progress=progress
+            model,
+            samples,
+            steps=steps,
+            seed=seed,
+            exclude_seen=exclude_seen,
+            progress=progress,
+            padding=padding,
         )
         runs.append(metrics_from_ranks(ranks, ks, averaging=averaging))
     per_seed = {name: [run[name] for run in runs] for name in runs[0]}

@@ -173,7 +173,10 @@ def lam(
 ) -> Tensor:
     """lam ~ Normal(delta, delta) of one step (FMRec eq. 14): float32 [B, L, D]."""
     device = rows.device
-    steps = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(1)
+    if isinstance(step, Tensor):
+        steps = step.to(device, torch.int64).reshape(1)
+    else:  # filled in on the device: a tensor made of a Python number would be copied there
+        steps = torch.full((1,), step, dtype=torch.int64, device=device)
     n = normals(seed, rows, steps, torch.arange(length, device=device), channels)[0]
     return delta + delta * n
 

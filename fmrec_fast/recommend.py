@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fmrec_fast import noise
-from fmrec_fast.data.batches import pad_histories
+from fmrec_fast import noise, serving
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import item_topk
-from fmrec_fast.ops._checks import request_rows
+from fmrec_fast.request import PADDING, Recommendations, check_k, read_request
 from fmrec_fast.sampler import sample
 
-PADDING = 0
 BATCH = 512
 
-
-class Recommendations(NamedTuple):
-    """`ids` int64 [B, k] and `scores` float32 [B, k], best first."""
-
-    ids: Tensor
-    scores: Tensor
-
-
-def pad_lists(lists: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
-    """Ragged ids as int64 [B, E], short rows filled up with -1."""
-    width = max((len(row) for row in lists), default=0)
-    return torch.tensor(
-        [list(row) + [-1] * (width - len(row)) for row in lists], dtype=torch.int64, device=device
-    ).reshape(len(lists), width)
-
-
-def check_k(model: FMRecommender, k: int) -> None:
-    """`k` must be between 1 and the number of real items.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not 1 <= k < model.item_num:
-        raise ValueError(f"k must be in 1 .. {model.item_num - 1} (number of items), got {k}")
+__all__ = ["BATCH", "Recommendations", "rank_items", "recommend"]
 
 
 def rank_items(model: FMRecommender, rep: Tensor, k: int, exclude: Tensor) -> Recommendations:
@@ -65,8 +39,14 @@ def recommend(
     steps: int | None = None,
     seed: int | Tensor | None = None,
     rows: Tensor | None = None,
+    method: str = "auto",
+    precision: str = "float32",
+    padding: str = "published",
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
+
+    On a CPU with the C++ kernels this is one call, from ids to the best items; the weights are
+    packed for it afresh. A `Server` keeps them packed.
 
     Args:
         model: the joint model.
@@ -75,7 +55,9 @@ def recommend(
         k: how many items.
         exclude_seen: do not recommend items of the whole given history.
         exclude: per user, further ids not to recommend.
-        steps, seed, rows: as in `sample`.
+        steps, seed, rows, precision, padding: as in `sample`.
+        method: as in `sample`. The default 'auto' gives the step-by-step result to a relative 1e-5,
+            from all steps at once where that is expected to be faster.
 
     Returns:
         ids [B, k] and scores [B, k], best first. Where exclusions leave fewer than k items, the
@@ -85,22 +67,32 @@ def recommend(
         ValueError: an empty history, an id out of range, k out of range, or `exclude` of another
             length; the message names the row and the value.
     """
-    check_k(model, k)
-    device = model.item_embeddings.weight.device
-    sequences = pad_histories(histories, model.config.max_len, model.item_num, device)
-    if exclude is not None and len(exclude) != len(histories):
-        raise ValueError(
-            f"exclude must have one list for each of {len(histories)} histories, got {len(exclude)}"
-        )
-    lists = [
-        [*(histories[i] if exclude_seen else ()), *(exclude[i] if exclude is not None else ())]
-        for i in range(len(histories))
-    ]
-    rows = request_rows(rows, len(histories), device)
-    seed = noise.as_seed(seed, device)
+    request = read_request(
+        model,
+        histories,
+        k,
+        exclude_seen=exclude_seen,
+        exclude=exclude,
+        steps=steps,
+        rows=rows,
+        padding=padding,
+    )
+    seed = noise.as_seed(seed, model.item_embeddings.weight.device)
+    if not serving.obstacle(model, method, precision):
+        return serving.PackedModel(model).recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)
-        rep = sample(model, sequences[part], steps=steps, seed=seed, rows=rows[part])
-        parts.append(rank_items(model, rep, k, pad_lists(lists[part], device)))
+        rep = sample(
+            model,
+            request.sequences[part],
+            steps=steps,
+            method=method,
+            seed=seed,
+            rows=request.rows[part],
+            precision=precision,
+            padding=padding,
+        )
+        best = item_topk(rep, model.item_embeddings.weight, k, exclude=request.exclude(part))
+        parts.append(Recommendations(best[1], best[0]))
     return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))

@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from fmrec_fast.models.fmrec import FMRecommender, TrainingDraws
+from fmrec_fast.config import PADDINGS
+from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
 from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
 
-METHODS = ("euler", "rk45")
+METHODS = (*INTEGRATORS, "rk45")
 # Rows embedded together on a CPU; a batch of any size then needs little memory.
 CPU_ROWS = 512
+
+
+def check_steps(steps: int | None) -> None:
+    """`steps` must be a number of Euler steps, or None.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+
+
+def check_padding(padding: str) -> None:
+    """`padding` must be one of `PADDINGS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+
+
+@overload
+def sample(
+    model: FMRecommender,
+    sequences: Tensor,
+    *,
+    steps: int | None = ...,
+    method: str = ...,
+    seed: int | Tensor | None = ...,
+    rows: Tensor | None = ...,
+    z0: Tensor | None = ...,
+    noise: Tensor | None = ...,
+    sweeps: int | None = ...,
+    tol: float | None = ...,
+    return_residual: Literal[False] = ...,
+    precision: str = ...,
+    padding: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    model: FMRecommender,
+    sequences: Tensor,
+    *,
+    steps: int | None = ...,
+    method: str = ...,
+    seed: int | Tensor | None = ...,
+    rows: Tensor | None = ...,
+    z0: Tensor | None = ...,
+    noise: Tensor | None = ...,
+    sweeps: int | None = ...,
+    tol: float | None = ...,
+    return_residual: Literal[True],
+    precision: str = ...,
+    padding: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -25,12 +86,18 @@ def sample(
     rows: Tensor | None = None,
     z0: Tensor | None = None,
     noise: Tensor | None = None,
-) -> Tensor:
+    sweeps: int | None = None,
+    tol: float | None = None,
+    return_residual: bool = False,
+    precision: str = "float32",
+    padding: str = "published",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sample the next item's embedding for each history (eq. 23).
 
     With one `seed` a row's result depends on its history and its name in `rows` alone, not on the
-    batch it is in, the backend, or how the batch is cut into pieces. Dropout is off. (Not so for
-    'rk45', whose step sizes depend on all rows that it integrates together.)
+    batch it is in, the backend, how the batch is cut into pieces, or whether the method is 'euler',
+    'parallel' or 'auto' (to a relative 1e-5). Dropout is off. (Not so for 'rk45', whose step sizes
+    depend on all rows that it integrates together.)
 
     A model in training mode is switched to evaluation mode meanwhile, so threads should share one
     that is in evaluation mode already.
@@ -39,25 +106,43 @@ def sample(
         model: the joint model.
         sequences: int64 [B, L], left-padded with 0.
         steps: q; None is the model's ``fm.sample_N``, and 1 in Fave's stage 2. Not for 'rk45'.
-        method: 'euler' (eq. 23) or 'rk45' (adaptive; draws its lam afresh at every evaluation,
-            so that its effort grows with ``lambda_uncertainty``).
+        method: 'euler' (eq. 23), step by step; 'parallel', the same result from all steps
+            evaluated at once (`fmrec_fast.picard`: q + 1 network evaluations on a trained model,
+            more where lambda_uncertainty is large), faster where few rows leave the machine idle;
+            'auto', of these two the one that is expected to be faster for this batch, device and
+            number of threads (`picard.prefers_parallel`; on a GPU an unmeasured estimate); 'rk45'
+            (adaptive; draws its lam afresh at every evaluation, so that its effort grows with
+            ``lambda_uncertainty``).
         seed: keys the noise stream; None draws one from torch's generator.
         rows: int64 [B], names of the rows in the stream; None is 0 .. B-1.
         z0: explicit start [B, D].
         noise: explicit lam [q, B, L, D].
+        sweeps, tol: of 'parallel' ('auto' hands them on). By default sweeps go on for every row
+            until its residual is at most `tol` = 1e-5; the host looks once after each sweep. With
+            `sweeps` the host does not look on a GPU, and it is on the caller to look at the
+            residual. See `picard.iterate`.
+        return_residual: also return the estimated relative error [B] of 'parallel', which is 0
+            where 'auto' went step by step.
+        precision: of the encoder's matrix products: 'float32', 'tf32' or 'bf16', see
+            `ops.encoder`. Norms, softmax and trajectory stay in float32.
+        padding: 'published'; or 'tied', where a row's padded positions share one lam and are
+            computed as one token: the same distribution at every position, and several times
+            faster on short histories. Not for 'rk45'.
 
     Returns:
-        float32 [B, D].
+        float32 [B, D], or ([B, D], residual [B]).
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, steps or method are off, or (on CPU) an id is out
-            of range.
+        TypeError, ValueError: dtypes, shapes, steps or method are off, an option is not for the
+            method, or (on CPU) an id is out of range.
     """
     model.check_sequence(sequences)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
+    check_steps(steps)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_padding(padding)
+    if method == "rk45" and padding != "published":
+        raise ValueError(f"method 'rk45' has padding 'published' only, got {padding!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
     q = model.fm.steps if steps is None else steps
     if z0 is not None:
@@ -65,6 +150,16 @@ def sample(
     if method == "rk45" and (noise is not None or steps is not None):
         given = "noise" if steps is None else f"steps = {steps}"
         raise ValueError(f"method 'rk45' draws lam and chooses its steps itself, got {given}")
+    if method == "rk45" and (return_residual or precision != "float32"):
+        given = "return_residual" if return_residual else f"precision = {precision!r}"
+        raise ValueError(f"method 'rk45' has no residual and runs in float32, got {given}")
+    if method in ("euler", "rk45") and (sweeps is not None or tol is not None):
+        raise ValueError(
+            f"sweeps and tol are for method 'parallel', got sweeps = {sweeps!r} and tol = {tol!r} "
+            f"with {method!r}"
+        )
+    if method == "euler" and return_residual:
+        raise ValueError("method 'euler' has no residual, got return_residual = True")
     if noise is not None:
         sizes = {"q": q, "B": batch, "L": sequences.shape[1], "D": width}
         check_shape("noise", noise, "q B L D", sizes)
@@ -78,6 +173,7 @@ def sample(
         # The published draws come in the order of the whole batch, so it is not cut.
         piece = CPU_ROWS if device.type == "cpu" and source.prunes else max(batch, 1)
         out = torch.empty(batch, width, device=device)
+        residual = torch.zeros(batch, device=device)
         for first in range(0, batch, piece):
             part = slice(first, first + piece)
             e, mask = model.embed(sequences[part])
@@ -89,7 +185,7 @@ def sample(
                     e, mask, start, seed=source.seed, rows=source.rows[part]
                 )[0]
             else:
-                out[part] = model.fm.integrate(
+                out[part], residual[part] = model.fm.integrate_with_residual(
                     e,
                     mask,
                     start,
@@ -97,8 +193,13 @@ def sample(
                     seed=source.seed,
                     rows=source.rows[part],
                     noise=None if noise is None else noise[:, part],
+                    method=method,
+                    sweeps=sweeps,
+                    tol=tol,
+                    precision=precision,
+                    padding=padding,
                 )
-        return out
+        return (out, residual) if return_residual else out
     finally:
         for module in training:
             module.training = True

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import checkpoint
+from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.data.dataset import HELD_OUT, Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models import FMRecommender, build_recommender
+from fmrec_fast.training_graph import Glance, GraphedStep, optimizer_tensors, rate_as_tensor
 
 LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
 
@@ -69,6 +71,7 @@ def build_optimizer(
     model: torch.nn.Module, config: FMRecConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
     """The published optimizer of what is not frozen, and its schedule (stepped once an epoch)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "weight_decay": config.weight_decay,
@@ -76,10 +79,15 @@ def build_optimizer(
     }
     if config.optimizer == "SGD":
         options["momentum"] = config.momentum or 0.0
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = getattr(torch.optim, config.optimizer)(trained, **options)
+    else:
+        options["capturable"] = _on_cuda(parameters)
+    optimizer = getattr(torch.optim, config.optimizer)(parameters, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
     return optimizer, scheduler
+
+
+def _on_cuda(parameters: list[torch.nn.Parameter]) -> bool:
+    return parameters[0].device.type == "cuda"
 
 
 class Trainer:
@@ -90,6 +98,8 @@ class Trainer:
         config: settings.
         run: directory of the run.
         device: where to train.
+        graph: issue the steps of whole batches as one CUDA graph (on a CPU: run them through the
+            same buffers). None: on CUDA, unless draws are the published ones.
         checkpoint_seconds: a checkpoint is written when so long has passed since the last one,
             at the end of every epoch, and at the end.
         checkpoint_steps: write one every so many steps instead of by the clock.
@@ -108,6 +118,7 @@ class Trainer:
         run: str | Path,
         *,
         device: torch.device | str = "cpu",
+        graph: bool | None = None,
         checkpoint_seconds: float = 60.0,
         checkpoint_steps: int | None = None,
         max_steps: int | None = None,
@@ -131,11 +142,21 @@ class Trainer:
         self.model = build_recommender(self.config).to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config)
         self.progress = Progress()
-        # Sums over the epoch so far, and the first step whose loss was not finite (or -1); both
-        # stay on the device, so that a step waits for nothing.
+        # Sums over the epoch so far, the first step whose loss was not finite (or -1), and the
+        # number of steps; all stay on the device, so that a step waits for nothing.
         self.loss_names = loss_names(self.config)
-        self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64, device=self.device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        parts = len(self.loss_names)
+        self.tally = torch.zeros(parts + 2, dtype=torch.float64, device=self.device)
+        self.sums, self.bad_step, self.steps = self.tally.split((parts, 1, 1))
+        self.bad_step.fill_(-1)
+        self._glance = Glance(self.tally)
+        # A tensor, so that a captured step finds it changed; on a CPU as exact as the number.
+        exact = torch.float32 if self.device.type == "cuda" else torch.float64
+        self.rate = torch.zeros((), dtype=exact, device=self.device)
+        self.graph = graph
+        self._graphed = GraphedStep(
+            self._train_step, self.config.batch_size, self._changed_by_a_step, self.device
+        )
         self._saved_at = time.monotonic()
         self._rng = checkpoint.rng_state()
         self._histories = zlib.crc32(dataset.items.tobytes(), zlib.crc32(dataset.offsets.tobytes()))
@@ -171,6 +192,8 @@ class Trainer:
         self._write_history()
         while not self._over():
             self._train_epoch()
+        # The optimizer is done with them; of large tables they take as much as the model.
+        self.optimizer.zero_grad(set_to_none=True)
         role = "best" if self.progress.evaluations else "last"
         tested = checkpoint.build_model(
             checkpoint.load(checkpoint.locate(self.run, role)), self.device
@@ -219,10 +242,14 @@ class Trainer:
         self.listener.epoch_started(p.epoch, total, done)
         began, first_step = time.monotonic(), p.step_in_epoch
         self.model.train()
+        self.rate.fill_(self.scheduler.get_last_lr()[0])
+        self.bad_step.fill_(-1)
+        self.steps.fill_(p.global_step)
+        step = self._graphed if self._uses_graph() else self._train_step
         while p.step_in_epoch < self.steps_per_epoch:
             first = p.step_in_epoch * config.batch_size
             index = order[first : first + config.batch_size]
-            self._train_step(index)
+            step(index)
             p.step_in_epoch += 1
             p.global_step += 1
             self._report_step(len(index))
@@ -232,43 +259,61 @@ class Trainer:
             # After the last step, the end of the epoch saves.
             if p.step_in_epoch < self.steps_per_epoch and self._due():
                 self._save()
-        self._check_finite(parameters=True)
+        self._check_finite(int(self.bad_step), parameters=True)
         self._end_epoch(time.monotonic() - began, p.step_in_epoch - first_step)
 
+    def _uses_graph(self) -> bool:
+        published = current_rng() is Rng.PUBLISHED
+        if self.graph is None:
+            return self.device.type == "cuda" and not published
+        if self.graph and published:
+            raise ValueError(
+                "graph must be None or False where draws are the published ones (they are made on "
+                f"the host at every step), got {self.graph}"
+            )
+        return self.graph
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        return [*self.model.parameters(), *optimizer_tensors(self.optimizer), self.tally]
+
     def _train_step(self, index: Tensor) -> None:
+        """Forward, backward, optimizer and the tally; nothing in it waits for the device."""
         sequence, target = self.samples.batch(index)
         self.optimizer.zero_grad(set_to_none=True)
         losses = training_losses(self.model, sequence, target)
         losses.total.backward()
         if isinstance(self.config, FaveConfig):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        with rate_as_tensor(self.optimizer, self.rate):
+            self.optimizer.step()
         with torch.no_grad():
             values = torch.stack([getattr(losses, name) for name in self.loss_names]).double()
             self.sums += values
             fresh = (self.bad_step < 0) & ~torch.isfinite(values).all()
-            self.bad_step = torch.where(fresh, self.progress.global_step, self.bad_step)
+            self.bad_step.copy_(torch.where(fresh, self.steps, self.bad_step))
+            self.steps += 1
 
     def _report_step(self, samples: int) -> None:
-        """Read the losses where that waits for nothing, or now and then."""
-        p = self.progress
-        means = None
-        if self.device.type == "cpu" or p.global_step % 50 == 0:
-            self._check_finite()
-            means = self._mean_losses()
+        """The losses as far as they are known without waiting for the device."""
+        means, seen = None, self._glance(self.progress.step_in_epoch)
+        if seen is not None:
+            steps, tally = seen
+            sums, bad, _ = tally.split((len(self.loss_names), 1, 1))
+            self._check_finite(int(bad))
+            means = self._mean_losses(sums, steps)
         self.listener.step_done(means, samples)
 
-    def _mean_losses(self) -> dict[str, float]:
-        means = self.sums / max(self.progress.step_in_epoch, 1)
-        return dict(zip(self.loss_names, means.tolist(), strict=True))
+    def _mean_losses(self, sums: Tensor, steps: int) -> dict[str, float]:
+        return dict(zip(self.loss_names, (sums / max(steps, 1)).tolist(), strict=True))
 
-    def _check_finite(self, *, parameters: bool = False) -> None:
-        what, bad = "loss was", int(self.bad_step)
+    def _check_finite(self, bad: int, *, parameters: bool = False) -> None:
+        what = "loss was"
         if bad < 0 and parameters:
             # A finite loss may have had a gradient that is not; the next loss would show it, but
             # a checkpoint must not hold it.
-            finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
-            if not finite.all():
+            # Smallest and largest value: `isfinite` takes as much memory as the parameter.
+            ends = [torch.stack(p.detach().aminmax()) for p in self.model.parameters()]
+            if not torch.stack(ends).isfinite().all():
                 what, bad = "parameters were", self.progress.global_step - 1
         if bad >= 0:
             raise DivergedError(
@@ -287,7 +332,7 @@ class Trainer:
             "epoch": p.epoch,
             "steps": p.global_step,
             "lr": self.scheduler.get_last_lr()[0],
-            "loss": self._mean_losses(),
+            "loss": self._mean_losses(self.sums, p.step_in_epoch),
             "steps_per_second": steps / max(seconds, 1e-9),
         }
         self.scheduler.step()
@@ -342,14 +387,14 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        self._check_finite(parameters=True)
+        self._check_finite(int(self.bad_step), parameters=True)
         state = self._model_state() | {
             "histories": self._histories,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": checkpoint.rng_state(),
             "progress": vars(self.progress),
-            "sums": self.sums,
+            "sums": self.sums.clone(),
         }
         checkpoint.save(self.run, f"last-{self.progress.global_step:08d}", "last", state)
         self._saved_at = time.monotonic()
@@ -370,7 +415,8 @@ class Trainer:
                 f"{self.run} is a run of {state.get('kind', 'fmrec')}, not of {self.config.KIND}"
             )
         free = {"epochs", "patience", "eval_interval", "ckpt_path"}
-        then, now = state["config"], self.config.to_dict()
+        # A setting that came later had its default.
+        then, now = type(self.config)().to_dict() | state["config"], self.config.to_dict()
         changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
         changed = [text for text in changed if text.split(":")[0] not in free]
         if changed:
@@ -387,7 +433,11 @@ class Trainer:
         self.progress = p = Progress(**state["progress"])
         # Asked anew: patience may have been raised, or `max_steps`.
         p.stopped = p.without_improvement >= self.config.patience or self._used_up()
-        self.sums = state["sums"].to(self.device)
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:  # the checkpoint may be of another device
+                group["capturable"] = _on_cuda(group["params"])
+        self._graphed.reset()  # loading replaced the optimizer's state
+        self.sums.copy_(state["sums"])
         self.bad_step.fill_(-1)
         checkpoint.restore_rng(state["rng"])
 

@@ -12,6 +12,9 @@ A kernel module lists what to compile in `COMPILE_CASES`, dicts with the keys
     threads     threads per program
     options     further compiler options
     name        what to call the case, if one kernel is compiled with several constants (optional)
+    dtypes      instead of float32 and bfloat16 (optional)
+    target      the one it is for, e.g. "cuda:90" (optional)
+    backends    "cuda" or "hip", if it is not compiled for both (optional)
 
 Budgets are for the Triton version that they name, for registers differ by a few between
 versions. Registers are budgeted in the 8 per thread in
@@ -23,23 +26,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 BUDGETS = FOLDER / "budgets.json"
 # Modules without kernels of their own.
-NO_KERNELS = {"__init__", "budget", "philox"}
+NO_KERNELS = {"__init__", "budget", "launch", "philox", "plans", "transformer"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # (backend, architecture, lanes of a warp)
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 RESOURCES = ("registers", "stack", "shared")
 REGISTER_GRANULE = 8
+# Each holds a compiler, about 1 GB at the most.
+MOST_WORKERS = 8
 
 
 def kernel_modules() -> list[str]:
@@ -51,7 +58,7 @@ def compile_all() -> tuple[dict[str, dict], list[str]]:
     """What each case of each module needs, by "module.kernel dtype target"; and problems."""
     from triton.runtime.jit import JITFunction
 
-    measured, problems = {}, []
+    jobs, problems = {}, []
     for stem in kernel_modules():
         module = importlib.import_module(f"fmrec_fast.kernels.{stem}")
         cases = getattr(module, "COMPILE_CASES", [])
@@ -61,13 +68,24 @@ def compile_all() -> tuple[dict[str, dict], list[str]]:
                     problems.append(f"kernels/{stem}.py: {name} is not in COMPILE_CASES")
         if not cases:
             problems.append(f"kernels/{stem}.py has no COMPILE_CASES")
-        for case in cases:
+        for index, case in enumerate(cases):
             name = case.get("name", case["kernel"].__name__)
-            for dtype in DTYPES:
+            for dtype in case.get("dtypes", DTYPES):
                 for target in TARGETS:
-                    key = f"{stem}.{name} {dtype} {target[0]}:{target[1]}"
-                    measured[key] = measure(case, dtype, target)
-    return measured, problems
+                    if target[0] not in case.get("backends", ("cuda", "hip")):
+                        continue
+                    label = f"{target[0]}:{target[1]}"
+                    if case.get("target", label) == label:
+                        jobs[f"{stem}.{name} {dtype} {label}"] = (stem, index, dtype, target)
+    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(_measure_job, jobs.values()))), problems
+
+
+def _measure_job(job: tuple[str, int, str, tuple]) -> dict:
+    stem, index, dtype, target = job
+    module = importlib.import_module(f"fmrec_fast.kernels.{stem}")
+    return measure(module.COMPILE_CASES[index], dtype, target)
 
 
 def measure(case: dict, dtype: str, target: tuple) -> dict:
@@ -82,7 +100,7 @@ def measure(case: dict, dtype: str, target: tuple) -> dict:
     from triton.compiler import ASTSource
 
     kernel, constants = case["kernel"], case["constants"]
-    types = {name: kind.format(dtype=DTYPES[dtype]) for name, kind in case["signature"].items()}
+    types = {name: kind.format(dtype=DTYPES.get(dtype)) for name, kind in case["signature"].items()}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.pop(name) for name in kernel.arg_names}
     if types:

@@ -2,9 +2,13 @@
 
     out[b, l, d]  = e[b, l, d] + lam[b, l, d] * shift[b, d]
     d_shift[b, d] = sum over l of lam[b, l, d] * grad[b, l, d]
-    lam[b, l, d]  = delta + delta * n(seed, rows[b], step, l, d)
+    lam[b, l, d]  = delta + delta * n(seed, rows[b], step, l, d), unless it is given
 
-e, out, grad [B, L, D], shift, d_shift [B, D], all contiguous float32, bfloat16 or float16;
+With `update`, the Euler update that comes just before (eq. 23) is part of the same pass:
+
+    next[b, d]    = z[b, d] + (pred[b, d] - z0[b, d]) / q,  shift = next + tau
+
+e, out, grad, lam [B, L, D], all else [B, D], all contiguous float32, bfloat16 or float16;
 rows int64 [B]; seed int64 scalar on the device; n is the stream of `fmrec_fast.noise`.
 Arithmetic and accumulators are float32. The sum over l runs in a fixed order without atomics, so
 that a gradient is the same to the bit each time.
@@ -17,6 +21,7 @@ rounding L or D up.
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,21 +52,31 @@ OPTIONS = {"enable_fp_fusion": False}
 MAX_GRID_Y = 65535
 
 
-@triton.jit(do_not_specialize=["batch", "length", "step", "delta"])
+@triton.jit(do_not_specialize=["batch", "length", "step", "delta", "steps"])
 def forward_kernel(
     p_e,
     p_shift,
+    p_pred,
+    p_z0,
+    p_tau,
+    p_lam,
     p_rows,
     p_seed,
+    p_next,
     p_out,
     batch,
     length,
     step,
     delta,
+    steps,
+    tau_stride,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program: GROUPS groups of one row b. Grid (tiles, y, z), b = z * |y| + y."""
+    """One program: GROUPS groups of one row b. Grid (tiles, y, z), b = z * |y| + y.
+
+    p_shift is shift, or z where p_pred is given and the update comes first; p_lam may be None.
+    """
     b = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if b >= batch:
         return
@@ -80,17 +95,30 @@ def forward_kernel(
     start = b * length * D
     b_e = tl.load(p_e + start + o_e, mask=m_e, other=0.0)  # [4 GROUPS]
     b_shift = tl.load(p_shift + b * D + o_channel, mask=m_e, other=0.0)  # [4 GROUPS]
-    row = tl.load(p_rows + b).to(tl.uint32)
-    k0, k1 = load_seed(p_seed)
-    b_normal = four_normals(k0, k1, b_group % G, b_group // G, step.to(tl.uint32), row)
-    b_lam = tl.fma(tl.reshape(b_normal, (4 * GROUPS,)), delta, delta)
-    b_out = tl.fma(b_lam, b_shift.to(tl.float32), b_e.to(tl.float32))
+    b_shift = b_shift.to(tl.float32)
+    if p_pred is not None:
+        # Every tile of a row computes the update, since it needs it; one writes each channel.
+        b_pred = tl.load(p_pred + b * D + o_channel, mask=m_e, other=0.0)  # [4 GROUPS]
+        b_z0 = tl.load(p_z0 + b * D + o_channel, mask=m_e, other=0.0)
+        b_tau = tl.load(p_tau + b * tau_stride + o_channel, mask=m_e, other=0.0)
+        b_shift += (b_pred.to(tl.float32) - b_z0.to(tl.float32)) / steps
+        tl.store(p_next + b * D + o_channel, b_shift, mask=m_e & (o_slot < 4 * G))
+        b_shift += b_tau.to(tl.float32)
+    if p_lam is not None:
+        b_lam = tl.load(p_lam + start + o_e, mask=m_e, other=0.0).to(tl.float32)  # [4 GROUPS]
+    else:
+        row = tl.load(p_rows + b).to(tl.uint32)
+        k0, k1 = load_seed(p_seed)
+        b_normal = four_normals(k0, k1, b_group % G, b_group // G, step.to(tl.uint32), row)
+        b_lam = tl.fma(tl.reshape(b_normal, (4 * GROUPS,)), delta, delta)
+    b_out = tl.fma(b_lam, b_shift, b_e.to(tl.float32))
     tl.store(p_out + start + o_e, b_out, mask=m_e)
 
 
 @triton.jit(do_not_specialize=["batch", "length", "step", "delta"])
 def backward_kernel(
     p_grad,
+    p_lam,
     p_rows,
     p_seed,
     p_d_shift,
@@ -111,8 +139,11 @@ def backward_kernel(
     m_channel = o_channel < D
     b_group = (first + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
     b_group = tl.broadcast_to(b_group, (POSITIONS, GROUPS))
-    row = tl.load(p_rows + b).to(tl.uint32)
-    k0, k1 = load_seed(p_seed)
+    if p_lam is None:
+        row = tl.load(p_rows + b).to(tl.uint32)
+        k0, k1 = load_seed(p_seed)
+    else:
+        p_lam += b * length * D
     p_grad += b * length * D
     b_sum = tl.zeros((POSITIONS, 4 * GROUPS), tl.float32)
     for first_position in range(0, length, POSITIONS):
@@ -120,52 +151,76 @@ def backward_kernel(
         m_grad = (o_position < length)[:, None] & m_channel[None, :]
         o_grad = o_position[:, None] * D + o_channel[None, :]
         b_grad = tl.load(p_grad + o_grad, mask=m_grad, other=0.0)  # [POSITIONS, 4 GROUPS]
-        b_position = tl.broadcast_to(o_position.to(tl.uint32)[:, None], (POSITIONS, GROUPS))
-        b_normal = four_normals(k0, k1, b_group, b_position, step.to(tl.uint32), row)
-        b_lam = tl.fma(tl.reshape(b_normal, (POSITIONS, 4 * GROUPS)), delta, delta)
+        if p_lam is not None:
+            b_lam = tl.load(p_lam + o_grad, mask=m_grad, other=0.0).to(tl.float32)
+        else:
+            b_position = tl.broadcast_to(o_position.to(tl.uint32)[:, None], (POSITIONS, GROUPS))
+            b_normal = four_normals(k0, k1, b_group, b_position, step.to(tl.uint32), row)
+            b_lam = tl.fma(tl.reshape(b_normal, (POSITIONS, 4 * GROUPS)), delta, delta)
         b_sum = tl.fma(b_lam, b_grad.to(tl.float32), b_sum)
     tl.store(p_d_shift + b * D + o_channel, tl.sum(b_sum, axis=0), mask=m_channel)
 
 
-def noise_fusion_forward(
+class Lam(NamedTuple):
+    """lam of one step: `given` [B, L, D], or what keys the stream."""
+
+    delta: float
+    step: int
+    rows: torch.Tensor | None
+    seed: torch.Tensor | None
+    given: torch.Tensor | None = None
+
+
+def noise_fusion_forward(e: torch.Tensor, shift: torch.Tensor, lam: Lam, out: torch.Tensor) -> None:
+    """out = e + lam * shift[:, None, :]; shapes and dtypes as above."""
+    _fuse(e, shift, None, None, None, lam, 1, None, out)
+
+
+def euler_noise_fusion(
     e: torch.Tensor,
-    shift: torch.Tensor,
-    rows: torch.Tensor,
-    seed: torch.Tensor,
-    step: int,
-    delta: float,
+    z: torch.Tensor,
+    pred: torch.Tensor,
+    z0: torch.Tensor,
+    tau: torch.Tensor,
+    lam: Lam,
+    steps: int,
+    z_next: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """out = e + lam * shift[:, None, :]; shapes and dtypes as above."""
+    """z_next = z + (pred - z0) / steps; out = e + lam * (z_next + tau)[:, None, :].
+
+    tau [B, D] or [D]; e must have elements, for nothing else would write z_next.
+    """
+    _fuse(e, z, pred, z0, tau, lam, steps, z_next, out)
+
+
+def _fuse(e, shift, pred, z0, tau, lam: Lam, steps: int, z_next, out) -> None:
     batch, length, channels = _sizes(e)
     if e.numel() == 0:
         return
     groups = length * triton.cdiv(channels, 4)
+    stride = 0 if tau is None or tau.ndim == 1 else channels
+    tensors = (e, shift, pred, z0, tau, lam.given, lam.rows, lam.seed, z_next, out)
+    sizes = (batch, length, _word(lam.step), float(lam.delta), steps, stride)
     _launch(
         _forward(),
         lambda meta: _grid(triton.cdiv(groups, meta["GROUPS"]), batch),
-        (e, shift, rows.contiguous(), seed, out, batch, length, _word(step), float(delta)),
+        (*tensors, *sizes),
         channels,
     )
 
 
-def noise_fusion_backward(
-    grad: torch.Tensor,
-    rows: torch.Tensor,
-    seed: torch.Tensor,
-    step: int,
-    delta: float,
-    d_shift: torch.Tensor,
-) -> None:
+def noise_fusion_backward(grad: torch.Tensor, lam: Lam, d_shift: torch.Tensor) -> None:
     """d_shift = (lam * grad).sum(1); shapes and dtypes as above."""
     batch, length, channels = _sizes(grad)
     if d_shift.numel() == 0:
         return
     groups = triton.cdiv(channels, 4)
+    sizes = (batch, length, _word(lam.step), float(lam.delta))
     _launch(
         _backward(),
         lambda meta: _grid(triton.cdiv(groups, meta["GROUPS"]), batch),
-        (grad, rows.contiguous(), seed, d_shift, batch, length, _word(step), float(delta)),
+        (grad, lam.given, lam.rows, lam.seed, d_shift, *sizes),
         channels,
     )
 
@@ -214,21 +269,35 @@ def _launch(tuned: tuple, grid, arguments: tuple, channels: int) -> None:
         kernel[grid](*arguments, D=channels, **constants, **OPTIONS)
 
 
-def _compile_case(kernel, inputs: str, output: str, constants: dict, threads: int) -> dict:
-    """What `budget` compiles: {dtype} stands for the element type."""
-    pointers = dict.fromkeys([*inputs.split(), output], "*{dtype}")
-    pointers |= {"p_rows": "*i64", "p_seed": "*i64"}
-    scalars = {"batch": "i32", "length": "i32", "step": "i32", "delta": "fp32"}
+def _compile_case(name: str, kernel, tensors: str, scalars: dict, constants: dict, threads: int):
+    """What `budget` compiles: {dtype} stands for the element type; other pointers are None."""
+    pointers = {p: "*i64" if p in ("p_rows", "p_seed") else "*{dtype}" for p in tensors.split()}
+    absent = [p for p in kernel.arg_names if p.startswith("p_") and p not in pointers]
     return {
+        "name": name,
         "kernel": kernel,
         "signature": pointers | scalars,
-        "constants": {"D": 128, **constants},
+        "constants": {"D": 128, **constants, **dict.fromkeys(absent)},
         "threads": threads,
         "options": OPTIONS,
     }
 
 
+_SCALARS = {"batch": "i32", "length": "i32", "step": "i32", "delta": "fp32"}
+_FORWARD_CASE = (_SCALARS | {"steps": "i32", "tau_stride": "i32"}, FORWARD, FORWARD_THREADS)
+_BACKWARD_CASE = (_SCALARS, BACKWARD, BACKWARD_THREADS)
+_UPDATE = "p_e p_shift p_pred p_z0 p_tau p_next p_out"
 COMPILE_CASES = [
-    _compile_case(forward_kernel, "p_e p_shift", "p_out", FORWARD, FORWARD_THREADS),
-    _compile_case(backward_kernel, "p_grad", "p_d_shift", BACKWARD, BACKWARD_THREADS),
+    _compile_case(
+        "forward_kernel", forward_kernel, "p_e p_shift p_rows p_seed p_out", *_FORWARD_CASE
+    ),
+    _compile_case("forward_kernel(lam)", forward_kernel, "p_e p_shift p_lam p_out", *_FORWARD_CASE),
+    _compile_case("update_kernel", forward_kernel, f"{_UPDATE} p_rows p_seed", *_FORWARD_CASE),
+    _compile_case("update_kernel(lam)", forward_kernel, f"{_UPDATE} p_lam", *_FORWARD_CASE),
+    _compile_case(
+        "backward_kernel", backward_kernel, "p_grad p_rows p_seed p_d_shift", *_BACKWARD_CASE
+    ),
+    _compile_case(
+        "backward_kernel(lam)", backward_kernel, "p_grad p_lam p_d_shift", *_BACKWARD_CASE
+    ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,17 +79,20 @@ class Place(NamedTuple):
     device: str
 
     @contextmanager
-    def forced(self, op: str, *, declines: bool = False) -> Iterator[None]:
+    def forced(self, op: str, *, declines: bool | Collection[Backend] = False) -> Iterator[None]:
         """Run on this backend, and assert that `op` did.
 
-        With `declines`, a call that the op's kernel does not cover: the definition runs instead,
-        and the log must say why. A backend without such limits still has to run it.
+        With `declines`, a call that the op's kernels of these backends (True is C++) do not cover:
+        the definition runs instead, and the log must say why. A backend without such limits still
+        has to run it.
         """
+        if isinstance(declines, bool):
+            declines = {Backend.CPP} if declines else set()
         with use_backend(self.backend), dispatch_log() as log:
             yield
         ran = [entry for entry in log if entry.op == op]
         assert ran, f"{op} did not run, only {log}"
-        if declines and self.backend is Backend.CPP:
+        if self.backend in declines:
             assert all(entry.backend is Backend.REFERENCE and entry.reason for entry in ran), ran
         else:
             assert {entry.backend for entry in ran} == {self.backend}, ran

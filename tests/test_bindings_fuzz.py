@@ -28,6 +28,7 @@ GUARD_BYTE = 0xA5
 UNWRITTEN = np.uint32(0x7FC0DEAD)
 # Facts about the build, and the choice of instruction set; they take no array.
 WITHOUT_ARRAYS = {"build_info", "isa", "openmp", "set_isa", "supported_isas"}
+WITHOUT_ARRAYS |= {"item_cross_entropy_cache"}
 
 sizes = st.integers(0, 7)
 INT64 = np.iinfo(np.int64)
@@ -87,9 +88,18 @@ class Call:
         """Every element of it must be written."""
         self._place(name, np.full(shape, UNWRITTEN).view(np.float32), "output")
 
+    def integer_output(self, name: str, *shape: int) -> None:
+        """The same of int64."""
+        values = np.full((*shape[:-1], 2 * shape[-1]), UNWRITTEN).view(np.int64)
+        self._place(name, values, "output")
+
     def sums(self, name: str, *shape: int) -> None:
         """It is added to."""
         self._place(name, np.zeros(shape, np.float32), "sums")
+
+    def double_sums(self, name: str, *shape: int) -> None:
+        """The same of float64."""
+        self._place(name, np.zeros(shape), "sums")
 
     def maybe(self, name: str) -> bool:
         """Whether an argument that may be None is given."""
@@ -218,6 +228,35 @@ def history_loss_backward(call: Call) -> None:
             call.sums(name, *shape)
 
 
+def item_cross_entropy(call: Call) -> int:
+    """What both directions take; returns B."""
+    b, v, d = sizes_of(call, "B V D")
+    v = max(v, 1)
+    call.floats("rep", b, d)
+    call.floats("weight", v, d)
+    call.integers("target", b)  # one that is no item is met nowhere
+    for name in ("bias", "smoothing"):
+        if call.maybe(name):
+            call.floats(name, v)
+    if call.maybe("cache"):
+        call.sums("cache", C.item_cross_entropy_cache(b, v))
+    call.plain["scale"] = call.draw(st.sampled_from([1.0, -2.0, 0.0]))
+    return b
+
+
+def item_cross_entropy_forward(call: Call) -> None:
+    call.double_sums("statistics", 4, item_cross_entropy(call))
+
+
+def item_cross_entropy_backward(call: Call) -> None:
+    call.floats("rows", 5, item_cross_entropy(call))
+    call.plain["filter"] = call.draw(st.sampled_from([0.0, 0.1]))
+    rep, weight = (call.arrays[name].array.shape for name in ("rep", "weight"))
+    for name, shape in (("d_rep", rep), ("d_weight", weight), ("d_bias", weight[:1])):
+        if call.maybe(name):
+            call.output(name, *shape)
+
+
 def encoder_forward(call: Call) -> None:
     b, length = call.draw(sizes), call.draw(st.integers(1, 9))
     width = packed(call, length)
@@ -246,7 +285,38 @@ def euler_sampler(call: Call) -> None:
     else:
         call.integers("rows", b)
         call.plain["seed"] = call.draw(words)
-    call.plain["delta"] = 1e-3
+    call.plain |= {"delta": 1e-3, "tied": call.draw(st.booleans())}
+
+
+def picard_sweep(call: Call) -> None:
+    euler_sampler(call)
+    del call.arrays["z0"], call.arrays["out"]
+    b, _, width = call.arrays["e"].array.shape
+    q = len(call.arrays["taus"].array)
+    call.floats("x", b, q, width)
+    call.output("out", b, q, width)
+
+
+def recommend(call: Call) -> None:
+    width = packed(call)
+    b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 4))
+    items = call.draw(st.integers(1, 80))
+    k = call.draw(st.integers(0, min(items, 9)))
+    for name in ("norm_weight", "norm_bias", "embedded_weight", "embedded_bias"):
+        call.floats(name, width)
+    call.floats("items", items, width)
+    call.integers("ids", b, length, limit=items)
+    call.floats("taus", q, width)
+    call.integers("rows", b)
+    if call.maybe("exclude"):
+        call.integers("exclude", b, call.draw(sizes))
+    call.output("scores", b, k)
+    call.output("best", b, k)
+    best = call.arrays["best"]
+    call._place("best", np.zeros(best.array.shape, np.int64), "sums")
+    call.plain |= {"seed": call.draw(words), "start_seed": call.draw(words), "delta": 1e-3}
+    call.plain |= {"tied": call.draw(st.booleans())}
+    call.plain |= {"tolerance": call.draw(st.sampled_from([0.0, 1e-5]))}
 
 
 def attention_forward(call: Call) -> None:
@@ -268,6 +338,49 @@ def attention_backward(call: Call) -> None:
     call.output("d_qkv", *shape)
 
 
+def ranking(call: Call) -> tuple[int, int]:
+    """What both rankings take; returns B and V."""
+    b, v, d, e = sizes_of(call, "B V D E")
+    call.floats("rep", b, d)
+    call.floats("weight", v, d)
+    if call.maybe("bias"):
+        call.floats("bias", v)
+    if not v:
+        call.plain["exclude"] = None
+    elif call.maybe("exclude"):
+        call.integers("exclude", b, e, limit=v)
+    return b, v
+
+
+def item_topk(call: Call) -> None:
+    b, v = ranking(call)
+    k, c = call.draw(st.integers(0, 9)), call.draw(sizes)
+    call.plain["scale"] = None
+    if call.draw(st.booleans()):
+        call._place("weight", np.ones(call.arrays["weight"].array.shape, np.int8), "input")
+        call.plain.pop("scale")
+        call.floats("scale", v)
+    if v and call.maybe("candidates"):
+        shape = call.draw(st.sampled_from([(c,), (b, c)]))
+        call.integers("candidates", *shape, limit=v)
+    elif not v:
+        call.plain["candidates"] = None
+    call.output("scores", b, k)
+    call.integer_output("ids", b, k)
+
+
+def target_rank(call: Call) -> None:
+    b, v = ranking(call)
+    if not v:
+        for name in ("rep", "exclude"):
+            if name in call.arrays:
+                array = call.arrays[name].array
+                call._place(name, array[:0].copy(), "input")
+        b = 0
+    call.integers("target", b, limit=v)
+    call.integer_output("ranks", b)
+
+
 CALLS = {
     f.__name__: f
     for f in (
@@ -279,10 +392,16 @@ CALLS = {
         linear_backward,
         history_loss_forward,
         history_loss_backward,
+        item_cross_entropy_forward,
+        item_cross_entropy_backward,
         encoder_forward,
         euler_sampler,
+        picard_sweep,
+        recommend,
         attention_forward,
         attention_backward,
+        item_topk,
+        target_rank,
     )
 }
 
@@ -374,6 +493,8 @@ def corrupted(call: Call, data) -> dict[str, Any]:
     else:
         wrong = array.copy()
         bad = [-1, argument.limit, argument.limit + 1, INT64.min, INT64.max, 2**32]
+        if name in ("exclude", "candidates"):  # -1 fills them up
+            bad.remove(-1)
         wrong.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from(bad))
         arguments[name] = wrong
         # A cell that is switched off is not looked at.
@@ -420,7 +541,9 @@ def test_wrong_numbers_are_refused(name, data):
     call = build(name, data)
     arguments = call.arguments()
     bad: dict[str, list] = {"num_threads": [0, -1, -(2**31), "2", None, 2**40]}
-    integers = {"seed", "step", "site", "position_offset", "position_stride"} & set(arguments)
+    integers = {"seed", "start_seed", "step", "site", "position_offset", "position_stride"} & set(
+        arguments
+    )
     for word in integers:
         if arguments[word] is not None:
             bad[word] = [2**63, -(2**63) - 1, 1.5, "1", True, np.zeros(2, np.int64), np.float32(1)]

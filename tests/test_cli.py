@@ -328,6 +328,24 @@ def test_evaluate_options_reach_the_evaluation(run, data, model, tmp_path, capsy
     assert json.loads(out.read_text())["mean"] == last.mean
 
 
+def test_tied_padding_is_passed_on(run, data, model, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    assert main(["evaluate", str(run), "--padding", "tied", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["padding"] == "tied"
+    assert found["mean"] == evaluate(model, read_dataset(data), padding="tied").mean
+    capsys.readouterr()
+    expected = recommend(model, [[7, 2]], 3, seed=0, padding="tied")
+    names = read_dataset(data).item_ids
+    flags = ["--history", f"{names[6]},{names[1]}", "-k", "3", "--padding", "tied"]
+    assert main(["recommend", str(run), *flags]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines] == [names[i - 1] for i in expected.ids[0].tolist()]
+    assert [float(line[3]) for line in lines] == pytest.approx(
+        expected.scores[0].tolist(), abs=2e-6
+    )
+
+
 def test_evaluate_the_same_items_in_another_order(run, data, tmp_path, capsys):
     """Numbered differently, read from another format: the same users, so the same metrics."""
     assert main(["evaluate", str(run)]) == 0

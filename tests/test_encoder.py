@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fmrec_fast.backend import Backend
+from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.models.blocks import TransformerStack
 from fmrec_fast.ops import StreamDropout, encoder
 from fmrec_fast.reference import encoder as definition
 from fmrec_fast.reference.published import PublishedAttention, PublishedStack
-from fmrec_fast.testing import assert_close_to_truth, make_sequences
+from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("encoder")
 HEADS = 4
+KERNELS = {Backend.CPP, Backend.TRITON}
 EVERY = ("padding", "short", "long", "full")
 SHAPES = [(1, 1, 36), (5, 50, 96), (2, 51, 36), (5, 7, 32)]
 
@@ -60,6 +63,13 @@ def peer_of(stack: TransformerStack, tap: int | None = None) -> PublishedStack:
     return peer
 
 
+def declining(width: int, attention: str = "published") -> set[Backend]:
+    """The backends whose kernels do not take such a network."""
+    if attention != "published":
+        return KERNELS
+    return set() if width in WIDTHS else {Backend.TRITON}
+
+
 def inputs(batch: int, length: int, width: int, histories=EVERY) -> tuple[Tensor, Tensor, Tensor]:
     sequence = make_sequences(batch, length, 50, 1, histories=histories).sequence
     g = torch.Generator().manual_seed(batch + length)
@@ -92,12 +102,12 @@ def check(place, stack, x, mask, upstream, tap):
     leaf = x.detach().to(place.device).requires_grad_()
     mask, upstream = place.put(mask, upstream)
     truths = dict(zip(names, truth))
-    causal = stack.attention == "causal"
-    with torch.no_grad(), place.forced("encoder", declines=causal):
+    declines = declining(x.shape[2], stack.attention)
+    with torch.no_grad(), place.forced("encoder", declines=declines):
         inferred = dict(zip(["out", "tapped"], local(leaf, mask, tap=tap)))
     for name, a in zip(inferred, same):
         assert_close_to_truth(inferred[name].cpu(), a, truths[name], name=name)
-    with place.forced("encoder", declines=True):  # its kernel has no backward pass
+    with place.forced("encoder", declines=KERNELS):  # which have no backward pass
         outputs = local(leaf, mask, tap=tap)
         parameters = dict(local.named_parameters())
         grads = gradients(outputs, [leaf, *parameters.values()], list(upstream))
@@ -137,15 +147,65 @@ def test_one_block(place):
 def test_empty_batch(place, attention):
     stack = make_stack(36, attention=attention).to(place.device)
     x, mask = torch.zeros(0, 5, 36, device=place.device), torch.zeros(0, 5, device=place.device)
-    with torch.no_grad(), place.forced("encoder", declines=attention == "causal"):
+    with torch.no_grad(), place.forced("encoder", declines=declining(36, attention)):
         assert [t.shape for t in stack(x, mask, tap=0)] == [(0, 36), (0, 36)]
     x.requires_grad_()
-    with place.forced("encoder", declines=True):
+    with place.forced("encoder", declines=KERNELS):
         outputs = stack(x, mask, tap=0)
         grads = gradients(outputs, [x, *stack.parameters()], [torch.zeros_like(t) for t in outputs])
     assert [t.shape for t in outputs] == [(0, 36), (0, 36)]
     assert grads[0].shape == (0, 5, 36)
     assert all((grad == 0).all() for grad in grads)
+
+
+def run_both(place, stack, x, mask, heads, precision, declines):
+    """(the place's last outputs and taps, the definition's, those of float64)."""
+    weights = stack.weights()
+    options = {"num_heads": heads, "tap": 0}
+    with torch.no_grad():
+        same = definition.encoder(x, mask, weights, precision=precision, **options)
+        double = [type(w)(*(t.double() for t in w.tensors())) for w in weights]
+        truth = definition.encoder(x.double(), mask.double(), double, **options)
+        local = [w._make(place.put(*w)) for w in weights]
+        with place.forced("encoder", declines=declines):
+            got = encoder(*place.put(x, mask), local, precision=precision, **options)
+    return [t.cpu() for t in got], same, truth
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("shape", [(4, 7, 32), (1, 51, 64), (2, 5, 36)])
+def test_precisions(place, shape, precision):
+    """As far from float64 as the definition in that precision, and that precision does matter."""
+    width = shape[2]
+    x, mask, _ = inputs(*shape)
+    declines = declining(width) | {Backend.CPP}
+    results = run_both(place, make_stack(width), x, mask, HEADS, precision, declines)
+    for name, got, same, truth in zip(("out", "tapped"), *results):
+        assert_close_to_truth(got, same, truth, name=name)
+        wrong = error_to_truth(got, truth)
+        assert {"tf32": 1e-5, "bf16": 1e-4}[precision] < wrong < 0.05
+
+
+@pytest.mark.parametrize("width, heads, blocks", [(32, 1, 2), (32, 32, 2), (64, 1, 1), (128, 4, 2)])
+def test_heads_and_widths(place, width, heads, blocks):
+    x, mask, _ = inputs(2, 5, width)
+    stack = make_stack(width, blocks)
+    results = run_both(place, stack, x, mask, heads, "float32", ())
+    for name, got, same, truth in zip(("out", "tapped"), *results):
+        assert_close_to_truth(got, same, truth, name=name)
+
+
+def test_definition_of_the_precisions():
+    """Against numbers rounded by hand; the gradient passes unrounded."""
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 1 + 2**-8, 3e38])
+    x.requires_grad_()
+    tf32 = [1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 1 + 2**-8]
+    bf16 = [1.0, 1.0, 1.0, -1.0, 1.0]
+    for precision, expected in (("float32", x[:5].tolist()), ("tf32", tf32), ("bf16", bf16)):
+        got = definition.rounded(x, precision)
+        assert got[:5].tolist() == expected
+        assert torch.autograd.grad(got.sum(), x)[0].tolist() == [1.0] * 6
+    assert definition.rounded(x, "float32") is x
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 36), (4, 9, 36)])
@@ -218,12 +278,12 @@ def test_causal_padding_carries_no_information(place):
     noisy = torch.where(mask[..., None] > 0, x, 3 * x.flip(-1))
     longer = torch.cat((torch.full_like(x[:, :4], 7.0), x), 1)
     wider = torch.cat((torch.zeros_like(mask[:, :4]), mask), 1)
-    with place.forced("encoder", declines=True):
+    with place.forced("encoder", declines=KERNELS):
         expected = last_output(stack, x, mask)
         for got in (last_output(stack, noisy, mask), last_output(stack, longer, wider)):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     stack.attention = "published"  # in which padding does carry information
-    with place.forced("encoder"):
+    with place.forced("encoder", declines=declining(36)):
         assert not torch.allclose(
             last_output(stack, x, mask)[0], last_output(stack, noisy, mask)[0], atol=1e-2
         )
@@ -262,6 +322,7 @@ def test_causal_positions_do_not_see_later_ones():
         ({"num_heads": 0}, ValueError, "got 0"),
         ({"tap": 3}, ValueError, r"tap must be in 0 \.\. 2, got 3"),
         ({"tap": -1}, ValueError, "got -1"),
+        ({"precision": "fp16"}, ValueError, "precision must be .*got 'fp16'"),
         ({"attention": "casual"}, ValueError, "attention must be .*got 'casual'"),
     ],
 )

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from fmrec_fast import flow, noise
+from fmrec_fast.backend import Backend, dispatch_log, use_backend
+from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.ops import euler_sampler
 from fmrec_fast.reference import euler_sampler as definition
 from fmrec_fast.reference.published import PublishedRecommender
-from fmrec_fast.testing import assert_close_to_truth, make_sequences
+from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("euler_sampler")
 EVERY = ("padding", "short", "long", "full")
 DELTA = 0.5  # large, so that the steps depend on one another
 
 
-def setup(small_model, batch=5, steps=4, length=12, width=32, **changes):
+def setup(small_model, batch=5, steps=2, length=12, width=32, **changes):
     """(model, the op's tensors, lam): everything that a run of the op reads."""
+    changes = {"num_blocks": 2, "last": 1} | changes
     model = small_model(
         max_len=length, hidden_size=width, sample_N=steps, lambda_uncertainty=DELTA, **changes
     ).eval()
@@ -40,7 +43,14 @@ def run(place, model, tensors, times, **options):
     options = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v
                for k, v in options.items()}  # fmt: skip
     published = options.get("trajectory", "straight"), options.get("target", "data")
-    declines = published != ("straight", "data") or "lam_of_step" in options
+    declines: set[Backend] = set()
+    if published != ("straight", "data") or "lam_of_step" in options:
+        declines = {Backend.CPP, Backend.TRITON}
+    else:
+        if tensors[0].shape[2] not in WIDTHS or options.get("padding") == "tied":
+            declines.add(Backend.TRITON)
+        if options.get("precision", "float32") != "float32":
+            declines.add(Backend.CPP)
     with torch.no_grad(), place.forced("euler_sampler", declines=declines):
         return euler_sampler(
             *place.put(*tensors), model.fm.sampler_weights(),
@@ -70,7 +80,7 @@ def peer_trajectory(model, tensors, lam, dtype):
     "shape",
     [
         {"batch": 1, "steps": 1, "length": 1, "width": 36},
-        {"batch": 5, "steps": 4, "length": 12, "width": 32},
+        {"batch": 5, "steps": 3, "length": 12, "width": 32},
         {"batch": 2, "steps": 3, "length": 51, "width": 96},
     ],
 )
@@ -121,6 +131,39 @@ def test_the_streams_lam_is_keyed_by_step_and_row(place, small_model):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions(place, small_model, precision):
+    model, tensors, times, lam = setup(small_model, batch=3, steps=2, length=7)
+    truth, _ = peer_trajectory(model, tensors, lam, torch.float64)
+    with use_backend("reference"), torch.no_grad():
+        same = euler_sampler(
+            *tensors, model.fm.sampler_weights(), times=times, noise=lam, precision=precision
+        )
+    got = run(place, model, tensors, times, noise=lam, precision=precision)
+    assert_close_to_truth(got, same, truth[-1], name=precision)
+    assert error_to_truth(got, truth[-1]) > 1e-5
+
+
+def test_steps_composed_of_the_ops(place, small_model):
+    """Where no kernel has the whole sampler, its steps run on the ops' own kernels."""
+    model, tensors, times, lam = setup(small_model, batch=2, steps=3, width=36)
+    truth, _ = peer_trajectory(model, tensors, lam, torch.float64)
+    same, _ = peer_trajectory(model, tensors, lam, torch.float32)
+    model, tensors, given = model.to(place.device), place.put(*tensors), lam.to(place.device)
+    weights, times = model.fm.sampler_weights(), times.to(place.device)
+    draws = iter(given)
+    with torch.no_grad(), use_backend(place.backend), dispatch_log() as log:
+        got = euler_sampler(
+            *tensors, weights, times=times, noise=given, return_trajectory=True
+        ).cpu()
+        asked = euler_sampler(*tensors, weights, times=times, lam_of_step=lambda: next(draws))
+    assert_close_to_truth(got, same, truth)
+    torch.testing.assert_close(asked.cpu(), got[-1], atol=1e-6, rtol=1e-6)
+    fusions = [entry.backend for entry in log if entry.op == "noise_fusion"]
+    if place.backend is Backend.TRITON:
+        assert fusions == [Backend.TRITON] * 6
+
+
 def test_lam_is_asked_for_once_a_step_in_order(place, small_model):
     model, tensors, times, lam = setup(small_model)
     given = iter(lam.to(place.device))
@@ -132,9 +175,9 @@ def test_lam_is_asked_for_once_a_step_in_order(place, small_model):
 
 def test_empty_batch(place, small_model):
     model, _, times, _ = setup(small_model)
-    tensors = (torch.zeros(0, 12, 32), torch.zeros(0, 12), torch.zeros(0, 32), torch.zeros(4, 32))
+    tensors = (torch.zeros(0, 12, 32), torch.zeros(0, 12), torch.zeros(0, 32), torch.zeros(2, 32))
     got = run(place, model, tensors, times, seed=torch.tensor(1), return_trajectory=True)
-    assert got.shape == (5, 0, 32)
+    assert got.shape == (3, 0, 32)
 
 
 @pytest.mark.parametrize("trajectory", ["straight", "cosine"])
@@ -196,9 +239,10 @@ def test_definition_with_a_constant_prediction_arrives_there():
         ({"mask": torch.zeros(5, 11)}, ValueError, r"mask must be .*L = 12.*got \(5, 11\)"),
         ({"z0": torch.zeros(4, 32)}, ValueError, r"z0 must be .*B = 5.*got \(4, 32\)"),
         ({"z0": torch.zeros(5, 32).double()}, TypeError, "z0 is torch.float64"),
-        ({"taus": torch.zeros(4, 31)}, ValueError, r"taus must be .*got \(4, 31\)"),
-        ({"noise": torch.zeros(3, 5, 12, 32)}, ValueError, r"noise .*q = 4.*got \(3, 5, 12, 32\)"),
-        ({"noise": torch.zeros(4, 5, 12, 32).half()}, TypeError, "noise is torch.float16"),
+        ({"taus": torch.zeros(2, 31)}, ValueError, r"taus must be .*got \(2, 31\)"),
+        ({"noise": torch.zeros(4, 5, 12, 32)}, ValueError, r"noise .*q = 2.*got \(4, 5, 12, 32\)"),
+        ({"noise": torch.zeros(2, 5, 12, 32).half()}, TypeError, "noise is torch.float16"),
+        ({"precision": "half"}, ValueError, "precision must be .*got 'half'"),
         ({"trajectory": "round"}, ValueError, "trajectory must be .*got 'round'"),
         ({"num_heads": 5}, ValueError, "num_heads must divide D = 32, got 5"),
     ],

@@ -8,9 +8,11 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fmrec_fast import noise
-from fmrec_fast.backend import use_rng
+from fmrec_fast.backend import Backend, use_backend, use_rng
 from fmrec_fast.ops import history_loss
 from fmrec_fast.reference.history_loss import distinct, history_cells, zero_cells
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
@@ -128,6 +130,140 @@ def test_only_some_gradients(place):
             some = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
             (got,) = torch.autograd.grad(history_loss(*some, sequence, seed=seed), some[i])
             torch.testing.assert_close(got, wanted[i])
+
+
+# --- what the CPU leaves out: cells out of use ------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 7, 4), (0, 5, 61, 36)])
+def test_cells_out_of_use_are_passed_over(place, shape):
+    """The cells as a device holds them, where nobody looks which are in use; the operator that
+    torch.compile sees."""
+    hidden, weight, bias, sequence = inputs(*shape)
+    cells = drawn_cells(sequence, shape[2], 1.0)
+    upstream = torch.tensor(-1.7)
+    held = history_cells(sequence, shape[2], seed=SEED)
+    assert not shape[0] or not held.use.all(), "or nothing is passed over"
+    truth = dense(*(t.double() for t in (hidden, weight, bias)), sequence, cells, upstream.double())
+    same = dense(hidden, weight, bias, sequence, cells, upstream)
+    if shape[0] == 0:
+        truth, same = ([torch.nan_to_num(t) for t in part] for part in (truth, same))
+    leaves = [t.to(place.device).requires_grad_() for t in (hidden, weight, bias)]
+    with place.forced("history_loss"):
+        loss, residual = torch.ops.fmrec_fast.history_loss(*leaves, *place.put(*held))
+        got = (loss, *torch.autograd.grad(loss, leaves, upstream.to(place.device)))
+    assert (residual.cpu()[~held.use] == 0).all()
+    for name, *three in zip(("loss", "dhidden", "dweight", "dbias"), got, same, truth):
+        assert_close_to_truth(three[0].cpu(), *three[1:], name=name)
+
+
+def test_gradients_are_the_same_to_the_bit(place):
+    hidden, weight, bias, sequence = place.put(*inputs(5, 50, 61, 36))
+    seed = SEED.to(place.device)
+    runs = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        with place.forced("history_loss"):
+            loss = history_loss(*leaves, sequence, seed=seed)
+            runs.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("histories", [EVERY, ["padding"]], ids=["cells", "no-cell"])
+def test_sparse_gradients(place, histories):
+    """The touched rows, each once, and what the dense gradient holds there."""
+    tensors = inputs(5, 12, 1009, 36, histories)
+    *there, sequence = place.put(*tensors)
+    seed = SEED.to(place.device)
+    found = {}
+    with place.forced("history_loss"):
+        for sparse in (False, True):
+            leaves = [t.clone().requires_grad_() for t in there]
+            loss = history_loss(*leaves, sequence, seed=seed, sparse_grad=sparse)
+            loss.backward()
+            found[sparse] = (loss.detach(), *(leaf.grad for leaf in leaves))
+    assert torch.equal(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][1], found[False][1])
+    columns = drawn_cells(tensors[3], 1009, 1.0)[:, 1]
+    columns = torch.cat((columns, tensors[3][tensors[3] > 0])).unique()
+    for sparse, plain in zip(found[True][2:], found[False][2:]):
+        assert sparse.is_sparse and sparse.shape == plain.shape
+        torch.testing.assert_close(sparse.to_dense(), plain)
+        assert torch.equal(sparse.coalesce().indices()[0].cpu(), columns)
+        if place.backend is not Backend.REFERENCE:
+            assert sparse._values().shape[0] == len(columns)
+
+
+def test_only_some_sparse_gradients(place):
+    *tensors, sequence = place.put(*inputs(5, 12, 61, 36))
+    seed = SEED.to(place.device)
+    with place.forced("history_loss"):
+        full = [t.clone().requires_grad_() for t in tensors]
+        history_loss(*full, sequence, seed=seed, sparse_grad=True).backward()
+        for i in range(3):
+            some = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
+            history_loss(*some, sequence, seed=seed, sparse_grad=True).backward()
+            torch.testing.assert_close(some[i].grad.to_dense(), full[i].grad.to_dense())
+
+
+def test_cost_is_that_of_the_cells():
+    """At the published size: FLOPs a fiftieth of the dense product's, and no memory of size V."""
+    batch, length, items = 512, 50, 12102
+    sequence = make_sequences(batch, length, items, 1).sequence
+    cells = history_cells(sequence, items, seed=SEED)
+    assert len(cells.use) == 2 * batch * length
+    assert 50 * int(cells.use.sum()) < batch * items, "dot products of length Hd, each three times"
+    with torch.device("meta"):
+        leaves = [torch.empty(s, requires_grad=True) for s in ((batch, 8), (10**9, 8), (10**9,))]
+    largest = Largest()
+    with use_backend("reference"), largest:
+        loss = history_loss(*leaves, sequence.to("meta"), seed=SEED.to("meta"), sparse_grad=True)
+        loss.backward()
+    assert largest.elements == 2 * batch * length * 8
+    assert leaves[1].grad.shape == (10**9, 8)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any dense result; looking at one's values is an error on 'meta'."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and not result.is_sparse:
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+# --- torch.compile ---------------------------------------------------------------------------
+
+
+def test_the_registered_operators(place):
+    hidden, weight, bias, sequence = inputs(5, 12, 61, 36)
+    leaves = [t.to(place.device).requires_grad_() for t in (hidden, weight, bias)]
+    cells = place.put(*history_cells(sequence, 61, seed=SEED))
+    with use_backend(place.backend):
+        torch.library.opcheck(torch.ops.fmrec_fast.history_loss.default, (*leaves, *cells))
+        plain = [leaf.detach() for leaf in leaves]
+        _, residual = torch.ops.fmrec_fast.history_loss(*plain, *cells)
+        grad = torch.tensor(0.5, device=place.device)
+        arguments = (grad, *plain[:2], residual, cells[0], cells[1], cells[3])
+        torch.library.opcheck(torch.ops.fmrec_fast.history_loss_backward.default, arguments)
+
+
+def test_compiled_without_a_break(place):
+    tensors = inputs(5, 12, 61, 36)
+    *there, sequence, seed = place.put(*tensors, SEED)
+    leaves = [[t.clone().requires_grad_() for t in there] for _ in range(2)]
+    compiled = torch.compile(history_loss, fullgraph=True, backend="aot_eager")
+    with use_backend(place.backend):
+        losses = [
+            run(*own, sequence, seed=seed) for run, own in zip((history_loss, compiled), leaves)
+        ]
+    gradients = [torch.autograd.grad(loss, own) for loss, own in zip(losses, leaves)]
+    for a, b in zip((losses[0], *gradients[0]), (losses[1], *gradients[1])):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (3, 0)])

@@ -140,3 +140,38 @@ def test_bad_arrays():
     with pytest.raises(ValueError, match="multiple of 16, got 20"):
         narrow = torch.ones(16, 20).numpy()
         native.linear_forward(torch.ones(70, 20).numpy(), narrow, bias, grad.copy(), 1)
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [*SHAPES, ((0,), 5, 3), ((7,), 5, 3)])
+def test_bf16_rounds_both_operands_of_every_product(place, rows, inner, outer):
+    """The result and each gradient are products of bfloat16 operands, exact up to float32."""
+    given = tensors(rows, inner, outer)
+
+    def by_hand(x, weight, bias, grad, dtype):
+        near = [t.to(torch.bfloat16).to(dtype).flatten(0, -2) for t in (x, weight, grad)]
+        x, weight, rounded = near
+        grad = grad.to(dtype).flatten(0, -2)
+        out = (x @ weight.T + bias.to(dtype)).view(*rows, outer)
+        return out, (rounded @ weight).view(*rows, inner), rounded.T @ x, grad.sum(0)
+
+    with place.forced("linear", declines=True):
+        got = run(lambda *leaves: linear(*leaves, precision="bf16"), *place.put(*given))
+    same, truth = by_hand(*given, torch.float32), by_hand(*given, torch.float64)
+    for mine, plain, right in zip(got, same, truth, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close_to_truth(mine.cpu(), plain, right)
+
+
+def test_bf16_only_the_gradients_that_are_wanted():
+    x, weight, bias, grad = tensors((5,), 16, 32)
+    full = run(lambda *leaves: linear(*leaves, precision="bf16"), x, weight, bias, grad)[1:]
+    for i in range(3):
+        some = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, weight, bias))]
+        linear(*some, precision="bf16").backward(grad)
+        assert torch.equal(some[i].grad, full[i])
+
+
+def test_unknown_precision():
+    x, weight, bias, _ = tensors((5,), 16, 32)
+    with pytest.raises(ValueError, match=r"precision must be one of .*'bf16'.*, got 'fp8'"):
+        linear(x, weight, bias, precision="fp8")

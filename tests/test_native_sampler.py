@@ -21,6 +21,7 @@ from fmrec_fast.ops.encoder import pack
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 from fmrec_fast.reference import encoder as encoder_definition
 from fmrec_fast.reference.encoder import no_drop
+from fmrec_fast.reference.euler_sampler import tie_padding
 from fmrec_fast.sampler import sample
 from fmrec_fast.testing import make_sequences
 
@@ -153,6 +154,26 @@ def test_sampler_equals_the_definition(isa, threads, shape):
         assert_same(points[i], expected[i])
     given = run("cpp", tensors, weights, noise=torch.stack(lam), return_trajectory=True)
     assert_same(given, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tied_padding_equals_the_definition(isa, threads, shape):
+    batch, length, width, heads, blocks, steps = shape
+    tensors = inputs(batch, length, width, steps)
+    e, mask = tensors[:2]
+    tensors[0] = torch.where(mask[..., None] == 0, e[:, :1], e)
+    weights = sampler_weights(make_stack(width, heads, blocks))
+    lam = torch.stack([noise.lam(SEED, torch.arange(batch), i, length, width, DELTA)
+                       for i in range(steps)])  # fmt: skip
+    tied = torch.stack([tie_padding(step, mask) for step in lam])
+    expected = run("reference", tensors, weights, noise=tied)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(run("cpp", tensors, weights, seed=SEED, padding="tied"))
+    assert torch.equal(*results)
+    assert_same(results[0], expected)
+    assert_same(run("cpp", tensors, weights, noise=lam, padding="tied"), expected)
 
 
 @pytest.mark.parametrize("histories", [["padding"], ["full"], ["short"]])
@@ -530,6 +551,7 @@ def test_encoder_boundary():
         ({"tapped": out, "out": out}, "tapped must not overlap out"),
         ({"tap": 2}, r"tap must be in 0 \.\. 1, got 2"),
         ({"tap": -1}, "got -1"),
+        ({"first_key_bias": zeros(4)}, r"first_key_bias must have shape \[B\] = \(3,\), got"),
         ({"num_threads": 0}, "num_threads"),
     ):
         given = {"packed": packed, "x": x, "mask": mask, "tap": 0, "out": out, "tapped": tapped}

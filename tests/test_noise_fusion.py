@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import noise
-from fmrec_fast.backend import use_backend
-from fmrec_fast.ops import noise_fusion
+from fmrec_fast.backend import Backend, use_backend
+from fmrec_fast.ops import euler_noise_fusion, noise_fusion
 from fmrec_fast.randomness import PublishedSource
 from fmrec_fast.testing import assert_close_to_truth
 
@@ -144,15 +144,101 @@ def test_seed_is_drawn_from_torchs_generator(place):
     assert not torch.equal(results[0], results[2])
 
 
+GIVEN = {Backend.CPP}  # whose kernel always draws lam
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_explicit_lam(shape):
+def test_explicit_lam(place, shape):
     e, z, tau, upstream = inputs(*shape)
     lam = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    leaves = [t.clone().requires_grad_() for t in (e, z, tau)]
-    out = noise_fusion(*leaves, delta=DELTA, lam=lam)
-    got = (out, *torch.autograd.grad(out, leaves, upstream))
-    for a, b in zip(got, plain(e, z, tau, lam, upstream)):
-        torch.testing.assert_close(a, b)
+    if shape[1] > 1:
+        lam = lam.transpose(0, 1).contiguous().transpose(0, 1)
+    truth = plain(*(t.double() for t in (e, z, tau, lam, upstream)))
+    same = plain(e, z, tau, lam, upstream)
+    leaves = [t.clone().to(place.device).requires_grad_() for t in (e, z, tau)]
+    lam, gradient = place.put(lam, upstream)
+    with place.forced("noise_fusion", declines=GIVEN):
+        out = noise_fusion(*leaves, delta=DELTA, lam=lam)
+        got = (out, *torch.autograd.grad(out, leaves, gradient))
+    for name, *three in zip(("E", "de", "dz", "dtau"), got, same, truth):
+        assert_close_to_truth(three[0].cpu(), *three[1:], name=name)
+
+
+def test_gradient_of_lam(place):
+    e, z, tau, upstream = place.put(*inputs(2, 5, 12))
+    lam = torch.full_like(e, 0.25).requires_grad_()
+    with place.forced("noise_fusion", declines={Backend.CPP, Backend.TRITON}):
+        out = noise_fusion(e, z, tau, delta=DELTA, lam=lam)
+    (got,) = torch.autograd.grad(out, lam, upstream)
+    torch.testing.assert_close(got, upstream * (z + tau)[:, None])
+
+
+# --- behind an Euler update -----------------------------------------------------------------
+
+
+def update(e, z, pred, z0, tau, lam, steps):
+    """Eq. 23 and eq. 14 as written."""
+    z = z + (pred - z0) / steps
+    return z, e + lam * (z + tau)[:, None, :]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 0, 8), (2, 3, 1028)])
+def test_update_and_fusion(place, shape, given):
+    batch, length, channels = shape
+    shared = batch % 2 == 1  # one time for all rows
+    e, z, tau, _ = inputs(*shape, shared_tau=shared)
+    g = torch.Generator().manual_seed(9)
+    pred, z0 = torch.randn(2, batch, channels, generator=g)
+    z = torch.stack((z, z), -1)[..., 0]
+    rows, step = torch.arange(batch) * 3 + 1, 3
+    drawn = noise.lam(SEED, rows, step, length, channels, DELTA)
+    exact = exact_lam(rows, step, length, channels, DELTA)
+    if given:
+        drawn = torch.randn(shape, generator=g)
+        exact = drawn.double()
+    truth = update(*(t.double() for t in (e, z, pred, z0, tau)), exact, 7)
+    same = update(e, z, pred, z0, tau, drawn, 7)
+    tensors = place.put(e, z, pred, z0, tau)
+    seed, names, drawn = place.put(SEED, rows, drawn)
+    options = {"lam": drawn} if given else {"seed": seed, "rows": names, "step": step}
+    with place.forced("noise_fusion", declines=GIVEN if given else False):
+        got = euler_noise_fusion(*tensors, steps=7, delta=DELTA, **options)
+    for name, *three in zip(("z", "E"), got, same, truth):
+        assert_close_to_truth(three[0].cpu(), *three[1:], name=name)
+
+
+def test_gradients_through_an_update(place):
+    e, z, tau, upstream = inputs(2, 5, 12)
+    pred, z0 = z.flip(0), z.flip(1)
+    seed = SEED.to(place.device)
+    leaves = [t.clone().to(place.device).requires_grad_() for t in (e, z, pred, z0, tau)]
+    with place.forced("noise_fusion"):
+        z_next, out = euler_noise_fusion(*leaves, steps=3, delta=DELTA, seed=seed)
+    upstream = upstream.to(place.device)
+    got = torch.autograd.grad((z_next, out), leaves, (upstream[:, 0], upstream))
+    lam = noise.lam(seed, torch.arange(2, device=place.device), 0, 5, 12, DELTA)
+    expected = update(*leaves, lam, 3)
+    expected = torch.autograd.grad(expected, leaves, (upstream[:, 0], upstream))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"pred": torch.zeros(3, 8)}, ValueError, r"pred must be .*B = 2.*got \(3, 8\)"),
+        ({"z0": torch.zeros(2, 7)}, ValueError, r"z0 must be .*got \(2, 7\)"),
+        ({"tau": torch.zeros(7)}, ValueError, r"tau must be .*got \(7,\)"),
+        ({"pred": torch.zeros(2, 8).double()}, TypeError, "pred is torch.float64"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_inputs_of_an_update_are_named(change, error, message):
+    arguments = {name: torch.zeros(2, 8) for name in ("z", "pred", "z0", "tau")}
+    arguments |= {"e": torch.zeros(2, 5, 8), "steps": 3, "delta": 0.1}
+    with pytest.raises(error, match=message):
+        euler_noise_fusion(**{**arguments, **change})
 
 
 def test_published_draws_are_torch_normal():

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from fmrec_fast import FMRecConfig, checkpoint, training
+from fmrec_fast import backend as backend_module
+from fmrec_fast.backend import availability, dispatch_log, use_backend, use_rng
+from fmrec_fast.capture import Capture
 from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.data import Dataset, TrainingSamples, synthetic_dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
@@ -309,6 +312,220 @@ def test_resume_refuses_another_run(tmp_path, tiny):
     more = Dataset.from_histories([*histories, [1, 2, 3, 4]], item_ids=tiny.item_ids)
     with pytest.raises(CheckpointError, match="on other histories of the same items"):
         Trainer(more, config, tmp_path / "run").fit(resume=True)
+
+
+# ---------------------------------------------------------------------------- steps as a graph
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_steps_through_static_buffers_are_the_same_to_the_bit(tmp_path, tiny, optimizer):
+    """All of a graph but its capture: batches of the whole size go through `Capture`, the others
+    do not; the learning rate changes on the way."""
+    config = TINY.replace(optimizer=optimizer, decay_step=1, epochs=3)
+    Trainer(tiny, config, tmp_path / "eager", graph=False).fit()
+    trainer = Trainer(tiny, config, tmp_path / "graph", graph=True)
+    with dispatch_log() as log:
+        trainer.fit()
+    assert trainer._graphed.capture is not None
+    assert "history_loss" in {entry.op for entry in log}
+    assert_same_run(tmp_path / "eager", tmp_path / "graph")
+    # The first batch makes the optimizer's state; of nine, three are short.
+    replays = []
+    fresh = Trainer(tiny, config, tmp_path / "count", graph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Capture.replay
+        patch.setattr(Capture, "replay", lambda self: replays.append(1) or whole(self))
+        fresh.fit()
+    assert len(replays) == 5
+
+
+def test_resumed_between_replays(tmp_path, tiny, whole):
+    for after in (3, 5, 9):
+        run = tmp_path / f"after-{after}"
+        with pytest.raises(Interrupted):
+            Trainer(
+                tiny, TINY, run, graph=True, checkpoint_steps=1, listener=Interrupt(after)
+            ).fit()
+        trainer = Trainer(tiny, TINY, run, graph=True)
+        trainer.fit(resume=True)
+        assert_same_run(whole, run)
+        # And the same trainer once more, whose graph knows the replaced state no longer.
+        trainer.fit(resume=True)
+        assert_same_run(whole, run)
+
+
+def test_bf16_changes_the_linear_layers_of_training_only(tmp_path, tiny):
+    config = TINY.replace(epochs=1, precision="bf16")
+    trainer = Trainer(tiny, config, tmp_path / "near")
+    sequence, target = trainer.samples.batch(torch.arange(40))
+    losses = {}
+    for precision in ("float32", "bf16"):
+        trainer.model.fm.xstart_model.att.precision = precision
+        for training_mode in (True, False):
+            trainer.model.train(training_mode)
+            with torch.no_grad():
+                found = training.training_losses(trainer.model, sequence, target, seed=3)
+            losses[precision, training_mode] = found.total.item()
+    assert losses["bf16", False] == losses["float32", False]
+    assert losses["bf16", True] != losses["float32", True]
+    assert losses["bf16", True] == pytest.approx(losses["float32", True], rel=1e-2)
+    trainer.fit()
+    kept = checkpoint.load(checkpoint.locate(tmp_path / "near", "last"))
+    assert all(value.dtype == torch.float32 for value in kept["model"].values())
+    with pytest.raises(CheckpointError, match="precision: 'bf16' -> 'float32'"):
+        Trainer(tiny, TINY.replace(epochs=1), tmp_path / "near").fit(resume=True)
+
+
+def test_a_graph_cannot_hold_published_draws(tmp_path, tiny):
+    with (
+        use_rng("published"),
+        pytest.raises(ValueError, match=r"graph must be None or False.*True"),
+    ):
+        Trainer(tiny, TINY, tmp_path / "run", graph=True).fit()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_step_waits_for_nothing(tmp_path, tiny, monkeypatch, backend):
+    """On the device 'meta' there is nothing to look at: a step that looked would fail. Copies
+    from the host, which no graph can hold, are made by two functions only."""
+    trainer = Trainer(tiny, TINY, tmp_path / "run", device="cpu")
+    trainer.device = torch.device("meta")
+    trainer.model.to("meta")
+    trainer.samples = TrainingSamples(tiny, TINY.max_len, "meta")
+    for name in ("tally", "rate"):
+        setattr(trainer, name, getattr(trainer, name).to("meta"))
+    trainer.sums, trainer.bad_step, trainer.steps = trainer.tally.split((4, 1, 1))
+    # Fused optimizers do not run there; that Adam does not look is what its `capturable` says.
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    if backend == "triton":
+        from fmrec_fast.kernels import dropout, history_loss, noise_fusion
+
+        monkeypatch.setattr(backend_module, "availability", lambda *_: None)
+        monkeypatch.setattr(dropout, "dropout", lambda *_, **__: None)
+        for module in (history_loss, noise_fusion):
+            monkeypatch.setattr(module, "_launch", lambda *_, **__: None)
+
+    def no_copy(*args, **kwargs):
+        device = kwargs.get("device")
+        assert device is None or torch.device(device).type == "cpu", (args, kwargs)
+        return original[0](*args, **kwargs)
+
+    original = [torch.tensor]
+    monkeypatch.setattr(torch, "tensor", no_copy)
+    monkeypatch.setattr(torch, "as_tensor", no_copy)
+    index = torch.arange(40, device="meta")
+    with use_backend(backend), dispatch_log() as log:
+        trainer._train_step(index)
+    ran = {entry.op: entry.backend.value for entry in log}
+    assert {ran[op] for op in ("history_loss", "noise_fusion", "dropout")} == {backend}
+    for probe in (lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            probe(trainer.tally)
+
+
+@pytest.mark.skipif(availability("triton") is not None, reason=f"triton: {availability('triton')}")
+def test_a_step_of_triton_kernels_is_that_of_the_definitions(tmp_path, tiny):
+    trainer = Trainer(tiny, TINY, tmp_path / "run")
+    model = trainer.model.train()
+    sequence, target = trainer.samples.batch(torch.arange(0, 64, 8))
+    found = {}
+    for backend in ("reference", "triton"):
+        model.zero_grad()
+        with use_backend(backend), dispatch_log() as log:
+            losses = training.training_losses(model, sequence, target, seed=5)
+            losses.total.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[backend] = (vars(losses), gradients)
+    ran = {entry.op for entry in log if entry.backend.value == "triton"}
+    assert ran >= {"noise_fusion", "dropout", "history_loss"}
+    for one, other in zip(*found.values(), strict=True):
+        assert list(one) == list(other)
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_captured_steps_are_those_of_eager(tmp_path, tiny, optimizer):
+    config = TINY.replace(optimizer=optimizer, decay_step=1)
+    torch.cuda.manual_seed(3)
+    Trainer(tiny, config, tmp_path / "eager", device="cuda", graph=False).fit()
+    torch.cuda.manual_seed(3)
+    trainer = Trainer(tiny, config, tmp_path / "graph", device="cuda")
+    trainer.fit()
+    assert trainer._graphed.capture.graph is not None
+    for one, other in zip(records(tmp_path / "eager"), records(tmp_path / "graph"), strict=True):
+        assert one["lr"] == other["lr"]
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_resumes(tmp_path, tiny):
+    Trainer(tiny, TINY, tmp_path / "whole", device="cuda").fit()
+    with pytest.raises(Interrupted):
+        Trainer(
+            tiny, TINY, tmp_path / "run", device="cuda", checkpoint_steps=2, listener=Interrupt(7)
+        ).fit()
+    Trainer(tiny, TINY, tmp_path / "run", device="cuda").fit(resume=True)
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "run"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_replays_draw_anew_and_nothing_waits(tmp_path, tiny):
+    trainer = Trainer(tiny, TINY.replace(lr=1e-30), tmp_path / "run", device="cuda")
+    trainer.model.train()
+    index = torch.arange(40, device="cuda")
+    losses = []
+    for step in range(6):
+        trainer.sums.zero_()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            trainer._graphed(index)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(trainer.sums.tolist())
+    assert len({tuple(loss) for loss in losses}) == 6
+
+
+# ---------------------------------------------------------------------------- memory
+
+LARGE = """
+import sys
+from pathlib import Path
+import torch
+from fmrec_fast import FMRecConfig
+from fmrec_fast.data import Dataset
+from fmrec_fast.training import Trainer
+
+items, run = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dataset = Dataset.from_histories([range(1, items // 2), range(items // 2, items)])
+config = FMRecConfig(
+    hidden_size=32, decoder_dims=(64, 32), max_len=9, num_blocks=2, last=1, sample_N=1, batch_size=8
+)
+Trainer(dataset, config, run, max_steps=3, checkpoint_seconds=1e9).fit()
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_what_an_item_costs_in_memory(tmp_path):
+    """Weights, gradients and two moments of both tables; one more gradient of the embeddings, from
+    the lookups; the scores of the batch and their gradient; and of data, which names each item by
+    a Python object, 200 bytes. Not a table more."""
+    peaks = []
+    for items in (50_000, 200_000):
+        command = [sys.executable, "-c", LARGE, str(items), str(tmp_path / str(items))]
+        # Freed blocks go back at once: the peak is that of what is in use.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    per_item = (peaks[1] - peaks[0]) / 150_000
+    tables, embeddings, scores = 4 * 4 * (32 + 32), 4 * 32, 4 * 8
+    print(f"{per_item:.0f} bytes per item, {tables} of them for the tables")
+    assert tables < per_item < tables + embeddings + 3 * scores + 200
 
 
 # ---------------------------------------------------------------------------- the published loop

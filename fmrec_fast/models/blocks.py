@@ -100,12 +100,20 @@ class TransformerStack(nn.Module):
 
     variant = FMREC
 
-    def __init__(self, hidden_size: int, num_blocks: int, num_heads: int, attention: str) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int,
+        num_heads: int,
+        attention: str,
+        precision: str = "float32",
+    ) -> None:
         super().__init__()
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(hidden_size) for _ in range(num_blocks)
         )
         self.num_heads, self.attention = num_heads, attention
+        self.precision = precision  # of the linear layers in training
 
     def weights(self) -> list[BlockWeights]:
         """The parameters of all blocks."""
@@ -139,7 +147,33 @@ class TransformerStack(nn.Module):
             paths=paths,
             cross=cross,
             context=context,
+            linear_precision=self.precision if self.training else "float32",
         )
+
+
+class _LookUp(torch.autograd.Function):
+    """Two lookups in one table, with one dense gradient: of a large table each takes much memory,
+    and as long to fill with zeros and to add up."""
+
+    @staticmethod
+    def forward(ctx, table, first, second):
+        ctx.save_for_backward(first, second)
+        ctx.rows = len(table)
+        return nn.functional.embedding(first, table), nn.functional.embedding(second, table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_first, of_second):
+        first, second = ctx.saved_tensors
+        ids = torch.cat((first.flatten(), second.flatten()))
+        gradients = torch.cat((of_first.flatten(0, -2), of_second.flatten(0, -2)))
+        dense = torch.ops.aten.embedding_dense_backward(gradients, ids, ctx.rows, -1, False)
+        return dense, None, None
+
+
+def look_up(table: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F.embedding(first, table), F.embedding(second, table))``."""
+    return _LookUp.apply(table, first, second)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:

@@ -141,6 +141,7 @@ class FaveStack(TransformerStack):
             for _ in range(config.num_blocks)
         )
         self.num_heads, self.attention = config.num_heads, config.attention
+        self.precision = config.precision
 
     def cross_weights(self) -> list[CrossWeights]:
         """The parameters of the cross-attention steps."""

@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrec_fast import flow
+from fmrec_fast import flow, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
-from fmrec_fast.ops import euler_sampler, history_loss, item_cross_entropy, noise_fusion
+from fmrec_fast.models.blocks import LayerNorm, TransformerStack, look_up, sinusoid
+from fmrec_fast.ops import (
+    euler_sampler,
+    history_loss,
+    item_cross_entropy,
+    noise_fusion,
+    picard_sweep,
+)
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
+from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
@@ -23,6 +30,7 @@ from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+INTEGRATORS = ("euler", "parallel", "auto")
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,11 @@ class XStartModel(nn.Module):
     def make_stack(self, config: FMRecConfig) -> TransformerStack:
         """The transformer."""
         return TransformerStack(
-            config.hidden_size, config.num_blocks, config.num_heads, config.attention
+            config.hidden_size,
+            config.num_blocks,
+            config.num_heads,
+            config.attention,
+            config.precision,
         )
 
     def embed_time(self, t: Tensor) -> Tensor:
@@ -311,7 +323,6 @@ class FMRec(nn.Module):
             variant=network.att.variant,
         )
 
-    @torch.no_grad()
     def integrate(
         self,
         item_rep: Tensor,
@@ -323,23 +334,108 @@ class FMRec(nn.Module):
         rows: Tensor | None = None,
         noise: Tensor | None = None,
         return_trajectory: bool = False,
+        method: str = "euler",
+        sweeps: int | None = None,
+        tol: float | None = None,
+        precision: str = "float32",
+        padding: str = "published",
     ) -> Tensor:
-        """q Euler steps (eq. 23) from z0 [B, D]; see `ops.euler_sampler`.
+        """q Euler steps (eq. 23) from z0 [B, D]: [B, D], or the q + 1 points [q + 1, B, D].
 
         A network in training mode samples through its dropouts, as published: step by step
         through the whole network.
+
+        Args:
+            method: 'euler', step by step; 'parallel', all steps at once; 'auto': see `sample`.
+            sweeps, tol: of 'parallel', see `picard.iterate`.
+            precision: of the encoder's matrix products.
+            others: see `ops.euler_sampler`.
+
+        Raises:
+            TypeError, ValueError: an option is off, or not for this method.
         """
+        return self.integrate_with_residual(
+            item_rep,
+            mask_seq,
+            z0,
+            steps=steps,
+            seed=seed,
+            rows=rows,
+            noise=noise,
+            return_trajectory=return_trajectory,
+            method=method,
+            sweeps=sweeps,
+            tol=tol,
+            precision=precision,
+            padding=padding,
+        )[0]
+
+    @torch.no_grad()
+    def integrate_with_residual(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        *,
+        steps: int | None = None,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_trajectory: bool = False,
+        method: str = "euler",
+        sweeps: int | None = None,
+        tol: float | None = None,
+        precision: str = "float32",
+        padding: str = "published",
+    ) -> tuple[Tensor, Tensor]:
+        """`integrate`, and the residual [B] of method 'parallel'; step by step it is 0."""
         network = self.xstart_model
+        check_precision(precision)
+        if method not in INTEGRATORS:
+            raise ValueError(f"method must be one of {INTEGRATORS}, got {method!r}")
+        if method == "euler" and (sweeps is not None or tol is not None):
+            raise ValueError(
+                f"method 'euler' has no sweeps; got sweeps = {sweeps!r} and tol = {tol!r}"
+            )
+        picard.check_options(sweeps, tol)
         times = flow.step_times(self.steps if steps is None else steps, self.eps, z0.device)
         source = random_source(len(z0), z0.device, seed=seed, rows=rows)
+        delta = network.lambda_uncertainty
+        if method == "auto":
+            able = source.prunes and not network.training
+            length, width = item_rep.shape[1:]
+            work = picard.evaluation_flops(length, width, self.config.num_blocks)
+            wins = picard.prefers_parallel(len(z0), len(times), delta, z0.device, work)
+            method = "parallel" if able and wins else "euler"
+        if network.training and method == "parallel":
+            raise ValueError(
+                "method 'parallel' needs the network in evaluation mode: in training mode it "
+                "samples through its dropouts, step by step"
+            )
+        if network.training and precision != "float32":
+            raise ValueError(
+                f"precision = {precision!r} needs the network in evaluation mode: in training mode "
+                "it samples through its dropouts, in float32"
+            )
         if network.training:
-            return self._integrate_with_dropout(
+            if padding != "published":  # dropout makes padded positions differ
+                raise ValueError(f"padding={padding!r} needs a model in evaluation mode")
+            x = self._integrate_with_dropout(
                 item_rep, mask_seq, z0, times, source, noise, return_trajectory
             )
+            return x, z0.new_zeros(len(z0))
         lam_of_step = None
         if noise is None and isinstance(source, PublishedSource):
-            lam_of_step = partial(source.lam, item_rep.shape, network.lambda_uncertainty)
-        return euler_sampler(
+            lam_of_step = partial(source.lam, item_rep.shape, delta)
+        if method == "parallel":
+            if lam_of_step is not None:
+                noise = torch.stack([lam_of_step() for _ in times])
+            solution = self._integrate_in_parallel(
+                item_rep, mask_seq, z0, times, source, noise, sweeps, tol, precision, padding
+            )
+            x = solution.points.transpose(0, 1) if return_trajectory else solution.points[:, -1]
+            return x, solution.residual
+        x = euler_sampler(
             item_rep,
             mask_seq,
             z0,
@@ -353,7 +449,47 @@ class FMRec(nn.Module):
             trajectory=self.trajectory,
             target=self.target,
             return_trajectory=return_trajectory,
+            precision=precision,
+            padding=padding,
         )
+        return x, z0.new_zeros(len(z0))
+
+    def _integrate_in_parallel(
+        self,
+        item_rep: Tensor,
+        mask_seq: Tensor,
+        z0: Tensor,
+        times: Tensor,
+        source: RandomSource,
+        noise: Tensor | None,
+        sweeps: int | None,
+        tol: float | None,
+        precision: str,
+        padding: str,
+    ) -> picard.Solution:
+        taus = self.xstart_model.embed_time(times * self.time_scale)
+        weights = self.sampler_weights()
+
+        def predict(x: Tensor, active: Tensor | None) -> Tensor:
+            pick = slice(None) if active is None else active
+            return picard_sweep(
+                item_rep[pick],
+                mask_seq[pick],
+                x,
+                taus[: x.shape[1]],
+                weights,
+                seed=source.seed,
+                rows=source.rows[pick],
+                noise=None if noise is None else noise[: x.shape[1], pick],
+                precision=precision,
+                padding=padding,
+            )
+
+        def velocity(prediction: Tensor, active: Tensor | None) -> Tensor:
+            start = z0 if active is None else z0[active]
+            return self.velocity(prediction, start[:, None], times[:, None])
+
+        return picard.iterate(predict, velocity, z0, len(times), sweeps=sweeps, tol=tol)
 
     def _integrate_with_dropout(
         self,
@@ -500,7 +636,10 @@ class FMRecommender(nn.Module):
 
     def embed(self, sequence: Tensor, drop: Drop = no_drop) -> tuple[Tensor, Tensor]:
         """(embedded history [B, L, D], mask [B, L])."""
-        e = drop(self.item_embeddings(sequence), self.embed_dropout.p, EMBEDDING_SITE)
+        return self._prepare(self.item_embeddings(sequence), sequence, drop)
+
+    def _prepare(self, looked_up: Tensor, sequence: Tensor, drop: Drop) -> tuple[Tensor, Tensor]:
+        e = drop(looked_up, self.embed_dropout.p, EMBEDDING_SITE)
         return self.LayerNorm(e), (sequence > 0).to(e.dtype)
 
     def start(
@@ -549,8 +688,8 @@ class FMRecommender(nn.Module):
             )
             return None, x1, None, None, None, z0
         tag = self.check_tag(tag, len(sequence))
-        e, mask = self.embed(sequence, drop)
-        item_tag = self.item_embeddings(tag[:, 0])
+        history, item_tag = look_up(self.item_embeddings.weight, sequence, tag[:, 0])
+        e, mask = self._prepare(history, sequence, drop)
         prediction, tapped, t, z0, x_t = self.fm.flow_step(e, item_tag, mask, source, draws)
         if self.fm.target == "velocity":
             at = t[:, None]

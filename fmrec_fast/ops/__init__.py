@@ -6,21 +6,26 @@ from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
-from fmrec_fast.ops.item_ranking import item_topk, target_rank
+from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
 from fmrec_fast.ops.linear import linear
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
+from fmrec_fast.ops.picard_sweep import picard_sweep
 
 __all__ = [
+    "ItemIndex",
     "StreamDropout",
     "TorchDropout",
     "attention",
     "dropout",
     "encoder",
+    "euler_noise_fusion",
     "euler_sampler",
     "history_loss",
     "item_cross_entropy",
     "item_topk",
     "linear",
     "noise_fusion",
+    "picard_sweep",
+    "prepare_items",
     "target_rank",
 ]

@@ -99,7 +99,7 @@ def dropout(
             position_offset=position_offset,
             position_stride=position_stride,
         )
-    return _Dropout.apply(x, residual, rows, seed, constants, activation == "gelu")
+    return _Dropout.apply(x, residual, rows, seed, constants, activation == "gelu", backend)
 
 
 def _run(
@@ -112,9 +112,18 @@ def _run(
     gelu: bool = False,
     gelu_at: Tensor | None = None,
     times: Tensor | None = None,
+    backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import dropout as kernels
+
+        *place, p = constants
+        residual, gelu_at = (None if t is None else t.contiguous() for t in (residual, gelu_at))
+        numbers = (*place, reference.threshold(p), 1 / (1 - p))
+        kernels.dropout(x, residual, rows, seed, *numbers, out, gelu=gelu, gelu_at=gelu_at)
+        return out
     extension.load().dropout(
         x.detach().numpy(),
         None if residual is None else residual.contiguous().detach().numpy(),
@@ -131,13 +140,13 @@ def _run(
 
 
 class _Dropout(torch.autograd.Function):
-    """The C++ kernel; masks are regenerated in the backward pass, not stored."""
+    """The kernels; masks are regenerated in the backward pass, not stored."""
 
     @staticmethod
-    def forward(ctx, x, residual, rows, seed, constants, gelu):
+    def forward(ctx, x, residual, rows, seed, constants, gelu, backend):
         ctx.save_for_backward(rows, seed, x if gelu else None)
-        ctx.constants = constants
-        return _run(x, residual, rows, seed, constants, gelu=gelu)
+        ctx.constants, ctx.backend = constants, backend
+        return _run(x, residual, rows, seed, constants, gelu=gelu, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -145,8 +154,8 @@ class _Dropout(torch.autograd.Function):
         rows, seed, gelu_at = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at)
-        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None
+            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at, backend=ctx.backend)
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 class _DropoutGelu(torch.autograd.Function):

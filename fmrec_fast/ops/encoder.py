@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, tangents
-from fmrec_fast.backend import Backend, choose, current_backend
-from fmrec_fast.config import ATTENTIONS
+from fmrec_fast.backend import Backend, candidate, choose, current_backend
+from fmrec_fast.config import ATTENTIONS, PRECISIONS
 from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
@@ -47,6 +47,9 @@ def encoder(
     paths: Paths = no_paths,
     cross: Sequence[CrossWeights] | None = None,
     context: Tensor | None = None,
+    precision: str = "float32",
+    first_key_bias: Tensor | None = None,
+    linear_precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-norm transformer blocks over a fused history (paper, section 4.2).
 
@@ -70,13 +73,19 @@ def encoder(
             weights have no biases of norms, and `inv_freq`.
         paths: drop path: (block, branch) -> factors of the rows [B], or None.
         cross, context: Fave's cross-attention steps, one a block, over `context` [B, L, D].
+        precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
+            rounds both operands and multiplies in float32; all else is float32.
+        first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
+            stand for n equal positions. Published attention only.
+        linear_precision: that of the op `linear` for the linear layers alone, with gradients of the
+            same precision: for training. Only with `precision` 'float32'.
 
     Returns:
-        ([B, D], [B, D] of block `tap` or None). Differentiable; the C++ kernel runs only where no
+        ([B, D], [B, D] of block `tap` or None). Differentiable; the kernels run only where no
         gradient is needed.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, heads, `attention` or `tap` are off.
+        TypeError, ValueError: dtypes, shapes, heads, or one of the options are off.
         BackendError: a named backend cannot run.
     """
     sizes: dict[str, int] = {}
@@ -99,13 +108,39 @@ def encoder(
         raise ValueError(f"blocks must have inv_freq where {variant} is rotary, and only there")
     if (cross is None) != (context is None) or (cross is not None and len(cross) != len(blocks)):
         raise ValueError("cross must have one step a block, and come with a context")
+    if first_key_bias is not None:
+        check_shape("first_key_bias", first_key_bias, "B", sizes)
+        check_float(x=x, first_key_bias=first_key_bias)
+        if attention != "published" or variant.rotary:
+            raise ValueError(
+                f"first_key_bias needs 'published' attention without rotation, got {attention!r} "
+                f"and {variant}"
+            )
+    check_precision(precision)
+    if linear_precision != "float32" and precision != "float32":
+        raise ValueError(
+            f"only one of precision and linear_precision may differ from 'float32', got "
+            f"{precision!r} and {linear_precision!r}"
+        )
     parameters = [tensor for block in blocks for tensor in block.tensors()]
-    declined = _declined(x, parameters, attention, drop, p)
-    declined = declined or variant_declined(blocks)
+    declined = (
+        "" if linear_precision == "float32" else "its kernel has one precision for all products"
+    )
+    declined = (
+        declined
+        or _declined(x, parameters, attention, drop, p)
+        or kernel_declines(x, num_heads, precision)
+        or variant_declined(blocks, x.device)
+    )
     if not declined and (paths is not no_paths or cross is not None):
         declined = "its kernel has no drop path and no cross-attention"
-    if choose("encoder", x, *parameters, declined=declined) is Backend.CPP:
-        return _encoder_cpp(x, mask, blocks, num_heads, tap)
+    if first_key_bias is not None and candidate(x.device) is Backend.TRITON:
+        declined = declined or "its Triton kernel has no key bias"
+    backend = choose("encoder", x, *parameters, declined=declined)
+    if backend is Backend.CPP:
+        return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
+    if backend is Backend.TRITON:
+        return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
     return reference.encoder(
         x,
         mask,
@@ -120,10 +155,35 @@ def encoder(
         paths=paths,
         cross=cross,
         context=context,
-        linear=linear,
+        linear=partial(linear, precision=linear_precision),
         norm=_norm,
         attend=_attend(drop, p),
+        precision=precision,
+        first_key_bias=first_key_bias,
     )
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for what is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+
+
+def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
+    """Why the candidate backend's kernel has no such network; empty where it has.
+
+    Args:
+        e: [B, L, D]: its sizes and its device.
+    """
+    backend = candidate(e.device)
+    if backend is Backend.CPP and precision != "float32":
+        return f"its kernel multiplies in float32 only, got precision {precision!r}"
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels.plans import family, plan
+
+        found = plan(e.shape[1], e.shape[2], num_heads, precision, *family(e.device))
+        return found if isinstance(found, str) else ""
+    return ""
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -131,7 +191,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def pack(blocks: list[BlockWeights], num_heads: int, length: int) -> Any:
+def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) -> Any:
     """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
     `length` positions.
 
@@ -145,12 +205,19 @@ def pack(blocks: list[BlockWeights], num_heads: int, length: int) -> Any:
     ]
     rotary, inv_freq = None, blocks[0].inv_freq
     if inv_freq is not None:
+        if length is None:
+            raise ValueError("blocks with rotary embedding are packed for a length, got None")
         rotary = torch.cat(angles(inv_freq.detach(), length), dim=-1).numpy()
     return extension.load().PackedEncoder(arrays, num_heads, rotary)
 
 
-def variant_declined(blocks: list[BlockWeights]) -> str:
-    """Why the C++ kernel does not cover the blocks' norms or rotation; empty where it does."""
+def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
+    """Why the kernel that would run here does not cover the blocks' norms or rotation; empty where
+    it does."""
+    if blocks and blocks[0].norm1_bias is None and candidate(device) is Backend.TRITON:
+        return "its Triton kernel has no RMS norms and no rotary embedding"
+    if not blocks:
+        return ""
     first = blocks[0].inv_freq
     if first is None or first.device.type != "cpu":  # looking would wait for another device
         return ""
@@ -188,7 +255,7 @@ def _attend_without_dropout(
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
-    """Why the C++ kernel does not cover a call; empty where it does."""
+    """Why no kernel covers a call; empty where they may."""
     if attention != "published":
         return f"its kernel has the published attention only, got {attention!r}"
     if drop is not no_drop and p > 0:
@@ -201,7 +268,12 @@ def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p
 
 
 def _encoder_cpp(
-    x: Tensor, mask: Tensor, blocks: list[BlockWeights], num_heads: int, tap: int | None
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    first_key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
@@ -213,5 +285,24 @@ def _encoder_cpp(
         out.numpy(),
         None if tapped is None else tapped.numpy(),
         torch.get_num_threads(),
+        None if first_key_bias is None else first_key_bias.detach().contiguous().numpy(),
+    )
+    return out, tapped
+
+
+def _encoder_triton(
+    x: Tensor,
+    mask: Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    tap: int | None,
+    precision: str,
+) -> tuple[Tensor, Tensor | None]:
+    from fmrec_fast.kernels import encoder as kernels
+
+    out = x.new_empty(x.shape[0], x.shape[2])
+    tapped = None if tap is None else torch.empty_like(out)
+    kernels.encoder(
+        x.contiguous(), mask.contiguous(), blocks, num_heads, precision, tap, out, tapped
     )
     return out, tapped

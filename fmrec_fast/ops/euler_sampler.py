@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,12 +14,21 @@ from torch import Tensor
 
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, candidate, choose
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
-from fmrec_fast.ops.encoder import encoder, needs_gradient, pack, variant_declined
-from fmrec_fast.ops.noise_fusion import noise_fusion
+from fmrec_fast.ops.encoder import (
+    check_precision,
+    encoder,
+    kernel_declines,
+    needs_gradient,
+    pack,
+    variant_declined,
+)
+from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
+from fmrec_fast.reference.noise_fusion import euler_update
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -35,6 +46,16 @@ class SamplerWeights:
     delta: float
     variant: Variant = FMREC
 
+    @cached_property
+    def packed(self) -> Any:
+        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
+        call of the sampler and does not outlive it, so that no change of a weight is missed."""
+        return pack(self.blocks, self.num_heads)
+
+    def packed_for(self, length: int) -> Any:
+        """`packed`; with rotary embedding, for histories of `length` positions."""
+        return pack(self.blocks, self.num_heads, length) if self.variant.rotary else self.packed
+
 
 def euler_sampler(
     e: Tensor,
@@ -51,6 +72,8 @@ def euler_sampler(
     trajectory: str = "straight",
     target: str = "data",
     return_trajectory: bool = False,
+    precision: str = "float32",
+    padding: str = "published",
 ) -> Tensor:
     """The Euler sampler of eq. 23, from noise to the embedding of the next item.
 
@@ -70,6 +93,10 @@ def euler_sampler(
             [q, B, L, D]; `lam_of_step` is called once a step for it (the published host draws).
         trajectory, target: 'straight' and 'data' as published.
         return_trajectory: all q + 1 points instead of the last.
+        precision: of the encoder's matrix products, see `encoder`.
+        padding: 'published', or 'tied': the leading padded positions of a row, whose embeddings
+            must be equal (on CPU this is checked), share the lam of position 0. Being equal,
+            they are computed as one token; see `reference.euler_sampler.tie_padding`.
 
     Returns:
         [B, D], or [q + 1, B, D]. Not differentiable: call under ``torch.no_grad()``.
@@ -78,6 +105,7 @@ def euler_sampler(
         TypeError, ValueError: dtypes or shapes do not agree.
         BackendError: a named backend cannot run.
     """
+    check_precision(precision)
     sizes: dict[str, int] = {}
     check_shape("e", e, "B L D", sizes)
     check_shape("mask", mask, "B L", sizes)
@@ -89,6 +117,11 @@ def euler_sampler(
     elif lam_of_step is None:
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    tied = padding == "tied"
+    if tied:
+        check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
     tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
     if noise is not None:
@@ -101,13 +134,37 @@ def euler_sampler(
         )
     elif noise is None and lam_of_step is not None:
         declined = "its kernel does not draw lam as published"
-    elif sizes["q"] == 0:
-        declined = "there is no step to take"
+    elif sizes["q"] == 0 or not weights.blocks:
+        declined = "there is no step to take, or no block to run"
     elif needs_gradient(*tensors):
         declined = "its kernel has no backward pass, and a gradient is needed"
-    declined = declined or variant_declined(weights.blocks)
-    if choose("euler_sampler", *tensors, declined=declined) is Backend.CPP:
-        return _euler_sampler_cpp(e, mask, z0, taus, weights, seed, rows, noise, return_trajectory)
+    else:
+        declined = kernel_declines(e, weights.num_heads, precision)
+    declined = declined or variant_declined(weights.blocks, e.device)
+    if tied and weights.variant.rotary:
+        declined = declined or "its kernel has no rotary embedding with padding 'tied'"
+    if tied and candidate(e.device) is Backend.TRITON:
+        declined = declined or "its Triton kernel has padding 'published' only"
+    backend = choose("euler_sampler", *tensors, declined=declined)
+    if backend is Backend.CPP:
+        return _euler_sampler_cpp(
+            e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
+        )
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import euler_sampler as kernels
+
+        points = (sizes["q"] + 1,) if return_trajectory else ()
+        out = z0.new_empty((*points, *z0.shape))
+        inputs = (t.contiguous() for t in (e, mask, z0, taus))
+        lam = None if noise is None else noise.contiguous()
+        kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
+        return out
+    grouped = weights.attention == "published" and not weights.variant.rotary
+    if tied and e.device.type == "cpu" and lam_of_step is None and grouped:
+        return _grouped_by_length(
+            e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
+            return_trajectory, precision,
+        )  # fmt: skip
 
     pieces = [slice(None)]
     if e.device.type == "cpu" and lam_of_step is None:  # whose draws are for the whole batch
@@ -127,6 +184,8 @@ def euler_sampler(
             trajectory,
             target,
             return_trajectory,
+            precision,
+            tied=tied,
         )
         for piece in pieces
     ]
@@ -147,23 +206,56 @@ def _composed(
     trajectory: str,
     target: str,
     return_trajectory: bool,
+    precision: str,
+    *,
+    tied: bool = False,
+    padded: int | None = None,
 ) -> Tensor:
-    """The definition over the ops noise_fusion and encoder."""
+    """The definition over the ops noise_fusion and encoder.
+
+    Args:
+        tied: one lam for the leading padded positions of a row.
+        padded: how many there are, the same in every row (at least 1): they become one token.
+    """
+    if padded is not None:
+        kept = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(padded, e.shape[1])))
+        kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
+
+    def lam_of(i: int) -> dict[str, Any]:
+        lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
+        return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
+
+    def network(fused: Tensor) -> Tensor:
+        options: dict[str, Any] = {
+            "num_heads": weights.num_heads,
+            "attention": weights.attention,
+            "precision": precision,
+            "variant": weights.variant,
+        }
+        if padded is not None:
+            last, _ = encoder(
+                fused[:, kept], kept_mask, weights.blocks, first_key_bias=first_key_bias, **options
+            )
+        else:
+            if tied:
+                fused = reference.tie_padding(fused, mask)
+            last, _ = encoder(fused, mask, weights.blocks, **options)
+        return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
+
+    q = taus.shape[0]
+    published = trajectory == "straight" and target == "data"
+    if published and q > 0 and candidate(e.device) is Backend.TRITON:
+        # There each update is one pass with the noise fusion that follows it.
+        x, fused = z0, noise_fusion(e, z0, taus[0], **lam_of(0))
+        points = [z0]
+        for i in range(1, q):
+            x, fused = euler_noise_fusion(e, x, network(fused), z0, taus[i], steps=q, **lam_of(i))
+            points.append(x)
+        points.append(euler_update(x, network(fused) - z0, q))
+        return torch.stack(points) if return_trajectory else points[-1]
 
     def step_network(x: Tensor, i: int) -> Tensor:
-        lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
-        fused = noise_fusion(
-            e, x, taus[i], delta=weights.delta, seed=seed, rows=rows, step=i, lam=lam
-        )
-        last, _ = encoder(
-            fused,
-            mask,
-            weights.blocks,
-            num_heads=weights.num_heads,
-            attention=weights.attention,
-            variant=weights.variant,
-        )
-        return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
+        return network(noise_fusion(e, x, taus[i], **lam_of(i)))
 
     def velocity_of(pred: Tensor, x: Tensor, i: int) -> Tensor:
         if target == "velocity":
@@ -171,8 +263,67 @@ def _composed(
         return flow.velocity(pred, z0, times[i], trajectory)
 
     return reference.euler_sampler(
-        z0, step_network, velocity_of, taus.shape[0], return_trajectory=return_trajectory
+        z0, step_network, velocity_of, q, return_trajectory=return_trajectory
     )
+
+
+def check_equal_padding(e: Tensor, mask: Tensor) -> None:
+    """On the CPU, the leading padded positions of a row must hold equal embeddings.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
+    if e.device.type != "cpu" or e.numel() == 0:  # elsewhere, looking would wait for the device
+        return
+    bits = e.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[e.element_size()])
+    different = (bits != reference.tie_padding(bits, mask)).any(-1)
+    if different.any():
+        row, position = different.nonzero()[0].tolist()
+        raise ValueError(
+            "padding='tied' needs equal embeddings e at the leading padded positions of a row, "
+            f"got another at e[{row}, {position}] than at e[{row}, 0]"
+        )
+
+
+def _grouped_by_length(
+    e: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    times: Tensor,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    trajectory: str,
+    target: str,
+    return_trajectory: bool,
+    precision: str,
+) -> Tensor:
+    """Tied padding: rows with equally many padded positions together, which are then one token."""
+    points = (taus.shape[0] + 1,) if return_trajectory else ()
+    out = z0.new_empty((*points, *z0.shape))
+    padded = reference.leading_padding(mask).clamp(min=1)  # one position is a token already
+    for count in padded.unique().tolist():
+        for index in (padded == count).nonzero()[:, 0].split(CPU_ROWS * e.shape[1]):
+            out[..., index, :] = _composed(
+                e[index],
+                mask[index],
+                z0[index],
+                taus,
+                weights,
+                times,
+                seed,
+                None if rows is None else rows[index],
+                None if noise is None else noise[:, index],
+                None,
+                trajectory,
+                target,
+                return_trajectory,
+                precision,
+                padded=count,
+            )
+    return out
 
 
 def _euler_sampler_cpp(
@@ -185,6 +336,7 @@ def _euler_sampler_cpp(
     rows: Tensor | None,
     noise: Tensor | None,
     return_trajectory: bool,
+    tied: bool,
 ) -> Tensor:
     def array(tensor: Tensor) -> Any:
         return tensor.detach().contiguous().numpy()
@@ -192,7 +344,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        pack(weights.blocks, weights.num_heads, e.shape[1]),
+        weights.packed_for(e.shape[1]),
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),
@@ -205,5 +357,6 @@ def _euler_sampler_cpp(
         weights.delta,
         out.numpy(),
         torch.get_num_threads(),
+        tied,
     )
     return out

@@ -15,7 +15,11 @@ from fmrec_fast.reference import linear as reference
 WIDTH, FEWEST_ROWS = 16, 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+# What the operands of the products may be rounded to.
+LINEAR_PRECISIONS = ("float32", "bf16")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
     """A linear layer.
 
     Equivalent PyTorch::
@@ -25,6 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: [..., I].
         weight: [O, I]; bias: [O].
+        precision: 'float32', or 'bf16': the operands of the product, and of those of its gradients,
+            are rounded to bfloat16, multiplied and added up in float32. Results are float32.
 
     Returns:
         [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do
@@ -38,13 +44,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_shape("weight", weight, "O I", sizes)
     check_shape("bias", bias, "O", sizes)
     check_float(x=x, weight=weight, bias=bias)
+    if precision not in LINEAR_PRECISIONS:
+        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
     declined = ""
     value, tangent = split(x)
     if tangent is not None and not is_dual(weight, bias):
         # The tangent goes through the same product, without the bias.
-        return join(linear(value, weight, bias), linear(tangent, weight, torch.zeros_like(bias)))
+        return join(
+            linear(value, weight, bias, precision=precision),
+            linear(tangent, weight, torch.zeros_like(bias), precision=precision),
+        )
     if is_dual(x, weight, bias):
         declined = NO_RULE
+    elif precision != "float32":
+        declined = f"its kernel multiplies in float32 only, got precision {precision!r}"
     elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
@@ -54,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
     if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
         return _Linear.apply(x, weight, bias)
-    return reference.linear(x, weight, bias)
+    return reference.linear(x, weight, bias, precision)
 
 
 class _Linear(torch.autograd.Function):

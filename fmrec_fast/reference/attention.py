@@ -22,6 +22,7 @@ def mix(
     num_heads: int,
     bias: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
+    operand: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Attention of the last Lq positions over all L, heads side by side: [B, Lq, D].
 
@@ -30,6 +31,7 @@ def mix(
         query_scale: [B, Lq], multiplies the queries.
         bias: None or [B, 1, Lq, L], added to the scores.
         drop: dropout of the probabilities as [B, H * Lq, L], or None.
+        operand: rounds the operands of both products, or None.
     """
     batch, lq, width = q.shape
     length = k.shape[1]
@@ -38,13 +40,17 @@ def mix(
         return x.view(*x.shape[:2], num_heads, width // num_heads).transpose(1, 2)
 
     q, k, v = heads(q * query_scale[..., None]), heads(k), heads(v)
-    if drop is None and not is_dual(q, k, v):  # which PyTorch cannot differentiate forwards
+    if operand is not None:
+        q, k, v = operand(q), operand(k), operand(v)
+    if drop is None and operand is None and not is_dual(q, k, v):  # which is not differentiable so
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     else:
         scores = q @ k.transpose(-1, -2)
         probabilities = softmax(scores if bias is None else scores + bias)
         if drop is not None:
             probabilities = drop(probabilities.view(batch, num_heads * lq, length))
+        if operand is not None:
+            probabilities = operand(probabilities)
         mixed = probabilities.view(batch, num_heads, lq, length) @ v
     return mixed.transpose(1, 2).reshape(batch, lq, width)
 

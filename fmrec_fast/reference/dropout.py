@@ -28,7 +28,7 @@ def dropout_mask(
     (channel // 4, position, site, row) is at least p * 2^32."""
     _, length, channels = shape
     positions = position_offset + position_stride * torch.arange(length, device=rows.device)
-    sites = torch.tensor([site], device=rows.device)
+    sites = torch.full((1,), site, dtype=torch.int64, device=rows.device)
     words = torch.stack(noise.words(seed, rows, sites, positions, channels), dim=-1)
     return words[0].flatten(-2)[..., :channels] >= threshold(p)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -147,6 +148,22 @@ def no_paths(block: int, branch: int) -> None:
     return None
 
 
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """`x` as an operand of a product of this precision, in the dtype of `x`.
+
+    'float32' is `x` itself; 'tf32' keeps 10 bits of mantissa, rounded to nearest, halves away
+    from 0; 'bf16' is bfloat16. The gradient passes as if nothing were rounded.
+    """
+    if precision == "float32":
+        return x
+    if precision == "bf16":
+        near = x.detach().to(torch.bfloat16)
+    else:
+        bits = x.detach().to(torch.float32).view(torch.int32)
+        near = ((bits + 0x1000) & -0x2000).view(torch.float32)
+    return x + (near.to(x.dtype) - x).detach()
+
+
 def dropout_sites(block: int) -> tuple[int, int, int, int, int]:
     """Site numbers of one block, in order of use: attention probabilities, attention output,
     feed-forward inner, feed-forward output, block output. The last norm's site is the first of
@@ -171,6 +188,13 @@ def attention_bias(mask: Tensor, kind: str) -> Tensor | None:
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)[:, None]
 
 
+def first_key_bias_of(bias: Tensor, length: int) -> Tensor:
+    """What is added to the scores [B, 1, L, L] where the first token stands for exp(bias) equal
+    ones: `bias` [B], as a key, to every query."""
+    added = F.pad(bias[:, None], (0, length - 1))
+    return added[:, None, None, :].expand(-1, 1, length, -1)
+
+
 def attention(
     queries_from: Tensor,
     keys_from: Tensor,
@@ -184,6 +208,7 @@ def attention(
     site: int,
     linear: Linear,
     attend: Attend | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
 
@@ -196,6 +221,7 @@ def attention(
         query_mask: [B, Lq], 1 at real positions.
         bias: None or [B, 1, Lq, L].
         attend: computes the whole published attention in the definition's place.
+        precision: see `encoder`; `linear` rounds its own operands.
     """
     length, width = keys_from.shape[1:]
     lq = queries_from.shape[1]
@@ -229,6 +255,7 @@ def attention(
             num_heads=num_heads,
             bias=bias,
             drop=None if drop is no_drop or p == 0 else drop_probabilities,
+            operand=None if precision == "float32" else partial(rounded, precision=precision),
         )
     return linear(mixed, w.output_weight, w.output_bias)
 
@@ -356,6 +383,7 @@ def block(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
 
@@ -380,6 +408,7 @@ def block(
         site=sites[0],
         linear=linear,
         attend=attend,
+        precision=precision,
     )
     x = add_branch(x[:, start:], attended, drop, p, sites[1], start, paths, index, 0)
     if cross is not None and context is not None:
@@ -402,6 +431,10 @@ def block(
     return drop(x, p, sites[4], position_offset=start) if variant.block_dropout else x
 
 
+def _rounded_linear(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
+    return linear_definition(rounded(x, precision), rounded(weight, precision), bias)
+
+
 def encoder(
     x: Tensor,
     mask: Tensor,
@@ -420,6 +453,8 @@ def encoder(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
+    precision: str = "float32",
+    first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All blocks; only the last position leaves.
 
@@ -432,12 +467,19 @@ def encoder(
         cross, context: Fave's cross-attention steps over `context` [B, L, D].
         linear, norm: compute the linear layers and the norms.
         attend: see `attention`.
+        precision: both operands of every product are `rounded` to it and multiplied in float32;
+            with one that is not 'float32', `linear` and `attend` are not used.
+        first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
         ([B, D] output of the last block, [B, D] output of block `tap` or None).
     """
     tapped = None
     bias = attention_bias(mask, attention)
+    if precision != "float32":
+        attend, linear = None, partial(_rounded_linear, precision=precision)
+    if first_key_bias is not None:
+        bias = first_key_bias_of(first_key_bias, x.shape[1])
     for index, weights in enumerate(blocks):
         x = block(
             x,
@@ -456,6 +498,7 @@ def encoder(
             linear=linear,
             norm=norm,
             attend=attend,
+            precision=precision,
         )
         if index == tap:
             tapped = x[:, -1]

@@ -8,6 +8,22 @@ import torch
 from torch import Tensor
 
 
+def leading_padding(mask: Tensor) -> Tensor:
+    """Number of padded positions before the first real one: mask [B, L] -> int64 [B]."""
+    return (mask == 0).long().cumprod(1).sum(1)
+
+
+def tie_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """Definition of ``padding='tied'``: lam [B, L, D] with that of position 0 at every leading
+    padded position of its row.
+
+    As all of them hold the same embedding, tying the fused history is the same.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    padded = positions < leading_padding(mask)[:, None]
+    return torch.where(padded[..., None], x[:, :1], x)
+
+
 def euler_sampler(
     z0: Tensor,
     step_network: Callable[[Tensor, int], Tensor],

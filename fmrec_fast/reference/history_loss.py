@@ -117,11 +117,59 @@ def history_cells(
     return Cells(*(torch.cat(pair) for pair in zip(ones, zeros, strict=True)))
 
 
+class _Gather(torch.autograd.Function):
+    """table[columns], with a sparse gradient (`F.embedding` takes no table of one dimension)."""
+
+    @staticmethod
+    def forward(ctx, table, columns):
+        ctx.save_for_backward(columns)
+        ctx.shape = table.shape
+        return table[columns]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (columns,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(columns[None], grad, ctx.shape, check_invariants=False), None
+
+
+def residuals(hidden: Tensor, weight: Tensor, bias: Tensor, cells: Cells) -> Tensor:
+    """hidden[row] . weight[column] + bias[column] - label of each cell, 0 out of use: [M]."""
+    rows_of_weight = F.embedding(cells.columns, weight)
+    of_bias = F.embedding(cells.columns, bias[:, None])[:, 0]
+    return _residuals(hidden, rows_of_weight, of_bias, cells)
+
+
+def _residuals(hidden: Tensor, of_weight: Tensor, of_bias: Tensor, cells: Cells) -> Tensor:
+    decoded = (F.embedding(cells.rows, hidden) * of_weight).sum(-1) + of_bias
+    return torch.where(cells.use, decoded - cells.label, 0.0)
+
+
+def gradients(
+    grad: Tensor, hidden: Tensor, weight: Tensor, residual: Tensor, cells: Cells
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, weight and bias, from the residuals; what autograd makes of `history_loss`."""
+    g = residual * (2 * grad / max(hidden.shape[0] * weight.shape[0], 1))
+    d_hidden = torch.zeros_like(hidden).index_add_(
+        0, cells.rows, g[:, None] * weight[cells.columns]
+    )
+    d_weight = torch.zeros_like(weight).index_add_(
+        0, cells.columns, g[:, None] * hidden[cells.rows]
+    )
+    return d_hidden, d_weight, weight.new_zeros(len(weight)).index_add_(0, cells.columns, g)
+
+
 def history_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor, cells: Cells, num_items: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cells: Cells,
+    num_items: int,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """sum over used cells of (hidden[row] . weight[column] + bias[column] - label)^2 / (B V)."""
-    decoded = (hidden[cells.rows] * F.embedding(cells.columns, weight)).sum(-1)
-    decoded = decoded + F.embedding(cells.columns, bias[:, None])[:, 0]
-    squared = torch.where(cells.use, (decoded - cells.label) ** 2, 0.0)
-    return squared.sum() / max(hidden.shape[0] * num_items, 1)
+    if sparse_grad:
+        of_weight, of_bias = (_Gather.apply(table, cells.columns) for table in (weight, bias))
+        residual = _residuals(hidden, of_weight, of_bias, cells)
+    else:
+        residual = residuals(hidden, weight, bias, cells)
+    return residual.square().sum() / max(hidden.shape[0] * num_items, 1)

@@ -1,0 +1,84 @@
+"""The transformer stack, last position out, one sequence to a program.
+
+x [B, L, D], mask [B, L], all contiguous float32; out [B, D], and `tapped` [B, D] for the last
+position of block `tap`. The network is `kernels/transformer.py`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.transformer import query_scale, stack
+from fmrec_fast.reference.encoder import BlockWeights
+
+
+@triton.jit(do_not_specialize=["length", "num_blocks", "tap"])
+def encoder_kernel(
+    p_x,
+    p_mask,
+    p_matrices,
+    p_vectors,
+    p_out,
+    p_tapped,
+    length,
+    num_blocks,
+    tap,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One program: one sequence. Grid (B,). p_tapped may be None."""
+    b = tl.program_id(0).to(tl.int64)
+    o_t, o_d = tl.arange(0, T), tl.arange(0, D)
+    o_x = b * length * D + o_t[:, None] * D + o_d[None, :]
+    b_x = tl.load(p_x + o_x, mask=(o_t < length)[:, None], other=0.0).T  # [D, T]
+    b_scale = query_scale(p_mask, b, length, D, H, T)  # [T]
+    if p_tapped is not None:
+        p_tapped += b * D
+    b_last = stack(
+        b_x, b_scale, p_matrices, p_vectors, p_tapped, tap, length, num_blocks,
+        D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
+    )  # fmt: skip
+    tl.store(p_out + b * D + o_d, b_last)
+
+
+def encoder(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    blocks: list[BlockWeights],
+    num_heads: int,
+    precision: str,
+    tap: int | None,
+    out: torch.Tensor,
+    tapped: torch.Tensor | None,
+) -> None:
+    """Launch; shapes as above."""
+    batch, length = x.shape[:2]
+    if batch == 0:
+        return
+    tensors = (x, mask, *pack(blocks, x.shape[2], precision), out, tapped)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        encoder_kernel[(batch,)](
+            *tensors,
+            length,
+            len(blocks),
+            -1 if tap is None else tap,
+            **settings(x, num_heads, precision),
+        )
+
+
+COMPILE_CASES = compile_cases(
+    encoder_kernel,
+    "p_x p_mask p_matrices p_vectors p_out p_tapped",
+    "length num_blocks tap",
+    {},
+)

@@ -1,0 +1,103 @@
+"""What the launches of the persistent kernels share: packed weights, constants, compile cases."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from fmrec_fast.config import PRECISIONS
+from fmrec_fast.kernels.plans import THREADS, family, plan
+from fmrec_fast.reference.encoder import BlockWeights, rounded
+
+# No launch multiplies and adds in one rounding unless the kernel says tl.fma.
+OPTIONS = {"enable_fp_fusion": False}
+# How operands are multiplied; AMD's matrix units take float32 as it is.
+INPUTS = {
+    "cuda": {"float32": "3xtf32", "tf32": "tf32", "bf16": "bf16"},
+    "hip": {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"},
+}
+
+
+def pack(
+    blocks: list[BlockWeights], width: int, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks' parameters as the kernels read them: matrices, rounded, and vectors.
+
+    Packed anew for every call: a few hundred kilobytes to a few megabytes, two small kernels.
+
+    Raises:
+        ValueError: a parameter has not the shape that D = `width` asks for.
+    """
+    wide = {"w1_weight": (4 * width, width), "w2_weight": (width, 4 * width)}
+    wide["w1_bias"] = (4 * width,)
+    for w in blocks:
+        for name, tensor in w._asdict().items():
+            if name == "inv_freq" and tensor is None:  # these kernels do not rotate
+                continue
+            matrix = name.endswith("_weight") and not name.startswith("norm")
+            expected = wide.get(name, (width, width) if matrix else (width,))
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
+    matrices = [
+        getattr(w, f"{name}_weight").detach().reshape(-1)
+        for w in blocks
+        for name in ("query", "key", "value", "output", "w1", "w2")
+    ]
+    vectors = [
+        getattr(w, name).detach()
+        for w in blocks
+        for name in (
+            "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
+            "norm2_weight", "norm2_bias", "w1_bias", "w2_bias",
+        )
+    ]  # fmt: skip
+    packed = torch.cat(matrices)
+    packed = packed.bfloat16() if precision == "bf16" else rounded(packed, precision)
+    return packed, torch.cat(vectors)
+
+
+def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, object]:
+    """The constants and compiler options of a launch over e [B, L, D].
+
+    Raises:
+        ValueError: no plan fits (`plans.plan`).
+    """
+    kind, shared = family(e.device)
+    found = plan(*e.shape[1:], num_heads, precision, kind, shared)
+    if isinstance(found, str):
+        raise ValueError(found)
+    how = "ieee" if triton.knobs.runtime.interpret else INPUTS[kind.split(":")[0]][precision]
+    constants = {"D": e.shape[2], "H": num_heads, "PRECISION": precision, "INPUT": how}
+    warps = THREADS // (64 if torch.version.hip else 32)
+    options = {"num_warps": warps, "num_stages": found.STAGES, **OPTIONS}
+    return {**found._asdict(), **constants, **options}
+
+
+def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
+    """What `budget` compiles: the paper's sizes in each precision, as planned for each target."""
+    types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
+    types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
+    types |= {"delta": "fp32"} if "delta" in types else {}
+    cases = []
+    for kind, shared in (
+        ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
+    ):  # fmt: skip
+        for precision in PRECISIONS:
+            found = plan(50, 128, 4, precision, kind, shared)
+            if isinstance(found, str):
+                raise ValueError(found)
+            how = INPUTS[kind.split(":")[0]][precision]
+            shape = {"D": 128, "H": 4, "PRECISION": precision, "INPUT": how}
+            matrices = "*bf16" if precision == "bf16" else "*fp32"
+            cases.append(
+                {
+                    "kernel": kernel,
+                    "signature": types | {"p_matrices": matrices},
+                    "constants": constants | found._asdict() | shape,
+                    "threads": THREADS,
+                    "options": {"num_stages": found.STAGES, **OPTIONS},
+                    "dtypes": [precision],
+                    "target": kind,
+                }
+            )
+    return cases

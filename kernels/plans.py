@@ -1,0 +1,124 @@
+"""Which networks the persistent kernels take, and how each is laid out on a multiprocessor.
+
+The layouts follow from what the compiler makes of them (docs/performance.md), not from timings: the
+first of a list is preferred, those after it need less shared memory. What is not in the table was
+not compiled, does not fit into shared memory, or spends more than a tenth of the instructions of
+its inner loops on spilled registers; it is declined.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+WIDTHS = (32, 64, 128, 256)
+LONGEST = 128
+WIDEST_HEAD = 64
+THREADS = 256
+# Elements of the weights of queries, keys and values that one product takes: those of the layouts'
+# measurements, D = 128 and heads of 32.
+LARGEST_STACK = 4 * 32 * 128
+
+
+class Plan(NamedTuple):
+    """How one program is cut; the constants are those of `kernels/transformer.py`.
+
+    T rows for a sequence; CHUNK and LAST_CHUNK of the feed-forward's inner channels at a time, in
+    all blocks but the last and in the last; STACKED: queries, keys and values in one product;
+    STAGES of loads in flight in the loops.
+    """
+
+    T: int
+    CHUNK: int
+    LAST_CHUNK: int
+    STACKED: bool
+    STAGES: int
+
+
+class Layout(NamedTuple):
+    """A plan but for T and LAST_CHUNK, and the shared memory that it needs at most, in bytes."""
+
+    chunk: int
+    stacked: bool
+    stages: int
+    shared: int
+
+
+# (widest D, most positions) -> {family of devices -> {precision -> layouts, the best first}}.
+LAYOUTS: dict[tuple[int, int], dict[str, dict[str, list[Layout]]]] = {
+    (128, 64): {
+        "cuda:80": {
+            "float32": [Layout(32, True, 1, 131072)],
+            "tf32": [Layout(64, True, 1, 98304)],
+            "bf16": [Layout(128, True, 2, 98816)],
+        },
+        "cuda:90": {
+            "float32": [Layout(32, True, 1, 197632)],
+            "tf32": [Layout(64, True, 2, 230912), Layout(128, True, 1, 164864)],
+            "bf16": [Layout(128, True, 2, 165376), Layout(64, True, 2, 132608)],
+        },
+        "cuda:100": {
+            "float32": [Layout(32, True, 1, 132104)],
+            "tf32": [Layout(128, True, 1, 164872)],
+            "bf16": [Layout(128, True, 2, 165408)],
+        },
+        "hip:gfx942": {
+            "float32": [Layout(32, True, 1, 65536)],
+            "tf32": [Layout(32, True, 1, 65536)],
+            "bf16": [Layout(64, True, 1, 32768)],
+        },
+    },
+    (128, 128): {
+        "cuda:90": {
+            "tf32": [Layout(64, False, 1, 164864)],
+            "bf16": [Layout(64, True, 2, 181760), Layout(128, True, 1, 99328)],
+        },
+    },
+    (256, 64): {
+        "cuda:90": {"bf16": [Layout(64, False, 1, 99328)]},
+    },
+}
+
+
+def family(device: torch.device) -> tuple[str, int]:
+    """The device's row of `LAYOUTS` and the bytes of shared memory that a program may have.
+
+    A CPU, where Triton interprets, counts as the largest.
+    """
+    if device.type != "cuda":
+        return "cuda:90", 232448
+    if torch.version.hip:
+        return "hip:gfx942", 65536
+    properties = torch.cuda.get_device_properties(device)
+    shared = int(properties.shared_memory_per_block_optin)
+    # Only 9.x has wgmma and only 10.x tcgen05; all others multiply as 8.0 does.
+    return {9: "cuda:90", 10: "cuda:100"}.get(properties.major, "cuda:80"), shared
+
+
+def plan(
+    length: int, width: int, num_heads: int, precision: str, kind: str, shared: int
+) -> Plan | str:
+    """The plan for sequences of `length` positions on a `family` of devices, or why none fits."""
+    if width not in WIDTHS:
+        return f"its kernel takes D in {WIDTHS}, got {width}"
+    if num_heads < 1 or width % num_heads:
+        return f"the heads must divide D = {width}, got {num_heads}"
+    if width // num_heads > WIDEST_HEAD:
+        return f"its kernel takes heads of at most {WIDEST_HEAD} channels, got {width // num_heads}"
+    if not 1 <= length <= LONGEST:
+        return f"its kernel takes L in 1 .. {LONGEST}, got {length}"
+    for (widest, longest), kinds in LAYOUTS.items():
+        if width > widest or length > longest:
+            continue
+        for layout in kinds.get(kind, {}).get(precision, []):
+            if layout.stacked and 4 * width * (width // num_heads) > LARGEST_STACK:
+                continue
+            if layout.shared <= shared:
+                tile = max(16, 1 << (length - 1).bit_length())
+                chunk = min(layout.chunk, 4 * width)
+                return Plan(tile, chunk, 4096 // width, layout.stacked, layout.stages)
+    return (
+        f"its kernel has no layout for D = {width}, L = {length}, {num_heads} heads in {precision} "
+        f"on {kind} with {shared} bytes of shared memory"
+    )

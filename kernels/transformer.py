@@ -1,0 +1,340 @@
+"""The network of one sequence on chip: what the encoder's and the sampler's kernels share.
+
+    E = e + lam * (x + tau)                          (eq. 14)
+    x = x + attn(norm(x)); x = x + ffn(norm(x))      each block
+    pred = norm(the last position of the last block)
+
+One program holds the T >= L rows of one sequence: the residual stream [T, D] stays in registers in
+float32, the weights are read from L2 in tiles as the products need them, and nothing else touches
+device memory. Rows L .. T-1 are padding of the tile: finite, and hidden as keys. Padded positions
+of the *history* are keys like any other; as queries they are zeroed, which is the published
+attention.
+
+The last block is needed at one position only, so none of its products has more than one row, and
+with q' = Wk^T q and Wv (p X) in place of q (Wk X) and p (Wv X) no key and no value is computed:
+16 D^2 multiplications (and 2 H T D for the scores) where keys and values alone would take 2 T D^2.
+It runs in float32 on the ordinary units, whatever the precision.
+
+PRECISION is that of the products' operands: "float32", "tf32" (rounded to nearest here, as the
+matrix units would truncate) or "bf16"; accumulators, norms, softmax and residuals are float32.
+INPUT says how they are multiplied: "3xtf32" or "ieee" for float32, "tf32", "bf16".
+
+Weights come in two tensors of all blocks (`launch.pack`): matrices [blocks, 12 D^2], each [out, in]
+row by row, and vectors [blocks, 13 D] in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from fmrec_fast.kernels.philox import four_normals
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1e-12)
+# Where a block's parameters lie, in units of D^2 and of D.
+KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (1, 2, 3, 4, 8))
+MATRICES = tl.constexpr(12)
+NORM1, B_QUERY, B_VALUE, B_OUTPUT, NORM2, B1, B2 = (tl.constexpr(i) for i in (0, 2, 4, 5, 6, 8, 12))
+VECTORS = tl.constexpr(13)
+
+
+@triton.jit
+def operand(b_x, PRECISION: tl.constexpr, INPUT: tl.constexpr):
+    """float32 values as operands of a product, rounded to nearest."""
+    if PRECISION == "tf32":  # which the matrix units would cut off
+        bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        b_x = bits.to(tl.float32, bitcast=True)
+    elif PRECISION == "bf16":
+        if INPUT == "bf16":
+            b_x = b_x.to(tl.bfloat16)
+        else:  # Triton's interpreter, whose conversion cuts off and which cannot multiply them
+            bits = b_x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            b_x = bits.to(tl.float32, bitcast=True)
+    return b_x
+
+
+@triton.jit
+def product(b_a, b_b, b_c, INPUT: tl.constexpr):
+    """a b + c in float32."""
+    if INPUT == "bf16":
+        b_c = tl.dot(b_a, b_b, b_c)
+    elif INPUT == "3xtf32":
+        # a = a_high + a_low, so too b; the matrix units drop a_low and b_low by themselves, so
+        # that a is read where it lies. Left out is a_low b_low, 2^-22 of the product.
+        b_low = b_a - high_bits(b_a)
+        b_high = high_bits(b_b)
+        b_c = tl.dot(b_low, b_high, b_c, input_precision="tf32")
+        b_c = tl.dot(b_a, b_b - b_high, b_c, input_precision="tf32")
+        b_c = tl.dot(b_a, b_high, b_c, input_precision="tf32")
+    else:  # weights in bf16 too, where Triton interprets
+        b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_c, input_precision=INPUT)
+    return b_c
+
+
+@triton.jit
+def high_bits(b_x):
+    """The leading 10 bits of the mantissa, the rest cut off."""
+    return (b_x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def norm_columns(b_x, p_weight, D: tl.constexpr):
+    """Layer norm of each column of [D, T]; the bias lies behind the weight."""
+    o_d = tl.arange(0, D)
+    b_x -= (tl.sum(b_x, 0) / D)[None, :]
+    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS)  # [T]
+    b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
+    return b_x * b_scale[None, :] * b_weight[:, None] + b_bias[:, None]
+
+
+@triton.jit
+def norm_row(b_x, b_weight, b_bias, D: tl.constexpr):
+    """Layer norm of one row [D]."""
+    b_x -= tl.sum(b_x, 0) / D
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS) * b_weight + b_bias
+
+
+@triton.jit
+def gelu(b_x):
+    """tanh-GELU as h / (1 + exp(-2u)), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
+    b_u = b_x * (0.7978845608028654 + 0.035677408136300125 * b_x * b_x)
+    return b_x / (1.0 + tl.exp2(b_u * (-2.0 * LOG2E)))
+
+
+@triton.jit
+def column_of(b_x, column, T: tl.constexpr):
+    """Column `column` of [D, T]."""
+    return tl.sum(tl.where((tl.arange(0, T) == column)[None, :], b_x, 0.0), 1)
+
+
+@triton.jit
+def project(
+    p_w,
+    p_b,
+    b_h,
+    D: tl.constexpr,
+    DH: tl.constexpr,
+    W: tl.constexpr,
+    T: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One head's queries, keys or values: [W, T]."""
+    if W == DH:
+        b_w, b_bias = tl.load(p_w), tl.load(p_b)  # [W, D], [W]
+    else:
+        m_w = tl.arange(0, W) < DH
+        b_w = tl.load(p_w, mask=m_w[:, None], other=0.0)
+        b_bias = tl.load(p_b, mask=m_w, other=0.0)
+    return product(b_w, b_h, tl.zeros((W, T), tl.float32), INPUT) + b_bias[:, None]
+
+
+@triton.jit
+def block(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    length,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One block of all positions: [D, T] -> [D, T]; b_scale [T] multiplies the queries."""
+    DH: tl.constexpr = D // H
+    # Matrix units take at least 16 channels; a narrower head is filled up with zeros.
+    W: tl.constexpr = DH if DH > 16 else 16
+    o_d = tl.arange(0, D)
+    o_w, o_part = tl.arange(0, W), tl.arange(0, 4 * W)
+    b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION, INPUT)  # [D, T]
+    m_key = (tl.arange(0, T) < length)[:, None]
+    b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
+    for head in tl.range(0, H, num_stages=STAGES):
+        if STACKED:
+            # Queries, keys and values in one product, whose 4 W rows fill the matrix units.
+            o_row = (o_part // W) * (D * D) + (head * DH + o_part % W) * D
+            o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_part % W
+            m_in = (o_part < 3 * W) & (o_part % W < DH)
+            b_w = tl.load(
+                p_matrices + o_row[:, None] + o_d[None, :], mask=m_in[:, None], other=0.0
+            )  # [4 W, D]
+            b_bias = tl.load(p_vectors + o_bias, mask=m_in, other=0.0)  # [4 W]
+            b_qkv = product(b_w, b_h, tl.zeros((4 * W, T), tl.float32), INPUT) + b_bias[:, None]
+            b_qk, b_v = tl.split(tl.permute(tl.reshape(b_qkv, (2, 2, W, T)), (2, 3, 1, 0)))
+            b_q, b_k = tl.split(b_qk)  # [W, T]
+            b_v, _ = tl.split(b_v)
+        else:
+            p_w = p_matrices + (head * DH + o_w)[:, None] * D + o_d[None, :]  # [W, D]
+            p_b = p_vectors + B_QUERY * D + head * DH + o_w
+            b_q = project(p_w, p_b, b_h, D, DH, W, T, INPUT)
+            b_k = project(p_w + KEY * D * D, p_b + D, b_h, D, DH, W, T, INPUT)
+            b_v = project(p_w + VALUE * D * D, p_b + 2 * D, b_h, D, DH, W, T, INPUT)
+        b_q *= b_scale[None, :]
+        o_out = OUTPUT * D * D + o_d[:, None] * D + head * DH + o_w[None, :]  # [D, W]
+        if W == DH:
+            b_wo = tl.load(p_matrices + o_out)
+        else:
+            b_wo = tl.load(p_matrices + o_out, mask=(o_w < DH)[None, :], other=0.0)
+        b_q, b_k = operand(b_q, PRECISION, INPUT), operand(b_k, PRECISION, INPUT)
+        b_s = product(b_k.T, b_q, tl.zeros((T, T), tl.float32), INPUT)  # [keys, queries]
+        b_s = tl.where(m_key, b_s, float("-inf"))
+        b_s = tl.exp2((b_s - tl.max(b_s, 0)[None, :]) * LOG2E)
+        b_total = tl.sum(b_s, 0)
+        b_v, b_s = operand(b_v, PRECISION, INPUT), operand(b_s, PRECISION, INPUT)
+        b_mixed = product(b_v, b_s, tl.zeros((W, T), tl.float32), INPUT)
+        b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
+        b_x = product(b_wo, b_mixed, b_x, INPUT)
+
+    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION, INPUT)
+    b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
+    for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
+        o_c = first + tl.arange(0, CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
+        b_x = product(b_w2, operand(b_inner, PRECISION, INPUT), b_x, INPUT)
+    return b_x
+
+
+@triton.jit
+def last_block(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    length,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+):
+    """The last block at position L - 1: [D, T] -> [D]."""
+    DH: tl.constexpr = D // H
+    o_d = tl.arange(0, D)
+    o_h = tl.arange(0, DH)
+    m_key = tl.arange(0, T) < length
+    b_h = norm_columns(b_x, p_vectors + NORM1 * D, D)  # [D, T]
+    b_query = column_of(b_h, length - 1, T)  # [D]
+    scale = tl.sum(tl.where(tl.arange(0, T) == length - 1, b_scale, 0.0), 0)
+    b_out = column_of(b_x, length - 1, T) + tl.load(p_vectors + B_OUTPUT * D + o_d)
+    for head in range(H):
+        o_head = head * DH + o_h
+        p_w = p_matrices + o_head[:, None] * D + o_d[None, :]  # [DH, D]
+        b_wq = tl.load(p_w).to(tl.float32)
+        b_wk = tl.load(p_w + KEY * D * D).to(tl.float32)
+        b_wv = tl.load(p_w + VALUE * D * D).to(tl.float32)
+        p_wo = p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_head[None, :]  # [D, DH]
+        b_wo = tl.load(p_wo).to(tl.float32)
+        b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
+        # The keys' bias adds the same to all scores of a query.
+        b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
+        b_s = tl.where(m_key, tl.sum(b_h * b_q[:, None], 0), float("-inf"))  # [T]
+        b_s = tl.exp2((b_s - tl.max(b_s, 0)) * LOG2E)
+        b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[None, :], 1)  # [D]
+        b_v = tl.sum(b_wv * b_mixed[None, :], 1) + tl.load(p_vectors + B_VALUE * D + o_head)
+        b_out += tl.sum(b_wo * b_v[None, :], 1)
+    b_weight = tl.load(p_vectors + NORM2 * D + o_d)
+    b_bias = tl.load(p_vectors + NORM2 * D + D + o_d)
+    b_query = norm_row(b_out, b_weight, b_bias, D)
+    b_out += tl.load(p_vectors + B2 * D + o_d)
+    for first in range(0, 4 * D, LAST_CHUNK):
+        o_c = first + tl.arange(0, LAST_CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = tl.sum(b_w1.to(tl.float32) * b_query[None, :], 1)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c))  # [CHUNK]
+        b_out += tl.sum(b_w2.to(tl.float32) * b_inner[None, :], 1)
+    return b_out
+
+
+@triton.jit
+def query_scale(p_mask, b, length, D: tl.constexpr, H: tl.constexpr, T: tl.constexpr):
+    """What multiplies the queries of sequence b: mask / sqrt(D / H), [T]."""
+    o_t = tl.arange(0, T)
+    SCALE: tl.constexpr = (D // H) ** -0.5
+    return tl.load(p_mask + b * length + o_t, mask=o_t < length, other=0.0) * SCALE
+
+
+@triton.jit
+def fuse(
+    p_e,
+    p_noise,
+    b_shift,
+    k0,
+    k1,
+    row,
+    step,
+    delta,
+    length,
+    D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """E = e + lam * shift of one sequence, [D, T]; lam from p_noise unless that is None."""
+    o_t, o_d = tl.arange(0, T), tl.arange(0, D)
+    o_e = o_t[:, None] * D + o_d[None, :]
+    m_e = (o_t < length)[:, None]
+    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
+    if p_noise is not None:
+        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
+    else:
+        G: tl.constexpr = D // 4
+        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
+        b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
+        b_normal = four_normals(k0, k1, b_group, b_position, tl.cast(step, tl.uint32), row)
+        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
+    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
+    return tl.where(m_e, b_x, 0.0).T
+
+
+@triton.jit
+def stack(
+    b_x,
+    b_scale,
+    p_matrices,
+    p_vectors,
+    p_tapped,
+    tap,
+    length,
+    num_blocks,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+    STACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """All blocks: [D, T] -> [D]; block `tap` writes its last position to p_tapped, if there."""
+    for index in range(num_blocks - 1):
+        b_x = block(
+            b_x,
+            b_scale,
+            p_matrices,
+            p_vectors,
+            length,
+            D,
+            H,
+            T,
+            CHUNK,
+            STACKED,
+            STAGES,
+            PRECISION,
+            INPUT,
+        )
+        p_matrices += MATRICES * D * D
+        p_vectors += VECTORS * D
+        if p_tapped is not None:
+            if index == tap:
+                tl.store(p_tapped + tl.arange(0, D), column_of(b_x, length - 1, T))
+    b_last = last_block(b_x, b_scale, p_matrices, p_vectors, length, D, H, T, LAST_CHUNK)
+    if p_tapped is not None:
+        if tap == num_blocks - 1:
+            tl.store(p_tapped + tl.arange(0, D), b_last)
+    return b_last
