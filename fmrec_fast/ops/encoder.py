@@ -111,11 +111,10 @@ def encoder(
     if first_key_bias is not None:
         check_shape("first_key_bias", first_key_bias, "B", sizes)
         check_float(x=x, first_key_bias=first_key_bias)
-        if attention != "published" or variant.rotary:
-            raise ValueError(
-                f"first_key_bias needs 'published' attention without rotation, got {attention!r} "
-                f"and {variant}"
-            )
+        if attention != "published":
+            raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
+        if variant.rotary:
+            raise ValueError(f"first_key_bias needs blocks that do not rotate, got {variant}")
     check_precision(precision)
     if linear_precision != "float32" and precision != "float32":
         raise ValueError(
