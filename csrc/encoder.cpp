@@ -229,7 +229,8 @@ FMREC_INLINE void keys_and_values(const Encoder* e, const PackedBlock* b, const 
     linear(w->normed, stride, &b->key, false, w->key, stride, rows);
     // Whole sequences of L rows, one or several: a ragged group is never rotated.
     for (int64_t first = 0; first < rows; first += e->length) {
-        rotate_rows(e, w->key + first * stride, rows < e->length ? rows : e->length, 0);
+        const int64_t rest = rows - first;
+        rotate_rows(e, w->key + first * stride, rest < e->length ? rest : e->length, 0);
     }
     linear(w->normed, stride, &b->value, false, w->value, stride, rows);
 }

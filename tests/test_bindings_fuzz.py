@@ -298,8 +298,8 @@ def picard_sweep(call: Call) -> None:
 
 
 def recommend(call: Call) -> None:
-    width = packed(call)
     b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 4))
+    width = packed(call, length)
     items = call.draw(st.integers(1, 80))
     k = call.draw(st.integers(0, min(items, 9)))
     for name in ("norm_weight", "norm_bias", "embedded_weight", "embedded_bias"):
