@@ -42,7 +42,7 @@ void pack_panel(const float* weight, std::int64_t depth, std::int64_t columns, s
 const float* pad(const float* vector, std::int64_t columns, float** memory) {
     float* out = *memory;
     const std::int64_t padded = round_up(columns, UNIT);
-    for (std::int64_t j = 0; j < padded; ++j) out[j] = j < columns ? vector[j] : 0.0f;
+    for (std::int64_t j = 0; j < padded; ++j) out[j] = vector && j < columns ? vector[j] : 0.0f;
     *memory += padded;
     return out;
 }
@@ -63,14 +63,21 @@ PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
 }  // namespace
 
 PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
-                             std::int64_t features, std::int64_t heads)
-    : blocks_(blocks.size()), channels_(channels), heads_(heads) {
+                             std::int64_t features, std::int64_t heads, const float* rotary,
+                             std::int64_t length)
+    : blocks_(blocks.size()),
+      channels_(channels),
+      heads_(heads),
+      length_(length),
+      rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
     const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * linear_size(d, d) +
                                     linear_size(d, f) + linear_size(f, d);
     const std::int64_t count = static_cast<std::int64_t>(blocks.size());
-    bytes_ = count * block_size * static_cast<std::int64_t>(sizeof(float));
-    memory_ = allocate_floats(count * block_size, false);
+    const std::int64_t table = rotary ? length * (channels / heads) : 0;
+    const std::int64_t floats = count * block_size + table;
+    bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
+    memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
     for (std::size_t n = 0; n < blocks.size(); ++n) {
         const float* const* a = blocks[n].array;
@@ -85,6 +92,10 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
         b.output = pack(a[OUTPUT_WEIGHT], a[OUTPUT_BIAS], d, d, &memory);
         b.inner = pack(a[INNER_WEIGHT], a[INNER_BIAS], d, f, &memory);
         b.outer = pack(a[OUTER_WEIGHT], a[OUTER_BIAS], f, d, &memory);
+    }
+    if (rotary) {
+        std::memcpy(memory, rotary, static_cast<std::size_t>(table) * sizeof(float));
+        rotary_ = memory;
     }
 }
 
