@@ -205,7 +205,7 @@ def sample(
         for first in starts:
             part = slice(first, None if whole else first + CPU_ROWS)
             e, mask = model.embed(sequences[part])
-            own = random_source(len(e), device, seed=source.seed, rows=source.rows[part])
+            own = random_source(e.shape[0], device, seed=source.seed, rows=source.rows[part])
             draws = TrainingDraws(z0=None if z0 is None else z0[part])
             start = model.start(e, mask, own, draws)
             if method == "rk45":

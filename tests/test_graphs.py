@@ -333,7 +333,7 @@ def test_every_setting_that_the_sampler_reads_is_in_its_key(model, sequences):
     e, mask = model.embed(sequences[:2])
     type(model.fm).integrate_with_residual(fm, e, mask, e[:, 0], seed=1)
     values = {name: getattr(model.fm, name, None) for name in read}
-    known = {"sample_N", "eps", "trajectory", "target", "time_scale", "training", "hidden_size"}
+    known = {"steps", "eps", "trajectory", "target", "time_scale", "training", "hidden_size"}
     assert set(values) <= known | {"lambda_uncertainty"}, values
 
 
