@@ -26,7 +26,7 @@ from benchmarks.table import markdown
 from fmrec_fast.backend import OPS
 
 RESULTS = Path(__file__).parent / "results"
-ALL_OPS = {*OPS, "training_step", "recommend"}
+ALL_OPS = {*OPS, "training_step", "recommend", "fave"}
 # What a CPU is measured by, beside test_cpu.py: ``-k cpu`` chooses these files' cases too.
 OF_A_CPU = ("test_euler_sampler.py", "test_training_step.py")
 

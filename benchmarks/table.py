@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import read_results
 
-END_TO_END = ("euler_sampler", "training_step")
+END_TO_END = ("euler_sampler", "training_step", "fave")
 # The batches whose sampling the README shows; the record holds more.
 README_BATCHES = (1, 32, 512)
 RESULTS = Path(__file__).parent / "results"

@@ -72,7 +72,7 @@ def test_picard_sweep(suite, race, batch):
         flops = {"reference": count_flops(ours, batch)}
     flops |= {b.value: flops["reference"] for b in backends}
     flops |= {name: count_flops(variants[name], batch) for name in ("published", "tuned")}
-    parameters = sum(t.numel() for block in weights.blocks for t in block)
+    parameters = sum(t.numel() for block in weights.blocks for t in block.tensors())
     race(
         "picard_sweep",
         f"B = {batch}, {q} steps at once",

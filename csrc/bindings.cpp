@@ -267,7 +267,7 @@ void noise_fusion_backward(const py::object& grad_, const py::object& rows_, con
 void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
              const py::object& seed, const py::object& site, const py::object& position_offset,
              const py::object& position_stride, double p, const py::object& out_,
-             int num_threads, bool gelu, const py::object& gelu_at_) {
+             int num_threads, bool gelu, const py::object& gelu_at_, const py::object& times_) {
     const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -294,6 +294,14 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
         check_shape(gelu_at, "gelu_at", "[B, P, C]", {a.batch, a.positions, a.channels});
         check_overlap(out, "out", gelu_at, "gelu_at", true);
         a.gelu_at = data<float>(gelu_at);
+    }
+    py::array times;
+    if (!times_.is_none()) {
+        if (gelu_at_.is_none()) throw py::value_error("times needs gelu_at, got None");
+        times = input<float>(times_, "times", 3);
+        check_shape(times, "times", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(out, "out", times, "times", true);
+        a.times = data<float>(times);
     }
     a.gelu = gelu;
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
@@ -949,8 +957,8 @@ const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
     {"w2_bias", "[D]"},
 };
 
-std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
-                                            std::int64_t heads) {
+std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int64_t heads,
+                                            const py::object& rotary_) {
     if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
     std::vector<py::array> kept;  // the arrays, for as long as they are read
     std::vector<BlockArrays> arrays;
@@ -968,6 +976,10 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
                 "blocks[" + std::to_string(n) + "]." + BLOCK_ARRAY_NAMES[i].name;
             const std::string shape = BLOCK_ARRAY_NAMES[i].shape;
             const bool matrix = shape.find(',') != std::string::npos;
+            if ((i == NORM1_BIAS || i == NORM2_BIAS) &&
+                py::object(block[static_cast<std::size_t>(i)]).is_none()) {
+                continue;
+            }
             const py::array array =
                 input<float>(block[static_cast<std::size_t>(i)], name.c_str(), matrix ? 2 : 1);
             if (n == 0 && i == NORM1_WEIGHT) channels = array.shape(0);
@@ -982,6 +994,12 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
             pointers.array[i] = data<float>(array);
             kept.push_back(array);
         }
+        const bool rms = pointers.array[NORM1_BIAS] == nullptr;
+        if (rms != (pointers.array[NORM2_BIAS] == nullptr) ||
+            (n > 0 && rms != (arrays[0].array[NORM1_BIAS] == nullptr))) {
+            throw py::value_error("all norms must have a bias or none, blocks[" +
+                                  std::to_string(n) + "] has both or differs");
+        }
         arrays.push_back(pointers);
     }
     if (channels < 1 || features < 1) throw py::value_error("D and F must be at least 1, got 0");
@@ -989,9 +1007,22 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks,
         throw py::value_error("num_heads must divide D = " + std::to_string(channels) + ", got " +
                               std::to_string(heads));
     }
+    const float* rotary = nullptr;
+    py::array table;
+    std::int64_t length = 0;
+    if (!rotary_.is_none()) {
+        table = input<float>(rotary_, "rotary", 2);
+        length = table.shape(0);
+        if (channels / heads % 2 != 0) {
+            throw py::value_error("a rotated head must have an even width, got " +
+                                  std::to_string(channels / heads));
+        }
+        check_shape(table, "rotary", "[L, D / num_heads]", {length, channels / heads});
+        rotary = data<float>(table);
+    }
     py::gil_scoped_release release;
     return std::unique_ptr<PackedEncoder>(
-        new PackedEncoder(arrays, channels, features, heads));
+        new PackedEncoder(arrays, channels, features, heads, rotary, length));
 }
 
 Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
@@ -1003,6 +1034,12 @@ Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
     encoder.heads = packed.heads();
     encoder.length = length;
     encoder.tap = -1;
+    encoder.rms = packed.rms();
+    encoder.rotary = packed.rotary();
+    if (encoder.rotary && packed.length() != length) {
+        throw py::value_error("rotary must be for L = " + std::to_string(length) +
+                              " positions, got " + std::to_string(packed.length()));
+    }
     return encoder;
 }
 
@@ -1574,8 +1611,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("seed"), py::arg("site"), py::arg("position_offset"),
           py::arg("position_stride"), py::arg("p"), py::arg("out"), py::arg("num_threads"),
           py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
+          py::arg("times").none(true) = py::none(),
           "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
-          "tanh-GELU (gelu), or x * gelu'(gelu_at). out may be x.");
+          "tanh-GELU (gelu), x * gelu'(gelu_at), or x * times * gelu''(gelu_at). out may be x.");
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), "out = x @ weight.T + bias.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
@@ -1620,7 +1658,9 @@ PYBIND11_MODULE(_C, m) {
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
-             "blocks: the arrays of each block, as BlockWeights.")
+             py::arg("rotary") = py::none(),
+             "blocks: the arrays of each block, as BlockWeights, None for the biases of RMS norms; "
+             "rotary: cosines and sines of half a head at each position [L, D / num_heads].")
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),

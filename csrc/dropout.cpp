@@ -18,16 +18,26 @@ int64_t chunks(const Dropout* a) { return a->batch * chunks_per_row(a); }
 
 FMREC_INLINE f32v activated(const Dropout* a, int64_t at) {
     const f32v x = load(a->x + at);
+    if (a->times) return x * load(a->times + at) * gelu_second_derivative(load(a->gelu_at + at));
     return a->gelu_at ? x * gelu_derivative(load(a->gelu_at + at)) : gelu(x);
 }
 
 // The same for the last few elements, which fill no vector.
 void activated_tail(const Dropout* a, int64_t at, int64_t n, float* out) {
-    float x[FLOATS] = {}, pre[FLOATS] = {};
-    __builtin_memcpy(x, a->x + at, (size_t)n * sizeof(float));
-    if (a->gelu_at) __builtin_memcpy(pre, a->gelu_at + at, (size_t)n * sizeof(float));
-    const f32v value = a->gelu_at ? load(x) * gelu_derivative(load(pre)) : gelu(load(x));
-    store(out, value);
+    float x[FLOATS] = {}, pre[FLOATS] = {}, times[FLOATS] = {};
+    const size_t bytes = (size_t)n * sizeof(float);
+    Dropout part = *a;
+    __builtin_memcpy(x, a->x + at, bytes);
+    part.x = x;
+    if (a->gelu_at) {
+        __builtin_memcpy(pre, a->gelu_at + at, bytes);
+        part.gelu_at = pre;
+    }
+    if (a->times) {
+        __builtin_memcpy(times, a->times + at, bytes);
+        part.times = times;
+    }
+    store(out, activated(&part, 0));
 }
 
 void apply_run_activated(const Dropout* a, const uint32_t* words, int64_t at, int64_t n) {

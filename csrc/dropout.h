@@ -1,5 +1,6 @@
 // Counter-based dropout, with an optional residual added: out = residual + mask * f(x) / (1 - p).
-// f is the identity or tanh-GELU; for the backward pass of the latter, f(x) = x * gelu'(gelu_at).
+// f is the identity or tanh-GELU; for the backward pass of the latter, f(x) = x * gelu'(gelu_at),
+// and for that of its tangents f(x) = x * times * gelu''(gelu_at).
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +13,7 @@ struct Dropout {
     const float* x;         // [B, P, C]
     const float* residual;  // [B, P, C] or null
     const float* gelu_at;   // [B, P, C] or null
+    const float* times;     // [B, P, C] or null; only with gelu_at
     bool gelu;
     float* out;             // [B, P, C]; may be x
     const int64_t* rows;    // [B]

@@ -79,6 +79,26 @@ int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     return memory - start;
 }
 
+// Rotates the pairs (j, j + W / 2) of every head in `rows` rows, the first at position `first`.
+FMREC_INLINE void rotate_rows(const Encoder* e, float* x, int64_t rows, int64_t first) {
+    if (!e->rotary) return;
+    const int64_t width = e->channels / e->heads, half = width / 2;
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* cosine = e->rotary + (first + i) * width;
+        const float* sine = cosine + half;
+        for (int64_t h = 0; h < e->heads; ++h) {
+            float* low = x + i * row_stride(e->channels) + h * width;
+            float* high = low + half;
+#pragma omp simd
+            for (int64_t j = 0; j < half; ++j) {
+                const float a = low[j], b = high[j];
+                low[j] = a * cosine[j] - b * sine[j];
+                high[j] = b * cosine[j] + a * sine[j];
+            }
+        }
+    }
+}
+
 #if !defined(__AMX_BF16__)
 // c = a weight + bias, or c += ... : inner columns [first, first + columns) of the matrix.
 FMREC_INLINE void linear(const float* a, int64_t a_row, const PackedLinear* w, int64_t first,
@@ -111,7 +131,7 @@ void feed_forward(const Encoder* e, const PackedBlock* b, float* x, int64_t rows
                   float* inner) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t inner_row = INNER + UNIT;
-    const LayerNorm norm = {b->norm2.weight, b->norm2.bias, e->channels, padded};
+    const LayerNorm norm = {b->norm2.weight, b->norm2.bias, e->channels, padded, e->rms};
     layer_norm(&norm, x, normed, stride, rows);
     const int64_t features = b->inner.columns, all = round_up(features, UNIT);
     for (int64_t first = 0; first < features; first += INNER) {
@@ -237,9 +257,14 @@ FMREC_INLINE void keys_and_values(const Encoder* e, const PackedBlock* b, const 
                                   const float* x, int64_t rows) {
     const int64_t stride = row_stride(e->channels);
     const LayerNorm norm = {b->norm1.weight, b->norm1.bias, e->channels,
-                            round_up(e->channels, UNIT)};
+                            round_up(e->channels, UNIT), e->rms};
     layer_norm(&norm, x, w->normed, stride, rows);
     linear(w->normed, stride, &b->key, false, w->key, stride, rows);
+    // Whole sequences of L rows, one or several: a ragged group is never rotated.
+    for (int64_t first = 0; first < rows; first += e->length) {
+        const int64_t rest = rows - first;
+        rotate_rows(e, w->key + first * stride, rest < e->length ? rest : e->length, 0);
+    }
     linear(w->normed, stride, &b->value, false, w->value, stride, rows);
 }
 
@@ -265,6 +290,7 @@ void block(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
     const int64_t queries = length - padding;
     if (queries > 0) {
         linear(w->normed + padding * stride, stride, &b->query, false, w->query, stride, queries);
+        rotate_rows(e, w->query, queries, padding);
         const Attended a = {w->query, mask + padding, queries, w->key,  w->value,
                             length,   0.0f,           w->query};
         attention(e, w, &a);
@@ -325,6 +351,7 @@ void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, 
         linear(w.last_normed + first * stride, stride, &b->query, false, w.query, stride,
                end - first);
         for (int64_t s = first; s < end; ++s) {
+            rotate_rows(e, w.query + (s - first) * stride, 1, e->length - 1);
             const int64_t row = row_of(e, r, s) - base, length = row_of(e, r, s + 1) - base - row;
             const Attended a = {w.query + (s - first) * stride, mask + base + row + length - 1, 1,
                                 w.key + row * stride, w.value + row * stride, length,

@@ -46,6 +46,9 @@ struct Encoder {
     const PackedBlock* blocks;
     int64_t num_blocks, channels, heads, length;
     int64_t tap;  // the block whose output is tapped, or -1
+    // Fave's variant: RMS norms in the blocks, and queries and keys rotated by their position.
+    bool rms;
+    const float* rotary;  // [L, D / H]: cosines, then sines, of half a head each; or null
 };
 
 // Of the rows of activations.

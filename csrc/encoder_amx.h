@@ -26,7 +26,7 @@ FMREC_INLINE void split_rows(const Encoder* e, const float* x, int64_t rows, uin
 
 FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* x, float* out,
                             int64_t rows) {
-    const LayerNorm norm = {n->weight, n->bias, e->channels, round_up(e->channels, UNIT)};
+    const LayerNorm norm = {n->weight, n->bias, e->channels, round_up(e->channels, UNIT), e->rms};
     layer_norm(&norm, x, out, row_stride(e->channels), rows);
 }
 
@@ -77,6 +77,20 @@ FMREC_INLINE int64_t padding_of(const Encoder* e, const Ragged* r, const float* 
     return padding;
 }
 
+// The norm of a chunk's rows, their keys and their values.
+FMREC_INLINE void amx_keys_and_values(const Encoder* e, const PackedBlock* b, const Workspace* w,
+                                      const float* x, int64_t rows) {
+    const int64_t stride = row_stride(e->channels);
+    norm_rows(e, &b->norm1, x, w->normed, rows);
+    split_rows(e, w->normed, rows, w->planes);
+    amx_linear(w->planes, &b->key, false, w->key, stride, rows);
+    // Whole sequences of L rows: a ragged group is never rotated.
+    for (int64_t row = 0; e->rotary && row < rows; row += e->length) {
+        rotate_rows(e, w->key + row * stride, e->length, 0);
+    }
+    amx_linear(w->planes, &b->value, false, w->value, stride, rows);
+}
+
 // x = block(x) at all positions of the sequences first .. end - 1, a chunk; x is the group's.
 void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
                const float* mask, const Ragged* r, int64_t first, int64_t end) {
@@ -84,10 +98,7 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
     const int64_t base = row_of(e, r, first), rows = row_of(e, r, end) - base;
     x += base * stride;
     mask += base;
-    norm_rows(e, &b->norm1, x, w->normed, rows);
-    split_rows(e, w->normed, rows, w->planes);
-    amx_linear(w->planes, &b->key, false, w->key, stride, rows);
-    amx_linear(w->planes, &b->value, false, w->value, stride, rows);
+    amx_keys_and_values(e, b, w, x, rows);
     // The rows that have queries move together.
     int64_t queries = 0;
     for (int64_t s = first; s < end; ++s) {
@@ -100,7 +111,7 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
     amx_linear(w->planes, &b->query, false, w->query, stride, queries);
     // What the heads mix, and the mean of the values for the padding, takes the norm's place.
     float* mixed = w->normed;
-    const float* query = w->query;
+    float* query = w->query;
     for (int64_t s = first; s < end; ++s) {
         const int64_t row = row_of(e, r, s) - base, length = row_of(e, r, s + 1) - base - row;
         const int64_t padding = padding_of(e, r, mask + row);
@@ -110,6 +121,7 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
             mixed += stride;
         }
         if (padding < length) {
+            rotate_rows(e, query, length - padding, padding);
             const Attended a = {query,         mask + row + padding, length - padding,
                                 w->key + row * stride, value,        length,
                                 bias_of(r, s), mixed};
@@ -138,19 +150,14 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
     amx_feed_forward(e, b, w, x, rows, w->normed);
 }
 
-// The last block at the last positions of all sequences, [count, stride].
-void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
-                    const float* mask, const Ragged* r, int64_t count, float* last) {
+// What the heads mix for the last positions' queries, in their place in last_mixed, without keys and
+// values; for keys that are not rotated.
+void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
+                   const float* mask, const Ragged* r, int64_t count) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t heads = e->heads, width = e->channels / heads, all = count * heads;
     const int64_t columns = round_up(heads, UNIT);
     const float log2e = 1.44269504f, scale = log2e / __builtin_sqrtf((float)width);
-    for (int64_t s = 0; s < count; ++s) {
-        copy_row(last + s * stride, x + (row_of(e, r, s + 1) - 1) * stride, padded);
-    }
-    norm_rows(e, &b->norm1, last, w->last_normed, count);
-    split_rows(e, w->last_normed, count, w->planes);
-    amx_linear(w->planes, &b->query, false, w->last_mixed, stride, count);
     // A row a head, zero beyond it; times W_k.
     for (int64_t i = 0; i < all; ++i) {
         float* row = w->by_head + i * stride;
@@ -160,8 +167,8 @@ void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, 
                          (size_t)width * sizeof(float));
     }
     split_rows(e, w->by_head, all, w->planes);
-    const AmxProduct back = {w->planes, b->key_back, nullptr,      nullptr,
-                             false,     w->turned,   stride,       e->channels};
+    const AmxProduct back = {w->planes, b->key_back, nullptr, nullptr,
+                             false,     w->turned,   stride,  e->channels};
     amx_multiply<AMX_PLANES>(&back, all, padded);
     for (int64_t s = 0; s < count; ++s) {
         const int64_t row = row_of(e, r, s), length = row_of(e, r, s + 1) - row;
@@ -189,6 +196,43 @@ void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, 
         const int64_t head = i % heads * width;
         __builtin_memcpy(w->last_mixed + i / heads * stride + head, w->turned + i * stride + head,
                          (size_t)width * sizeof(float));
+    }
+}
+
+// The same with keys and values, rotated.
+void amx_mix_values(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
+                    const float* mask, const Ragged* r, int64_t count) {
+    const int64_t stride = row_stride(e->channels), length = e->length;
+    for (int64_t first = 0, end = 0; first < count; first = end) {
+        end = chunk_end(e, r, first, count);
+        amx_keys_and_values(e, b, w, x + first * length * stride, (end - first) * length);
+        for (int64_t s = first; s < end; ++s) {
+            float* query = w->query;
+            copy_row(query, w->last_mixed + s * stride, round_up(e->channels, UNIT));
+            rotate_rows(e, query, 1, length - 1);
+            const Attended a = {query, mask + (s + 1) * length - 1, 1,
+                                w->key + (s - first) * length * stride,
+                                w->value + (s - first) * length * stride, length,
+                                bias_of(r, s), w->last_mixed + s * stride};
+            attention(e, w, &a);
+        }
+    }
+}
+
+// The last block at the last positions of all sequences, [count, stride].
+void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
+                    const float* mask, const Ragged* r, int64_t count, float* last) {
+    const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
+    for (int64_t s = 0; s < count; ++s) {
+        copy_row(last + s * stride, x + (row_of(e, r, s + 1) - 1) * stride, padded);
+    }
+    norm_rows(e, &b->norm1, last, w->last_normed, count);
+    split_rows(e, w->last_normed, count, w->planes);
+    amx_linear(w->planes, &b->query, false, w->last_mixed, stride, count);
+    if (e->rotary) {
+        amx_mix_values(e, b, w, x, mask, r, count);
+    } else {
+        amx_mix_norms(e, b, w, x, mask, r, count);
     }
     split_rows(e, w->last_mixed, count, w->planes);
     amx_linear(w->planes, &b->output, true, last, stride, count);

@@ -43,7 +43,7 @@ void pack_panel(const float* weight, std::int64_t depth, std::int64_t columns, s
 const float* pad(const float* vector, std::int64_t columns, float** memory) {
     float* out = *memory;
     const std::int64_t padded = round_up(columns, UNIT);
-    for (std::int64_t j = 0; j < padded; ++j) out[j] = j < columns ? vector[j] : 0.0f;
+    for (std::int64_t j = 0; j < padded; ++j) out[j] = vector && j < columns ? vector[j] : 0.0f;
     *memory += padded;
     return out;
 }
@@ -91,17 +91,23 @@ const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::i
 }  // namespace
 
 PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
-                             std::int64_t features, std::int64_t heads)
-    : blocks_(blocks.size()), channels_(channels), heads_(heads) {
+                             std::int64_t features, std::int64_t heads, const float* rotary,
+                             std::int64_t length)
+    : blocks_(blocks.size()),
+      channels_(channels),
+      heads_(heads),
+      length_(length),
+      rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
     const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * linear_size(d, d) +
                                     linear_size(d, f) + linear_size(f, d) +
                                     4 * planes_size(d, d) + planes_size(d, f) +
                                     f / INNER * planes_size(INNER, d) + planes_size(f % INNER, d);
     const std::int64_t count = static_cast<std::int64_t>(blocks.size());
-    const std::int64_t size = count * block_size + planes_size(d, d);
-    bytes_ = size * static_cast<std::int64_t>(sizeof(float));
-    memory_ = allocate_floats(size, false);
+    const std::int64_t table = rotary ? length * (channels / heads) : 0;
+    const std::int64_t floats = count * block_size + planes_size(d, d) + table;
+    bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
+    memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
     for (std::size_t n = 0; n < blocks.size(); ++n) {
         const float* const* a = blocks[n].array;
@@ -126,6 +132,10 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
         b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, &memory);
         const bool last = n + 1 == blocks.size();
         b.key_back = last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, &memory) : nullptr;
+    }
+    if (rotary) {
+        std::memcpy(memory, rotary, static_cast<std::size_t>(table) * sizeof(float));
+        rotary_ = memory;
     }
 }
 

@@ -32,19 +32,26 @@ struct BlockArrays {
 
 class PackedEncoder {
   public:
-    // `blocks` at least one; `features` is the feed-forward's inner width.
+    // `blocks` at least one; `features` is the feed-forward's inner width. Blocks with RMS norms
+    // have no norm biases (null). `rotary` is Encoder::rotary for `length` positions, or null.
     PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
-                  std::int64_t features, std::int64_t heads);
+                  std::int64_t features, std::int64_t heads, const float* rotary,
+                  std::int64_t length);
 
     const std::vector<PackedBlock>& blocks() const { return blocks_; }
     std::int64_t channels() const { return channels_; }
     std::int64_t heads() const { return heads_; }
     std::int64_t bytes() const { return bytes_; }
+    bool rms() const { return rms_; }
+    const float* rotary() const { return rotary_; }
+    std::int64_t length() const { return length_; }
 
   private:
     Floats memory_;
     std::vector<PackedBlock> blocks_;
-    std::int64_t channels_, heads_, bytes_;
+    std::int64_t channels_, heads_, bytes_, length_;
+    const float* rotary_ = nullptr;
+    bool rms_;
 };
 
 }  // namespace fmrec

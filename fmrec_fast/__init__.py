@@ -1,10 +1,17 @@
-"""FMRec, the flow-matching sequential recommender, made fast without changing what it computes."""
+"""FMRec and Fave, flow-matching recommenders, made fast without changing what they compute."""
 
 from fmrec_fast.backend import Backend, Rng, dispatch_log, use_backend, use_rng
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.graphs import GraphedSampler
 from fmrec_fast.losses import Losses, training_losses
-from fmrec_fast.models import FMRec, FMRecommender, TrainingDraws
+from fmrec_fast.models import (
+    Fave,
+    FaveDraws,
+    FaveRecommender,
+    FMRec,
+    FMRecommender,
+    TrainingDraws,
+)
 from fmrec_fast.recommend import Recommendations, recommend
 from fmrec_fast.sampler import sample, scores
 from fmrec_fast.serving import Server
@@ -17,6 +24,10 @@ __all__ = [
     "FMRecConfig",
     "FMRecommender",
     "GraphedSampler",
+    "Fave",
+    "FaveConfig",
+    "FaveDraws",
+    "FaveRecommender",
     "Losses",
     "Recommendations",
     "Rng",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models import CONFIGS, FMRecommender, build_recommender
 
 FORMAT = "fmrec_fast checkpoint"
 VERSION = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
+# Where a run in stages keeps each: its run directories, first to last.
+STAGE_DIRECTORIES = ("stage1", "stage2")
 _TENSOR_KEY, _DICT_KEY = "$tensor", "$dict"
 
 
@@ -121,7 +123,8 @@ def save(run: str | Path, name: str, role: str, state: dict[str, Any]) -> Path:
 
 
 def locate(run: str | Path, role: str = "best") -> Path:
-    """The directory of a run's 'best' (or, where there is none, 'last') checkpoint.
+    """The directory of a run's 'best' (or, where there is none, 'last') checkpoint; of a run in
+    stages, that of its latest stage.
 
     Raises:
         CheckpointError: not a run directory, or it has no such checkpoint.
@@ -129,6 +132,9 @@ def locate(run: str | Path, role: str = "best") -> Path:
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"{run} is not a directory; expected that of a training run")
+    for stage in reversed(STAGE_DIRECTORIES):
+        if (run / stage / "last.json").is_file():
+            return locate(run / stage, role)
     candidates = (role, "last") if role == "best" else (role,)
     for candidate in candidates:
         pointer = run / f"{candidate}.json"
@@ -190,13 +196,41 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     for key in ("config", "model", "item_ids"):
         if key not in state:
             raise CheckpointError(f"the checkpoint has no {key!r}; it holds {sorted(state)}")
-    config = FMRecConfig.from_dict(state["config"])
-    model = FMRecommender.from_config(config)
+    kind = state.get("kind", "fmrec")  # older checkpoints are of FMRec
+    if kind not in CONFIGS:
+        raise CheckpointError(f"the checkpoint is of the model {kind!r}, not of {list(CONFIGS)}")
+    model = build_recommender(CONFIGS[kind].from_dict(state["config"]))
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(f"the tensors do not fit the configuration: {error}") from None
     return model.to(device).eval()
+
+
+def starting_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights that a stage 2 starts from.
+
+    Args:
+        path: a run directory (its best checkpoint), a checkpoint's directory, or a file that
+            ``torch.save`` wrote of a published model's state dict.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{path} is not a state dict of torch.save: {error}") from None
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise CheckpointError(f"{path}: expected a state dict, got {type(state).__name__}")
+        return state
+    directory = path if (path / STATE).is_file() else locate(path)
+    state = load(directory)
+    if "model" not in state:
+        raise CheckpointError(f"{directory} has no 'model'; it holds {sorted(state)}")
+    return state["model"]
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, noise, training
 from fmrec_fast import steps as step_study
-from fmrec_fast.config import PADDINGS, FMRecConfig
+from fmrec_fast.config import PADDINGS, STAGES, FaveConfig, FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
@@ -22,7 +23,8 @@ from fmrec_fast.data import (
     read_dataset,
 )
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models import CONFIGS, FMRecommender
+from fmrec_fast.presets import PRESETS, preset
 from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
 from fmrec_fast.sampler import sample
 
@@ -41,8 +43,47 @@ MISTAKES = (
 )
 
 
-def build_parser():
-    """The parser of all commands.
+@dataclass(frozen=True)
+class Choice:
+    """What decides which settings `train` has, and their defaults.
+
+    `stages` are the stages to run, one after the other; FMRec has one, None.
+    """
+
+    model: str = "fmrec"
+    preset: str | None = None
+    stages: tuple[str | None, ...] = (None,)
+
+
+STAGES_OF = {"1": STAGES[:1], "2": STAGES[1:], "both": STAGES}
+
+
+def choose_settings(argv: Sequence[str]) -> Choice:
+    """What the arguments say about the model, its preset and its stages.
+
+    Raises:
+        UserError: a stage or a preset is asked of a model that has none.
+    """
+    import argparse
+
+    if "train" not in argv:
+        return Choice()
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--model", default="fmrec")
+    known.add_argument("--preset")
+    known.add_argument("--stage")
+    found, _ = known.parse_known_args(argv)
+    if found.model != FaveConfig.KIND:
+        for name in ("preset", "stage"):
+            value = getattr(found, name)
+            if value is not None:
+                raise UserError(f"--{name} {value} is for --model fave, got {found.model!r}")
+        return Choice()
+    return Choice(found.model, found.preset, STAGES_OF.get(found.stage or "both", STAGES))
+
+
+def build_parser(choice: Choice | None = None, stage: str | None = None):
+    """The parser of all commands; `train` with the settings of the chosen model and stage.
 
     Raises:
         UserError: the extra ``[cli]`` is not installed.
@@ -51,10 +92,11 @@ def build_parser():
         raise UserError("the command line needs more packages: pip install 'fmrec_fast[cli]'")
     from jsonargparse import ArgumentParser
 
+    choice = choice or Choice()
     parser = ArgumentParser(
         prog="fmrec-fast",
         version=__version__,
-        description="Train, evaluate and run FMRec, the flow-matching sequential recommender.",
+        description="Train, evaluate and run FMRec and Fave, flow-matching recommenders.",
     )
     commands = parser.add_subcommands(dest="command", required=True)
 
@@ -62,6 +104,15 @@ def build_parser():
     train.add_argument("data", help=f"dataset file, or '{demo.SYNTHETIC}'")
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, if any")
+    train.add_argument(
+        "--model", choices=tuple(CONFIGS), default="fmrec", help="decides the settings below"
+    )
+    train.add_argument(
+        "--stage", choices=tuple(STAGES_OF), default="both", help="of Fave's training"
+    )
+    train.add_argument(
+        "--preset", type=str | None, default=None, help=f"Fave's published settings: {PRESETS}"
+    )
     _add_reading(train)
     _add_device(train)
     train.add_argument(
@@ -80,7 +131,9 @@ def build_parser():
     train.add_argument(
         "--config", action="config", help="YAML file of the settings below; flags after it win"
     )
-    train.add_class_arguments(FMRecConfig, None, skip={"item_num"})
+    train.add_class_arguments(CONFIGS[choice.model], None, skip={"item_num", "stage_mode"})
+    if choice.preset is not None:
+        train.set_defaults(preset(choice.preset, stage or STAGES[0]))
     commands.add_subcommand("train", train, help="train a model")
 
     test = ArgumentParser(description="Evaluate a run: HR, NDCG, MRR over the full ranking.")
@@ -173,6 +226,7 @@ def build_parser():
         description="Train on synthetic data, compare with popularity, recommend, time."
     )
     tour.add_argument("--out", default="runs/demo", help="run directory (replaced)")
+    tour.add_argument("--model", choices=tuple(CONFIGS), default="fmrec")
     tour.add_argument("--epochs", type=int, default=demo.CONFIG.epochs)
     commands.add_subcommand("demo", tour, help="the whole tour on synthetic data")
     return parser
@@ -218,10 +272,17 @@ def _add_checkpoint(parser: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
-        options = build_parser().parse_args(argv)
-        command = COMMANDS[options.command]
-        backend.keep_freed_memory()
-        command(options[options.command])
+        argv = sys.argv[1:] if argv is None else argv
+        choice = choose_settings(argv)
+        for stage in choice.stages:
+            options = build_parser(choice, stage).parse_args(argv)
+            command = COMMANDS[options.command]
+            backend.keep_freed_memory()
+            chosen = options[options.command]
+            if command is _train:
+                _train(chosen, choice, stage)
+            else:
+                command(chosen)
     except MISTAKES as error:
         print(f"fmrec-fast: {error}", file=sys.stderr)
         return 1
@@ -340,17 +401,28 @@ class _Console(training.Listener):
             self._bar = None
 
 
-def _config(options: Any) -> FMRecConfig:
-    names = FMRecConfig.__dataclass_fields__
-    return FMRecConfig(**{name: options[name] for name in names if name in options})
+def _config(options: Any, choice: Choice, stage: str | None) -> FMRecConfig:
+    if options.model != choice.model:  # from a file of settings, which are those of the model
+        raise UserError(f"--model {options.model} must be given on the command line")
+    kind = CONFIGS[choice.model]
+    values = {name: options[name] for name in kind.__dataclass_fields__ if name in options}
+    if stage is not None:
+        values["stage_mode"] = stage
+    return kind(**values)
 
 
-def _train(options: Any) -> None:
-    config, source = _config(options), _reading(options, options.data)
+def _train(options: Any, choice: Choice, stage: str | None) -> None:
+    config, source = _config(options, choice, stage), _reading(options, options.data)
+    run = Path(options.out)
+    if isinstance(config, FaveConfig):
+        first, second = (run / name for name in checkpoint.STAGE_DIRECTORIES)
+        run = first if stage == STAGES[0] else second
+        if run is second and config.ckpt_path is None:
+            config = config.replace(ckpt_path=str(first))
+        print(f"stage {STAGES.index(config.stage_mode) + 1} into {run}", file=sys.stderr)
     device = _device(options)
     dataset = _read(source)
     _show(dataset)
-    run = Path(options.out)
     console = _Console(run)
     trainer = training.Trainer(
         dataset,
@@ -455,7 +527,7 @@ def _evaluate(options: Any) -> None:
             "users": found.users,
             "averaging": options.averaging,
             "exclude_seen": options.exclude_seen,
-            "steps": options.steps or model.fm.sample_N,
+            "steps": options.steps or model.fm.steps,
             "padding": options.padding,
             "mean": found.mean,
             "spread": found.spread,
@@ -648,7 +720,7 @@ def _bench(options: Any) -> None:
             "hidden_size": model.config.hidden_size,
             "max_len": model.config.max_len,
             "num_blocks": model.config.num_blocks,
-            "steps": options.steps or model.fm.sample_N,
+            "steps": options.steps or model.fm.steps,
             "padding": options.padding,
             "latencies": latency.to_dict(found),
         }
@@ -659,13 +731,14 @@ def _bench(options: Any) -> None:
 
 def _demo(options: Any) -> None:
     run = Path(options.out)
-    if run.exists() and not (run / "last.json").exists():
+    runs = [run, *(run / stage for stage in checkpoint.STAGE_DIRECTORIES)]
+    if run.exists() and not any((part / "last.json").exists() for part in runs):
         raise UserError(f"--out {run} exists and is not a run directory; name another")
-    demo.run_demo(run, options.epochs, _Console(run), _print_metrics)
+    demo.run_demo(run, options.epochs, _Console(run), _print_metrics, model=options.model)
 
 
-COMMANDS: dict[str, Callable[[Any], None]] = {
-    "train": _train,
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": _train,  # once a stage
     "evaluate": _evaluate,
     "recommend": _recommend,
     "steps": _steps,

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from fmrec_fast.models.fave import Fave, FaveRecommender
 from fmrec_fast.models.fmrec import FMRec, FMRecommender
 
 Att_FM_model = FMRecommender
+Att_Fave_model = FaveRecommender
 
 
 def create_model_FM(args: Any) -> FMRec:
-    """The core, from the published argparse namespace."""
+    """FMRec's core, from the published argparse namespace."""
     return FMRec(args)
 
 
-__all__ = ["Att_FM_model", "FMRec", "create_model_FM"]
+def create_model_Fave(args: Any) -> Fave:
+    """Fave's core, from the published argparse namespace."""
+    return Fave(args)
+
+
+__all__ = [
+    "Att_FM_model",
+    "Att_Fave_model",
+    "FMRec",
+    "Fave",
+    "create_model_FM",
+    "create_model_Fave",
+]

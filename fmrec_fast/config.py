@@ -8,7 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEDULES = ("uniform", "logit_normal", "mode", "cosmap")
 ATTENTIONS = ("published", "causal")
@@ -75,6 +78,8 @@ class FMRecConfig:
         precision: of the encoder's linear layers in training: 'float32' or 'bf16'.
         random_seed: governs initialisation, order of samples, and every draw.
     """
+
+    KIND = "fmrec"  # names the model, in checkpoints and on the command line; no setting
 
     item_num: int = 0
     hidden_size: int = 128
@@ -190,8 +195,13 @@ class FMRecConfig:
             f"'any' or one of {metrics}",
         )
 
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer starts with."""
+        return self.lr
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FMRecConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Settings from a mapping; a key that does not exist raises `ValueError`."""
         known = [f.name for f in fields(cls)]
         for key in values:
@@ -202,7 +212,7 @@ class FMRecConfig:
         return cls(**values)
 
     @classmethod
-    def from_namespace(cls, args: argparse.Namespace | Any) -> FMRecConfig:
+    def from_namespace(cls, args: argparse.Namespace | Any) -> Self:
         """Settings from a published argparse namespace.
 
         A published namespace also names files, devices and switches that have no effect on the
@@ -217,7 +227,7 @@ class FMRecConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> FMRecConfig:
+    def from_yaml(cls, path: str | Path) -> Self:
         """Settings from a YAML file of ``name: value`` lines (needs the extra ``[cli]``)."""
         import yaml
 
@@ -229,7 +239,7 @@ class FMRecConfig:
         return cls.from_dict(values)
 
     @classmethod
-    def coerce(cls, args: Any) -> FMRecConfig:
+    def coerce(cls, args: Any) -> Self:
         """`args` itself if it is a config; from a mapping or a namespace otherwise."""
         if isinstance(args, cls):
             return args
@@ -241,6 +251,96 @@ class FMRecConfig:
         """Plain values, as JSON and YAML hold them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def replace(self, **changes: Any) -> FMRecConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
         return replace(self, **changes)
+
+
+STAGES = ("pretrain", "finetune")
+ANCHORS = ("published", "history")
+ONE_STEPS = ("published", "displacement")
+
+
+@dataclass(frozen=True)
+class FaveConfig(FMRecConfig):
+    """Everything that Fave and its training read: `FMRecConfig`'s settings, of which some have
+    other defaults, and those of Fave.
+
+    Args:
+        emb_dropout: dropout of the item embeddings.
+        Loss_Alpha: weight of the cross-entropy.
+        Loss_Beta: has no effect; the reconstruction loss has a weight for each stage.
+        epochs: at most so many passes over the training samples, in each stage.
+        eval_interval: epochs between two validations.
+        metric_ks: the K of HR@K, NDCG@K and MRR@K.
+        drop_path_rate: drop path of the last block; the first has none, those between in steps.
+        gamma_init: start of the cross-attention's gamma.
+        train_mask_ratio: chance that a channel of the anchor is kept in training (stage 2).
+        infer_mask_ratio: the same in inference.
+        loss_aux_weight: weight of the reconstruction loss in stage 2.
+        loss_straight_weight: weight of the mean of (du/dt)^2 in stage 2.
+        loss_pretrain_weight: weight of the reconstruction loss in stage 1.
+        mask_end: chance that r is 1.
+        stage_mode: 'pretrain' (stage 1) or 'finetune' (stage 2).
+        ckpt_path: what stage 2 starts from: a run directory or a published checkpoint.
+        finetune_lr_scale: stage 2 has this times the learning rate.
+        clip_norm: gradients are clipped to this norm.
+        anchor: position of stage 2's anchor: 'published' (counted from the left edge, mostly
+            padding for short histories) or 'history' (an item of the history).
+        onestep: stage 2's step from z0: 'published' (to u) or 'displacement' (to z0 + u).
+    """
+
+    KIND = "fave"
+
+    emb_dropout: float = 0.0
+    Loss_Alpha: float = 0.5
+    epochs: int = 200
+    eval_interval: int = 1
+    metric_ks: tuple[int, ...] = (10, 20)
+    drop_path_rate: float = 0.2
+    gamma_init: float = 0.01
+    train_mask_ratio: float = 0.5
+    infer_mask_ratio: float = 0.6
+    loss_aux_weight: float = 0.5
+    loss_straight_weight: float = 0.1
+    loss_pretrain_weight: float = 0.3
+    mask_end: float = 0.75
+    stage_mode: str = "pretrain"
+    ckpt_path: str | None = None
+    finetune_lr_scale: float = 0.1
+    clip_norm: float = 1.0
+    anchor: str = "published"
+    onestep: str = "published"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = "loss_aux_weight loss_straight_weight loss_pretrain_weight".split()
+        shares = "drop_path_rate train_mask_ratio infer_mask_ratio mask_end".split()
+        for name in (*weights, *shares, "gamma_init", "finetune_lr_scale", "clip_norm"):
+            value = getattr(self, name)
+            number = type(value) in (int, float) and math.isfinite(value)
+            _require(number, name, value, "a finite number")
+        for name in weights:
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in shares:
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        _require(self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "less than 1")
+        for name in ("finetune_lr_scale", "clip_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name, allowed in (
+            ("stage_mode", STAGES),
+            ("anchor", ANCHORS),
+            ("onestep", ONE_STEPS),
+            ("trajectory", TRAJECTORIES[:1]),
+            ("target", TARGETS[:1]),
+        ):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
+        path = self.ckpt_path
+        _require(path is None or isinstance(path, str), "ckpt_path", path, "a path or None")
+        width = self.hidden_size // self.num_heads
+        _require(width % 2 == 0, "hidden_size / num_heads", width, "even (rotary embedding)")
+
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer starts with: less in stage 2."""
+        return self.lr * (self.finetune_lr_scale if self.stage_mode == "finetune" else 1.0)

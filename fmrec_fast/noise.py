@@ -40,6 +40,9 @@ class Use(IntEnum):
     DROPOUT = 3
     CELLS = 4
     STEP = 5
+    INTERVAL = 6
+    ANCHOR = 7
+    PATH = 8
 
 
 def derive_seed(seed: Tensor, use: Use) -> Tensor:
@@ -105,17 +108,21 @@ def philox_4x32(
         Four int64 tensors of the broadcast shape, values 0 .. 2^32 - 1.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
-    for _ in range(rounds):
+    device, wide = seed.device, (-1,) + (1,) * c0.ndim
+    # Both halves of a round at once: a call on few counters costs its number of operations.
+    even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
+    # Made on the device: a tensor of Python numbers would be copied there, and waited for.
+    which = torch.arange(2, device=device)
+    factors = (PHILOX_M0 + which * (PHILOX_M1 - PHILOX_M0)).view(wide)
+    steps = PHILOX_W0 + which * (PHILOX_W1 - PHILOX_W0)
+    first = torch.stack((seed, seed >> 32)) & MASK32
+    keys = (first + steps * torch.arange(rounds, device=device)[:, None]) & MASK32
+    for key in keys.view(rounds, *wide).unbind():
         # The products wrap modulo 2^64; masking makes the arithmetic shift a logical one.
-        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-        c0, c2 = (
-            ((product1 >> 32) & MASK32) ^ c1 ^ k0,
-            ((product0 >> 32) & MASK32) ^ c3 ^ k1,
-        )
-        c1, c3 = product1 & MASK32, product0 & MASK32
-        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
-    return c0, c1, c2, c3
+        product = even * factors
+        high, low = (product >> 32) & MASK32, product & MASK32
+        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def to_uniform(word: Tensor) -> Tensor:
@@ -191,6 +198,33 @@ def time_normals(seed: Tensor, rows: Tensor) -> Tensor:
     """One standard normal per row, for the logit-normal training times: float32 [B]."""
     zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
     return normals(derive_seed(seed, Use.TIME), rows, zero, zero, 1).flatten()
+
+
+def _row_uniforms(seed: Tensor, rows: Tensor, step: int = 0) -> list[Tensor]:
+    """Four uniforms per row, each float32 [B]: the words at counter (0, 0, step, row)."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    return [to_uniform(word.flatten()) for word in words(seed, rows, zero + step, zero, 1)]
+
+
+def interval(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Two uniforms per row, for the end of Fave's interval: where it lies, and whether at 1."""
+    where, at_end, _, _ = _row_uniforms(derive_seed(seed, Use.INTERVAL), rows)
+    return where, at_end
+
+
+def anchor(seed: Tensor, rows: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Uniforms for Fave's anchor: one per row for its position [B], and those of the mask over
+    its channels [B, D]. The position's is the word after the last group of channels."""
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    groups = (channels + 3) // 4
+    four = words(derive_seed(seed, Use.ANCHOR), rows, zero, zero, 4 * groups + 1)
+    uniform = to_uniform(torch.stack(four, dim=-1)[0, :, 0].flatten(1))
+    return uniform[:, 4 * groups], uniform[:, :channels]
+
+
+def path(seed: Tensor, rows: Tensor, site: int) -> Tensor:
+    """One uniform per row, for one use of drop path: float32 [B]."""
+    return _row_uniforms(derive_seed(seed, Use.PATH), rows, site)[0]
 
 
 def wide_words(seed: Tensor, count: int) -> Tensor:

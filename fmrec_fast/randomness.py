@@ -49,6 +49,19 @@ class RandomSource(ABC):
     def dropout(self) -> Drop:
         """The dropouts."""
 
+    @abstractmethod
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """Two uniforms per row for the end of Fave's interval: where, and whether at 1."""
+
+    @abstractmethod
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """For Fave's anchor: u ~ U[0, 1) of its position [B], and the Bernoulli(ratio) mask over
+        its channels, bool [B, D]."""
+
+    @abstractmethod
+    def path(self, site: int) -> Tensor:
+        """u ~ U[0, 1) for one use of drop path: [B]."""
+
 
 class StreamSource(RandomSource):
     """Everything is a function of (seed, row, position, ...)."""
@@ -76,6 +89,16 @@ class StreamSource(RandomSource):
 
     def dropout(self) -> Drop:
         return StreamDropout(self.seed, self.rows)
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        return noise.interval(self.seed, self.rows)
+
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
+        u, keep = noise.anchor(self.seed, self.rows, width)
+        return u, keep < ratio
+
+    def path(self, site: int) -> Tensor:
+        return noise.path(self.seed, self.rows, site)
 
 
 class PublishedSource(RandomSource):
@@ -105,6 +128,16 @@ class PublishedSource(RandomSource):
 
     def dropout(self) -> Drop:
         return TorchDropout()
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        return self.uniforms(), self.uniforms()
+
+    def anchor(self, width: int, ratio: float) -> tuple[Tensor, Tensor]:
+        chance = torch.full((len(self.rows), width), ratio, device=self.rows.device)
+        return self.uniforms(), torch.bernoulli(chance).bool()
+
+    def path(self, site: int) -> Tensor:
+        return self.uniforms()
 
 
 def random_source(

@@ -97,6 +97,6 @@ def read_request(
         rows=request_rows(rows, len(histories), device),
         excluded=excluded,
         k=k,
-        steps=model.fm.sample_N if steps is None else steps,
+        steps=model.fm.steps if steps is None else steps,
         padding=padding,
     )

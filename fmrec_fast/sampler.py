@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast.config import PADDINGS
-from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender
+from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
 from fmrec_fast.ops._checks import check_shape
 from fmrec_fast.randomness import random_source
 
@@ -108,7 +108,7 @@ def sample(
     Args:
         model: the joint model.
         sequences: int64 [B, L], left-padded with 0.
-        steps: q; None is the model's ``fm.sample_N``. Not for 'rk45'.
+        steps: q; None is the model's ``fm.sample_N``, and 1 in Fave's stage 2. Not for 'rk45'.
         method: 'euler' (eq. 23), step by step; 'parallel', the same result from all steps
             evaluated at once (`fmrec_fast.picard`: q + 1 network evaluations on a trained model,
             more where lambda_uncertainty is large), faster where few rows leave the machine idle;
@@ -151,7 +151,7 @@ def sample(
     if method == "rk45" and padding != "published":
         raise ValueError(f"method 'rk45' has padding 'published' only, got {padding!r}")
     batch, device, width = sequences.shape[0], sequences.device, model.emb_dim
-    q = model.fm.sample_N if steps is None else steps
+    q = model.fm.steps if steps is None else steps
     if z0 is not None:
         check_shape("z0", z0, "B D", {"B": batch, "D": width})
     if method == "rk45" and (noise is not None or steps is not None):
@@ -189,13 +189,13 @@ def sample(
                     padding=padding,
                 )
                 return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
+    # A model in evaluation mode is left alone: going through its modules would take longer than
+    # a step of a small batch.
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
         source = random_source(batch, device, seed=seed, rows=rows)
-        if z0 is None:
-            z0 = source.start(width)
         # The published draws come in the order of the whole batch, so it is not cut.
         # A compiled program is for any batch, and for one piece.
         whole = device.type != "cpu" or not source.prunes or torch.compiler.is_compiling()
@@ -205,15 +205,18 @@ def sample(
         for first in starts:
             part = slice(first, None if whole else first + CPU_ROWS)
             e, mask = model.embed(sequences[part])
+            own = random_source(e.shape[0], device, seed=source.seed, rows=source.rows[part])
+            draws = TrainingDraws(z0=None if z0 is None else z0[part])
+            start = model.start(e, mask, own, draws)
             if method == "rk45":
                 out[part] = model.fm.rk45_sampler(
-                    e, mask, z0[part], seed=source.seed, rows=source.rows[part]
+                    e, mask, start, seed=source.seed, rows=source.rows[part]
                 )[0]
             else:
                 out[part], residual[part] = model.fm.integrate_with_residual(
                     e,
                     mask,
-                    z0[part],
+                    start,
                     steps=q,
                     seed=source.seed,
                     rows=source.rows[part],

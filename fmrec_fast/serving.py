@@ -17,6 +17,7 @@ from fmrec_fast.backend import Backend, BackendError, availability, choose, curr
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops.encoder import pack
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
+from fmrec_fast.reference.encoder import FMREC
 from fmrec_fast.request import Recommendations, Request, read_request
 
 ROWS = 512  # taken together, so that a batch of any size needs little memory
@@ -37,6 +38,8 @@ def obstacle(model: FMRecommender, method: str = "auto", precision: str = "float
         return missing
     if weight.dtype != torch.float32:
         return f"the call takes float32, got {weight.dtype}"
+    if core.xstart_model.att.variant != FMREC:
+        return "the call covers FMRec's blocks only"
     options = (core.xstart_model.att.attention, core.trajectory, core.target)
     if options != ("published", "straight", "data"):
         return f"the call covers the published options only, got {options}"
@@ -59,7 +62,10 @@ class PackedModel:
             model.LayerNorm.weight,
             model.LayerNorm.bias,
         )
-        for tensor in (*others, *(tensor for block in weights.blocks for tensor in block)):
+        for tensor in (
+            *others,
+            *(tensor for block in weights.blocks for tensor in block.tensors()),
+        ):
             if tensor.dtype != torch.float32:
                 reason = reason or f"the call takes float32, got {tensor.dtype}"
         if reason:

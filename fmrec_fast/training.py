@@ -16,15 +16,21 @@ from torch import Tensor
 
 from fmrec_fast import checkpoint
 from fmrec_fast.backend import Rng, current_rng
-from fmrec_fast.config import FMRecConfig
+from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.data.dataset import HELD_OUT, Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models import FMRecommender, build_recommender
 from fmrec_fast.training_graph import Glance, GraphedStep, optimizer_tensors, rate_as_tensor
 
 LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
+
+
+def loss_names(config: FMRecConfig) -> tuple[str, ...]:
+    """The parts of `Losses` that a run reports."""
+    second = isinstance(config, FaveConfig) and config.stage_mode == "finetune"
+    return (*LOSSES, "straight") if second else LOSSES
 
 
 class DivergedError(ArithmeticError):
@@ -64,9 +70,13 @@ class Listener:
 def build_optimizer(
     model: torch.nn.Module, config: FMRecConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
-    """The published optimizer and its schedule (stepped once an epoch)."""
-    parameters = list(model.parameters())
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    """The published optimizer of what is not frozen, and its schedule (stepped once an epoch)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "SGD":
         options["momentum"] = config.momentum or 0.0
     else:
@@ -129,13 +139,15 @@ class Trainer:
                 f"{dataset.num_interactions} interactions)"
             )
         torch.manual_seed(self.config.random_seed)
-        self.model = FMRecommender.from_config(self.config).to(self.device)
+        self.model = build_recommender(self.config).to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config)
         self.progress = Progress()
         # Sums over the epoch so far, the first step whose loss was not finite (or -1), and the
         # number of steps; all stay on the device, so that a step waits for nothing.
-        self.tally = torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=self.device)
-        self.sums, self.bad_step, self.steps = self.tally.split((len(LOSSES), 1, 1))
+        self.loss_names = loss_names(self.config)
+        parts = len(self.loss_names)
+        self.tally = torch.zeros(parts + 2, dtype=torch.float64, device=self.device)
+        self.sums, self.bad_step, self.steps = self.tally.split((parts, 1, 1))
         self.bad_step.fill_(-1)
         self._glance = Glance(self.tally)
         # A tensor, so that a captured step finds it changed; on a CPU as exact as the number.
@@ -174,6 +186,7 @@ class Trainer:
         if started:
             self._restore()
         else:
+            self._start()
             checkpoint.restore_rng(self._rng)
             self._save()
         self._write_history()
@@ -201,6 +214,18 @@ class Trainer:
         )
         self.listener.finished()
         return result
+
+    def _start(self) -> None:
+        """Fave's stage 2 starts from stage 1's weights, where `ckpt_path` says where they are."""
+        config = self.config
+        if not isinstance(config, FaveConfig) or config.ckpt_path is None:
+            return
+        try:
+            self.model.load_state_dict(checkpoint.starting_weights(config.ckpt_path))
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(
+                f"the weights in {config.ckpt_path} do not fit the settings: {error}"
+            ) from None
 
     def _over(self) -> bool:
         p = self.progress
@@ -257,10 +282,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = training_losses(self.model, sequence, target)
         losses.total.backward()
+        if isinstance(self.config, FaveConfig):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         with rate_as_tensor(self.optimizer, self.rate):
             self.optimizer.step()
         with torch.no_grad():
-            values = torch.stack([getattr(losses, name) for name in LOSSES]).double()
+            values = torch.stack([getattr(losses, name) for name in self.loss_names]).double()
             self.sums += values
             fresh = (self.bad_step < 0) & ~torch.isfinite(values).all()
             self.bad_step.copy_(torch.where(fresh, self.steps, self.bad_step))
@@ -271,13 +298,13 @@ class Trainer:
         means, seen = None, self._glance(self.progress.step_in_epoch)
         if seen is not None:
             steps, tally = seen
-            sums, bad, _ = tally.split((len(LOSSES), 1, 1))
+            sums, bad, _ = tally.split((len(self.loss_names), 1, 1))
             self._check_finite(int(bad))
             means = self._mean_losses(sums, steps)
         self.listener.step_done(means, samples)
 
     def _mean_losses(self, sums: Tensor, steps: int) -> dict[str, float]:
-        return dict(zip(LOSSES, (sums / max(steps, 1)).tolist(), strict=True))
+        return dict(zip(self.loss_names, (sums / max(steps, 1)).tolist(), strict=True))
 
     def _check_finite(self, bad: int, *, parameters: bool = False) -> None:
         what = "loss was"
@@ -350,6 +377,7 @@ class Trainer:
 
     def _model_state(self) -> dict[str, Any]:
         return {
+            "kind": self.config.KIND,
             "config": self.config.to_dict(),
             "item_ids": self.dataset.item_ids,
             "source": self.source,
@@ -382,9 +410,13 @@ class Trainer:
                 f"{len(new)} new, {len(gone)} gone{', such as ' if named else ', in another order'}"
                 f"{', '.join(named)})"
             )
-        free = {"epochs", "patience", "eval_interval"}
+        if state.get("kind", "fmrec") != self.config.KIND:
+            raise checkpoint.CheckpointError(
+                f"{self.run} is a run of {state.get('kind', 'fmrec')}, not of {self.config.KIND}"
+            )
+        free = {"epochs", "patience", "eval_interval", "ckpt_path"}
         # A setting that came later had its default.
-        then, now = FMRecConfig().to_dict() | state["config"], self.config.to_dict()
+        then, now = type(self.config)().to_dict() | state["config"], self.config.to_dict()
         changed = [f"{k}: {then.get(k)!r} -> {now[k]!r}" for k in now if then.get(k) != now[k]]
         changed = [text for text in changed if text.split(":")[0] not in free]
         if changed:

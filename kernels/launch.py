@@ -32,6 +32,8 @@ def pack(
     wide["w1_bias"] = (4 * width,)
     for w in blocks:
         for name, tensor in w._asdict().items():
+            if name == "inv_freq" and tensor is None:  # these kernels do not rotate
+                continue
             matrix = name.endswith("_weight") and not name.startswith("norm")
             expected = wide.get(name, (width, width) if matrix else (width,))
             if tuple(tensor.shape) != expected:

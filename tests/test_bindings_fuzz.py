@@ -128,12 +128,17 @@ def blocks_of(call: Call, width: int, count: int) -> list[tuple[np.ndarray, ...]
     ]
 
 
-def packed(call: Call) -> int:
-    """A stack of the narrowest width and its neighbours; returns the width."""
+def packed(call: Call, length: int) -> int:
+    """A stack of the narrowest width and its neighbours, at times Fave's; returns the width."""
     width = call.draw(st.sampled_from([16, 32, 48]))
     heads = call.draw(st.sampled_from([1, 2]))
     blocks = blocks_of(call, width, call.draw(st.integers(1, 2)))
-    call.plain["packed"] = C.PackedEncoder(blocks, heads)
+    rotary = None
+    if call.draw(st.booleans()):  # RMS norms, rotated queries and keys
+        norm_biases = (1, 11)
+        blocks = [tuple(None if i in norm_biases else a for i, a in enumerate(b)) for b in blocks]
+        rotary = np.random.default_rng(0).standard_normal((length, width // heads), np.float32)
+    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary)
     return width
 
 
@@ -169,6 +174,8 @@ def dropout(call: Call) -> None:
     for name in ("residual", "gelu_at"):
         if call.maybe(name):
             call.floats(name, *shape)
+    if "gelu_at" in call.arrays and call.maybe("times"):
+        call.floats("times", *shape)
     call.plain |= {name: call.draw(words) for name in ("seed", "site")}
     call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
@@ -251,8 +258,8 @@ def item_cross_entropy_backward(call: Call) -> None:
 
 
 def encoder_forward(call: Call) -> None:
-    width = packed(call)
     b, length = call.draw(sizes), call.draw(st.integers(1, 9))
+    width = packed(call, length)
     call.floats("x", b, length, width)
     call.floats("mask", b, length)
     call.output("out", b, width)
@@ -263,8 +270,8 @@ def encoder_forward(call: Call) -> None:
 
 
 def euler_sampler(call: Call) -> None:
-    width = packed(call)
     b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 3))
+    width = packed(call, length)
     call.floats("norm_weight", width)
     call.floats("norm_bias", width)
     call.floats("e", b, length, width)
@@ -291,8 +298,8 @@ def picard_sweep(call: Call) -> None:
 
 
 def recommend(call: Call) -> None:
-    width = packed(call)
     b, length, q = call.draw(sizes), call.draw(st.integers(1, 9)), call.draw(st.integers(1, 4))
+    width = packed(call, length)
     items = call.draw(st.integers(1, 80))
     k = call.draw(st.integers(0, min(items, 9)))
     for name in ("norm_weight", "norm_bias", "embedded_weight", "embedded_bias"):

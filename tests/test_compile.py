@@ -62,12 +62,15 @@ REGISTERED = [
         marks=TRITON,
     ),
     pytest.param(
-        lambda: (ops.dropout, (WIDE, randn(3, 5, 16, grad=True), ROWS, SEED, 2, 1, 1, 0.3, True)),
+        lambda: (
+            ops.dropout,
+            (WIDE, randn(3, 5, 16, grad=True), ROWS, SEED, 2, 1, 1, 0.3, True, "cpp"),
+        ),
         id="dropout-gelu-residual",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.dropout, (WIDE, None, ROWS, SEED, 2, 0, 5, 0.3, False)),
+        lambda: (ops.dropout, (WIDE, None, ROWS, SEED, 2, 0, 5, 0.3, False, "cpp")),
         id="dropout",
         marks=CPP,
     ),

@@ -164,9 +164,9 @@ def run_both(place, stack, x, mask, heads, precision, declines):
     options = {"num_heads": heads, "tap": 0}
     with torch.no_grad():
         same = definition.encoder(x, mask, weights, precision=precision, **options)
-        double = [w._make(t.double() for t in w) for w in weights]
+        double = [type(w)(*(t.double() for t in w.tensors())) for w in weights]
         truth = definition.encoder(x.double(), mask.double(), double, **options)
-        local = [w._make(place.put(*w)) for w in weights]
+        local = [type(w)(*place.put(*w.tensors())) for w in weights]
         with place.forced("encoder", declines=declines):
             got = encoder(*place.put(x, mask), local, precision=precision, **options)
     return [t.cpu() for t in got], same, truth

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fmrec_fast import (
+    FaveConfig,
+    FaveRecommender,
     FMRecommender,
     GraphedSampler,
     dispatch_log,
@@ -333,7 +335,7 @@ def test_every_setting_that_the_sampler_reads_is_in_its_key(model, sequences):
     e, mask = model.embed(sequences[:2])
     type(model.fm).integrate_with_residual(fm, e, mask, e[:, 0], seed=1)
     values = {name: getattr(model.fm, name, None) for name in read}
-    known = {"sample_N", "eps", "trajectory", "target", "time_scale", "training", "hidden_size"}
+    known = {"steps", "eps", "trajectory", "target", "time_scale", "training", "hidden_size"}
     assert set(values) <= known | {"lambda_uncertainty"}, values
 
 
@@ -704,6 +706,49 @@ def test_the_region_neither_copies_from_the_host_nor_waits_for_it(
             ids, scores = graphs._region(lambda: model, inputs, options)
     assert ids.shape == scores.shape == (8, 5)
     assert seen.launches.total() > 100
+
+
+def small_fave() -> FaveRecommender:
+    return FaveRecommender.from_config(
+        FaveConfig(item_num=61, hidden_size=32, max_len=12, num_blocks=3, sample_N=2)
+    ).eval()
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_region_of_fave_neither_copies_from_the_host_nor_waits_for_it(finetuned, drawn):
+    options = graphs._Options(8, None, "euler", None, "float32", "published", 5, 1)
+    with use_backend("reference"):
+        model = small_fave().to("meta")
+        if finetuned:
+            model.switch_to_finetune()
+            model.eval()
+        long = {"dtype": torch.int64, "device": "meta"}
+        inputs = graphs._Inputs(
+            torch.zeros(8, 12, **long),
+            torch.arange(8, device="meta"),
+            None if drawn else torch.zeros((), **long),
+            None,
+            torch.zeros(8, 2, **long),
+        )
+        with NoHostOps() as seen, NoHostCalls():
+            ids, scores = graphs._region(lambda: model, inputs, options)
+    assert ids.shape == scores.shape == (8, 5)
+    assert seen.launches.total() > 100
+
+
+def test_fave_follows_its_stage(device, sequences):
+    model = small_fave().to(device)
+    recommender = GraphedSampler(model, max_batch=32, k=5)
+    for finetuned in (False, True):
+        if finetuned:
+            model.switch_to_finetune()
+            model.eval()
+        nothing = torch.empty(len(sequences), 0, dtype=torch.int64, device=device)
+        expected = rank_items(model, eager(model, sequences, seed=3), 5, nothing)
+        best = recommender(sequences, seed=3)
+        assert torch.equal(best.ids, expected.ids)
+        torch.testing.assert_close(best.scores, expected.scores)
 
 
 @pytest.mark.parametrize(

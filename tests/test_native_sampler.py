@@ -253,7 +253,7 @@ def test_encoder_equals_the_definition(isa, threads, shape):
     batch, length, width, heads, blocks, _ = shape
     x, mask, _, _ = inputs(batch, length, width, 1)
     stack = make_stack(width, heads, blocks)
-    wide = [type(b)(*(t.double() for t in b)) for b in stack.weights()]
+    wide = [type(b)(*(t.double() for t in b.tensors())) for b in stack.weights()]
     for tap in {None, 0, blocks - 1}:
         expected = encoder_definition.encoder(
             x.double(), mask.double(), wide, num_heads=heads, tap=tap
@@ -451,7 +451,7 @@ def arguments() -> dict:
     weights = sampler_weights(make_stack(8, 2, 2))
     e, mask, z0, taus = (t.numpy() for t in inputs(3, 5, 8, 2))
     return {
-        "packed": pack(weights.blocks, 2),
+        "packed": pack(weights.blocks, 2, 5),
         "norm_weight": weights.norm_weight.numpy(),
         "norm_bias": weights.norm_bias.numpy(),
         "e": e,
@@ -515,7 +515,7 @@ def test_overlaps_are_refused():
 
 
 def test_bad_weights_are_refused():
-    blocks = [tuple(t.numpy() for t in b) for b in make_stack(8, 2, 2).weights()]
+    blocks = [tuple(t.numpy() for t in b.tensors()) for b in make_stack(8, 2, 2).weights()]
     for change, heads, error, message in (
         ([], 2, ValueError, "blocks must hold at least one block"),
         ([blocks[0], blocks[1][:15]], 2, ValueError, r"blocks\[1\] must hold 16 arrays, got 15"),
@@ -540,7 +540,7 @@ def test_bad_weights_are_refused():
 
 def test_encoder_boundary():
     weights = make_stack(8, 2, 2).weights()
-    packed, x, mask = pack(weights, 2), zeros(3, 5, 8), zeros(3, 5)
+    packed, x, mask = pack(weights, 2, 5), zeros(3, 5, 8), zeros(3, 5)
     out, tapped = zeros(3, 8), zeros(3, 8)
     for change, message in (
         ({"x": zeros(3, 5, 9)}, r"x must have shape \[B, L, D\]"),

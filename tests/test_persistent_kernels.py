@@ -123,7 +123,7 @@ def test_weights_of_another_width_are_refused():
 def network_at(model, e, mask, x, taus, lam, dtype):
     """pred [B, q, D] from the definitions; x [B, q, D], lam [q, B, L, D]."""
     weights = model.fm.sampler_weights()
-    blocks = [w._make(t.to(dtype) for t in w) for w in weights.blocks]
+    blocks = [type(w)(*(t.to(dtype) for t in w.tensors())) for w in weights.blocks]
     norm = weights.norm_weight.to(dtype), weights.norm_bias.to(dtype)
     e, mask, x, taus, lam = (t.to(dtype) for t in (e, mask, x, taus, lam))
     predictions = []

@@ -174,7 +174,7 @@ def test_a_token_of_multiplicity(place, small_model):
     for count in (1, 2, 9):
         x = torch.cat((first.repeat(1, count, 1), rest), dim=1)
         mask = (torch.arange(count + 4) >= count).float().repeat(3, 1)
-        wide = [type(b)(*(t.detach().cpu().double() for t in b)) for b in stack.weights()]
+        wide = [type(b)(*(t.detach().cpu().double() for t in b.tensors())) for b in stack.weights()]
         truth, tapped = encoder_definition.encoder(
             x.double(), mask.double(), wide, num_heads=4, tap=1
         )

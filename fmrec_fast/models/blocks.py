@@ -7,12 +7,23 @@ checkpoints do, and hand them over.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fmrec_fast.ops.encoder import encoder
-from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights, Drop, no_drop
+from fmrec_fast.reference.encoder import (
+    FMREC,
+    NORM_EPS,
+    BlockWeights,
+    CrossWeights,
+    Drop,
+    Paths,
+    layer_norm,
+    no_drop,
+    no_paths,
+)
 
 
 class LayerNorm(nn.Module):
@@ -25,7 +36,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SublayerConnection(nn.Module):
@@ -88,6 +99,8 @@ class TransformerBlock(nn.Module):
 class TransformerStack(nn.Module):
     """All blocks; `forward` is the op `encoder`."""
 
+    variant = FMREC
+
     def __init__(
         self,
         hidden_size: int,
@@ -117,6 +130,9 @@ class TransformerStack(nn.Module):
         drop: Drop = no_drop,
         p: float = 0.0,
         prune: bool = True,
+        paths: Paths = no_paths,
+        cross: Sequence[CrossWeights] | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         return encoder(
             x,
@@ -128,6 +144,10 @@ class TransformerStack(nn.Module):
             drop=drop,
             p=p,
             prune=prune,
+            variant=self.variant,
+            paths=paths,
+            cross=cross,
+            context=context,
             linear_precision=self.precision if self.training else "float32",
         )
 

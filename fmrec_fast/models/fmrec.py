@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 INTEGRATORS = ("euler", "parallel", "auto")
 
 
@@ -57,13 +59,9 @@ class XStartModel(nn.Module):
         self.linear_item = nn.Linear(width, width)
         self.linear_xt = nn.Linear(width, width)
         self.linear_t = nn.Linear(width, width)
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
-        )
+        self.make_time_embedding(width)
         self.fuse_linear = nn.Linear(3 * width, width)
-        self.att = TransformerStack(
-            width, config.num_blocks, config.num_heads, config.attention, config.precision
-        )
+        self.att = self.make_stack(config)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims
@@ -73,6 +71,22 @@ class XStartModel(nn.Module):
             nn.Linear(first, second),
             nn.Tanh(),
             nn.Linear(second, config.item_num),
+        )
+
+    def make_time_embedding(self, width: int) -> None:
+        """The layers that `embed_time` reads."""
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
+        )
+
+    def make_stack(self, config: FMRecConfig) -> TransformerStack:
+        """The transformer."""
+        return TransformerStack(
+            config.hidden_size,
+            config.num_blocks,
+            config.num_heads,
+            config.attention,
+            config.precision,
         )
 
     def embed_time(self, t: Tensor) -> Tensor:
@@ -89,13 +103,26 @@ class XStartModel(nn.Module):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The prediction and what the decoder reads, both [B, D]; arguments as `forward`."""
+        return self.predict_with(item_rep, x_t, self.embed_time(t), mask_seq, source, noise)
+
+    def predict_with(
+        self,
+        item_rep: Tensor,
+        x_t: Tensor,
+        tau: Tensor,
+        mask_seq: Tensor,
+        source: RandomSource,
+        noise: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`predict` under the condition `tau` [B, D]; `options` go to the transformer."""
         length = item_rep.shape[1]
         if noise is None:
             noise = source.lam(item_rep.shape, self.lambda_uncertainty)
         fused = noise_fusion(
             item_rep,
             x_t,
-            self.embed_time(t),
+            tau,
             delta=self.lambda_uncertainty,
             seed=source.seed,
             rows=source.rows,
@@ -106,7 +133,7 @@ class XStartModel(nn.Module):
         # though only the last position is read.
         prune = source.prunes or not self.training
         last, tapped = self.att(
-            fused, mask_seq, tap=self.tap, drop=drop, p=self.dropout.p, prune=prune
+            fused, mask_seq, tap=self.tap, drop=drop, p=self.dropout.p, prune=prune, **options
         )
         site = dropout_sites(len(self.att.transformer_blocks))[0]
         x = last[:, None] if prune else last[:, None].repeat(1, length, 1)
@@ -161,9 +188,14 @@ class FMRec(nn.Module):
     construction; every call reads them afresh.
     """
 
+    config_class: type[FMRecConfig] = FMRecConfig
+    network_class: type[XStartModel] = XStartModel
+    config: FMRecConfig
+    xstart_model: XStartModel
+
     def __init__(self, args: Any) -> None:
         super().__init__()
-        config = FMRecConfig.coerce(args)
+        config = self.config_class.coerce(args)
         if config.item_num < 2:
             raise ValueError(
                 f"item_num must be at least 2 (padding and one item), got {config.item_num}"
@@ -181,12 +213,17 @@ class FMRec(nn.Module):
         self.s_modsamp = config.s_modsamp
         self.trajectory = config.trajectory
         self.target = config.target
-        self.xstart_model = XStartModel(config)
+        self.xstart_model = self.network_class(config)
 
     @property
     def time_scale(self) -> float:
         """The factor 1/eps - 1 (999) between t and the time embedding's argument."""
         return 1 / self.eps - 1
+
+    @property
+    def steps(self) -> int:
+        """Euler steps of inference where nobody says how many."""
+        return self.sample_N
 
     def _times(self, source: RandomSource) -> Tensor:
         """Training times [B] by the schedule in force."""
@@ -211,10 +248,22 @@ class FMRec(nn.Module):
         z0 = source.start(item_tag.shape[1]) if draws.z0 is None else draws.z0
         t = self._times(source) if draws.t is None else draws.t
         x_t = flow.interpolate(item_tag, z0, t[:, None], self.trajectory)
-        prediction, tapped = self.xstart_model.predict(
-            item_rep, x_t, t * self.time_scale, mask_seq, source, draws.noise
+        prediction, tapped = self.training_prediction(
+            item_rep, x_t, t * self.time_scale, mask_seq, source, draws
         )
         return prediction, tapped, t, z0, x_t
+
+    def training_prediction(
+        self,
+        item_rep: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        mask_seq: Tensor,
+        source: RandomSource,
+        draws: TrainingDraws,
+    ) -> tuple[Tensor, Tensor]:
+        """The network in training, at scaled times."""
+        return self.xstart_model.predict(item_rep, x_t, t, mask_seq, source, draws.noise)
 
     def forward(
         self,
@@ -271,6 +320,7 @@ class FMRec(nn.Module):
             num_heads=network.att.num_heads,
             attention=network.att.attention,
             delta=network.lambda_uncertainty,
+            variant=network.att.variant,
         )
 
     def sampler_settings(self) -> tuple:
@@ -278,13 +328,14 @@ class FMRec(nn.Module):
         network = self.xstart_model
         stack = network.att
         return (
-            self.sample_N,
+            self.steps,
             self.eps,
             self.trajectory,
             self.target,
             network.lambda_uncertainty,
             stack.num_heads,
             stack.attention,
+            stack.variant,
         )
 
     def integrate(
@@ -362,7 +413,7 @@ class FMRec(nn.Module):
                 f"method 'euler' has no sweeps; got sweeps = {sweeps!r} and tol = {tol!r}"
             )
         picard.check_options(sweeps, tol)
-        times = flow.step_times(self.sample_N if steps is None else steps, self.eps, z0.device)
+        times = flow.step_times(self.steps if steps is None else steps, self.eps, z0.device)
         source = random_source(z0.shape[0], z0.device, seed=seed, rows=rows)
         delta = network.lambda_uncertainty
         if method == "auto":
@@ -549,9 +600,14 @@ class FMRecommender(nn.Module):
         args: the published argparse namespace, a mapping, or `FMRecConfig`.
     """
 
+    CORE = "fm"  # the core's name in the state dict
+    config_class: type[FMRecConfig] = FMRecConfig
+    core_class: type[FMRec] = FMRec
+    fm: FMRec
+
     def __init__(self, fm: FMRec, args: Any) -> None:
         super().__init__()
-        config = FMRecConfig.coerce(args)
+        config = self.config_class.coerce(args)
         self.config = config
         self.item_num = config.item_num
         self.emb_dim = config.hidden_size
@@ -560,12 +616,12 @@ class FMRecommender(nn.Module):
         self.embed_dropout = nn.Dropout(config.emb_dropout)
         self.position_embeddings = nn.Embedding(config.max_len, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size)
-        self.fm = fm
+        self.add_module(self.CORE, fm)
 
     @classmethod
-    def from_config(cls, config: Any) -> FMRecommender:
+    def from_config(cls, config: Any) -> Self:
         """Build the core and the joint model."""
-        return cls(FMRec(config), config)
+        return cls(cls.core_class(config), config)
 
     def check_sequence(self, sequence: Tensor) -> None:
         """`sequence` must be int64 [B, L] with ids 0 .. V-1 (ids are looked at on CPU only).
@@ -601,6 +657,12 @@ class FMRecommender(nn.Module):
         e = drop(looked_up, self.embed_dropout.p, EMBEDDING_SITE)
         return self.LayerNorm(e), (sequence > 0).to(e.dtype)
 
+    def start(
+        self, item_rep: Tensor, mask_seq: Tensor, source: RandomSource, draws: TrainingDraws
+    ) -> Tensor:
+        """Where inference starts from: [B, D]."""
+        return source.start(self.emb_dim) if draws.z0 is None else draws.z0
+
     def forward(
         self,
         sequence: Tensor,
@@ -635,7 +697,7 @@ class FMRecommender(nn.Module):
         drop = source.dropout() if self.training else no_drop
         if not train_flag:
             e, mask = self.embed(sequence, drop)
-            z0 = source.start(self.emb_dim) if draws.z0 is None else draws.z0
+            z0 = self.start(e, mask, source, draws)
             x1 = self.fm.integrate(
                 e, mask, z0, seed=source.seed, rows=source.rows, noise=draws.noise
             )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension
-from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast import extension, tangents
+from fmrec_fast.backend import Backend, choose, current_backend, log_run
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.ops.dropout import dropout
 from fmrec_fast.reference import attention as reference
+from fmrec_fast.reference.rotary import angles
 
 
 def attention(
@@ -20,6 +25,7 @@ def attention(
     seed: Tensor | None = None,
     rows: Tensor | None = None,
     site: int = 0,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """Attention of every position over all of its sequence (paper, section 4.2).
 
@@ -28,7 +34,8 @@ def attention(
         probabilities = torch.softmax((query_scale[..., None] * q) @ k.transpose(-1, -2), dim=-1)
         out = dropout(probabilities, p) @ v
 
-    No key is hidden; a query whose scale is 0 attends uniformly.
+    No key is hidden; a query whose scale is 0 attends uniformly. With `inv_freq` q and k are
+    rotated by their position first (`reference.rotary.rotate`).
 
     Args:
         qkv: [B, L, 3D]: queries, keys, values; heads are consecutive columns of each.
@@ -39,6 +46,7 @@ def attention(
         seed: int64 scalar tensor (already derived for this use); not needed at p = 0.
         rows: int64 [B]; None is 0 .. B-1.
         site: which of the network's dropouts this is.
+        inv_freq: angles per position of the rotary embedding [D / H / 2], or None.
 
     Returns:
         [B, L, D], heads side by side. Differentiable; the C++ kernel runs only where
@@ -63,17 +71,54 @@ def attention(
         raise ValueError(f"p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
         raise ValueError(f"seed must be given with p = {p}")
+    if inv_freq is not None:
+        check_shape("inv_freq", inv_freq, "W/2", {"W/2": width // num_heads // 2})
+        if width // num_heads % 2:
+            raise ValueError(f"a rotated head must have an even width, got {width // num_heads}")
     rows = request_rows(rows, qkv.shape[0], qkv.device)
+    value, tangent = split(qkv)
     declined = ""
-    if torch.is_grad_enabled() and query_scale.requires_grad:
+    if is_dual(qkv, query_scale):
+        declined = NO_RULE
+    elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
-    if choose("attention", qkv, declined=declined) is Backend.REFERENCE:
+    by_hand = tangent is not None and not is_dual(query_scale) and current_backend() != "reference"
+    if choose("attention", qkv, declined=declined) is Backend.REFERENCE and not by_hand:
         return reference.attention(
-            qkv, query_scale, num_heads=num_heads, p=p, seed=seed, rows=rows, site=site
+            qkv,
+            query_scale,
+            num_heads=num_heads,
+            p=p,
+            seed=seed,
+            rows=rows,
+            site=site,
+            inv_freq=inv_freq,
         )
-    if torch.compiler.is_compiling():
-        return torch.ops.fmrec_fast.attention(qkv, query_scale, rows, seed, site, p, num_heads)
-    return _Attention.apply(qkv, query_scale, rows, seed, (site, p), num_heads)
+    if inv_freq is not None:
+        table = angles(inv_freq, qkv.shape[1])
+        value = tangents.rotate(value, *table, num_heads)
+        tangent = None if tangent is None else tangents.rotate(tangent, *table, num_heads)
+    if tangent is None:
+        if torch.compiler.is_compiling():
+            return torch.ops.fmrec_fast.attention(
+                value, query_scale, rows, seed, site, p, num_heads
+            )
+        return _Attention.apply(value, query_scale, rows, seed, (site, p), num_heads)
+    drop = None if p == 0 or seed is None else _Masks(p, seed, rows, site)
+    return join(*tangents.attention(value, tangent, query_scale, num_heads, drop))
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The dropout of the probabilities of some rows of the batch."""
+
+    p: float
+    seed: Tensor
+    rows: Tensor
+    site: int
+
+    def __call__(self, x: Tensor, part: slice) -> Tensor:
+        return dropout(x, self.p, seed=self.seed, rows=self.rows[part], site=self.site)
 
 
 def _forward(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrec_fast import extension, noise
-from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast import extension, noise, tangents
+from fmrec_fast.backend import Backend, choose, current_backend, log_run
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import dropout as reference
 
@@ -57,11 +60,33 @@ def dropout(
     check_float(x=x, residual=residual)
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    value, tangent = split(x)
+    constants = (site, position_offset, position_stride, p)
+    if activation == "gelu" and tangent is not None and current_backend() is not Backend.REFERENCE:
+        rows = request_rows(rows, x.shape[0], x.device)
+        if p > 0 and residual is None and choose("dropout", value) is Backend.CPP:
+            return join(*_DropoutGelu.apply(value, tangent, rows, seed, constants))
+        x, activation = join(*tangents.gelu(value, tangent)), None
     if p == 0 or activation not in (None, "gelu"):
         x = reference.activate(x, activation)
         return x if residual is None else residual + x
     rows = request_rows(rows, x.shape[0], x.device)
-    backend = choose("dropout", x)
+    value, tangent = split(x)  # an activation may have been applied
+    if activation is None and tangent is not None:
+        # Linear: the tangent is dropped by the same mask.
+        given: dict[str, Any] = {
+            "seed": seed,
+            "rows": rows,
+            "site": site,
+            "position_offset": position_offset,
+            "position_stride": position_stride,
+        }
+        own, own_tangent = (None, None) if residual is None else split(residual)
+        return join(
+            dropout(value, p, residual=own, **given),
+            dropout(tangent, p, residual=own_tangent, **given),
+        )
+    backend = choose("dropout", x, declined=NO_RULE if is_dual(x, residual) else "")
     if backend is Backend.REFERENCE:
         return reference.dropout(
             x,
@@ -92,6 +117,7 @@ def _run(
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
+    times: Tensor | None = None,
     backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
@@ -114,6 +140,7 @@ def _run(
         torch.get_num_threads(),
         gelu,
         None if gelu_at is None else gelu_at.contiguous().detach().numpy(),
+        None if times is None else times.contiguous().detach().numpy(),
     )
     return out
 
@@ -135,6 +162,27 @@ class _Dropout(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at, backend=ctx.backend)
         return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+class _DropoutGelu(torch.autograd.Function):
+    """Dropped GELU with its tangent, all by the C++ kernel: value and tangent are
+    ``mask gelu(x)`` and ``mask gelu'(x) dx``."""
+
+    @staticmethod
+    def forward(ctx, x, dx, rows, seed, constants):
+        ctx.save_for_backward(x, dx, rows, seed)
+        ctx.constants = constants
+        value = _run(x, None, rows, seed, constants, gelu=True)
+        return value, _run(dx, None, rows, seed, constants, gelu_at=x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_tangent):
+        x, dx, rows, seed = ctx.saved_tensors
+        d_x = _run(grad, None, rows, seed, ctx.constants, gelu_at=x)
+        d_x = _run(grad_tangent, d_x, rows, seed, ctx.constants, gelu_at=x, times=dx)
+        d_dx = _run(grad_tangent, None, rows, seed, ctx.constants, gelu_at=x)
+        return d_x, d_dx, None, None, None
 
 
 class StreamDropout:

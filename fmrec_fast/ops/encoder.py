@@ -9,21 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension
+from fmrec_fast import extension, tangents
 from fmrec_fast.backend import (
     Backend,
     candidate,
     choose,
     constant_when_compiled,
+    current_backend,
     use_backend,
 )
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
+from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.reference import encoder as reference
-from fmrec_fast.reference.encoder import Attend, BlockWeights, Drop, no_drop
+from fmrec_fast.reference.encoder import (
+    FMREC,
+    Attend,
+    BlockWeights,
+    CrossWeights,
+    Drop,
+    Paths,
+    Variant,
+    no_drop,
+    no_paths,
+)
+from fmrec_fast.reference.rotary import angles
 
 
 def encoder(
@@ -37,6 +50,10 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    variant: Variant = FMREC,
+    paths: Paths = no_paths,
+    cross: Sequence[CrossWeights] | None = None,
+    context: Tensor | None = None,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
     linear_precision: str = "float32",
@@ -59,6 +76,10 @@ def encoder(
         attention: 'published' or 'causal'.
         tap: index of a block whose output at the last position is returned too.
         drop: dropout, with probability `p`; none by default.
+        variant: `FMREC`, or `FAVE`: RMS norms, rotary embedding, no dropout after the block; its
+            weights have no biases of norms, and `inv_freq`.
+        paths: drop path: (block, branch) -> factors of the rows [B], or None.
+        cross, context: Fave's cross-attention steps, one a block, over `context` [B, L, D].
         precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
             rounds both operands and multiplies in float32; all else is float32.
         first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
@@ -88,18 +109,26 @@ def encoder(
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {attention!r}")
     if tap is not None and not 0 <= tap < len(blocks):
         raise ValueError(f"tap must be in 0 .. {len(blocks) - 1}, got {tap}")
+    if any((block.norm1_bias is None) != (variant.norm == "rms") for block in blocks):
+        raise ValueError(f"blocks must have the norms of {variant}, got others")
+    if any((block.inv_freq is None) == variant.rotary for block in blocks):
+        raise ValueError(f"blocks must have inv_freq where {variant} is rotary, and only there")
+    if (cross is None) != (context is None) or (cross is not None and len(cross) != len(blocks)):
+        raise ValueError("cross must have one step a block, and come with a context")
     if first_key_bias is not None:
         check_shape("first_key_bias", first_key_bias, "B", sizes)
         check_float(x=x, first_key_bias=first_key_bias)
         if attention != "published":
             raise ValueError(f"first_key_bias needs 'published' attention, got {attention!r}")
+        if variant.rotary:
+            raise ValueError(f"first_key_bias needs blocks that do not rotate, got {variant}")
     check_precision(precision)
     if linear_precision != "float32" and precision != "float32":
         raise ValueError(
             f"only one of precision and linear_precision may differ from 'float32', got "
             f"{precision!r} and {linear_precision!r}"
         )
-    parameters = [tensor for block in blocks for tensor in block]
+    parameters = [tensor for block in blocks for tensor in block.tensors()]
     declined = (
         "" if linear_precision == "float32" else "its kernel has one precision for all products"
     )
@@ -107,7 +136,10 @@ def encoder(
         declined
         or _declined(x, parameters, attention, drop, p)
         or kernel_declines(x, num_heads, precision)
+        or variant_declined(blocks, x.device)
     )
+    if not declined and (paths is not no_paths or cross is not None):
+        declined = "its kernel has no drop path and no cross-attention"
     if first_key_bias is not None and candidate(x.device) is Backend.TRITON:
         declined = declined or "its Triton kernel has no key bias"
     backend = choose("encoder", x, *parameters, declined=declined)
@@ -127,7 +159,12 @@ def encoder(
         drop=drop,
         p=p,
         prune=prune,
+        variant=variant,
+        paths=paths,
+        cross=cross,
+        context=context,
         linear=partial(linear, precision=linear_precision),
+        norm=_norm,
         attend=_attend(drop, p),
         precision=precision,
         first_key_bias=first_key_bias,
@@ -167,15 +204,50 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def pack(blocks: list[BlockWeights], num_heads: int) -> Any:
-    """The blocks' parameters, copied into the order that the C++ kernels read.
+def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) -> Any:
+    """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
+    `length` positions.
 
     Packed anew for every call and never kept: that takes less than a network evaluation of one
     sequence, and no note of a tensor's address and version sees every way to write to it
     (``parameter.data``, a numpy view).
     """
-    arrays = [tuple(tensor.detach().contiguous().numpy() for tensor in block) for block in blocks]
-    return extension.load().PackedEncoder(arrays, num_heads)
+    arrays = [
+        tuple(None if part is None else part.detach().contiguous().numpy() for part in block[:-1])
+        for block in blocks
+    ]
+    rotary, inv_freq = None, blocks[0].inv_freq
+    if inv_freq is not None:
+        if length is None:
+            raise ValueError("blocks with rotary embedding are packed for a length, got None")
+        rotary = torch.cat(angles(inv_freq.detach(), length), dim=-1).numpy()
+    return extension.load().PackedEncoder(arrays, num_heads, rotary)
+
+
+def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
+    """Why the kernel that would run here does not cover the blocks' norms or rotation; empty where
+    it does."""
+    if blocks and blocks[0].norm1_bias is None and candidate(device) is Backend.TRITON:
+        return "its Triton kernel has no RMS norms and no rotary embedding"
+    if not blocks:
+        return ""
+    first = blocks[0].inv_freq
+    if torch.compiler.is_compiling() and (first is not None or blocks[0].norm1_bias is None):
+        return "its registered op has no RMS norms and no rotary embedding"
+    if first is None or first.device.type != "cpu":  # looking would wait for another device
+        return ""
+    if any(other.inv_freq is None or not first.equal(other.inv_freq) for other in blocks[1:]):
+        return "its kernel rotates all blocks by the same angles"
+    return ""
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition's norm; the RMS norm in fewer passes, with its tangent."""
+    if bias is not None or current_backend() is Backend.REFERENCE or is_wrapped(x):
+        return reference.norm(x, weight, bias)
+    value, tangent = split(x)
+    out, d_out = tangents.rms_norm(value, weight, tangent)
+    return out if d_out is None else join(out, d_out)
 
 
 def _attend(drop: Drop, p: float) -> Attend | None:
@@ -186,9 +258,15 @@ def _attend(drop: Drop, p: float) -> Attend | None:
 
 
 def _attend_without_dropout(
-    qkv: Tensor, query_scale: Tensor, *, num_heads: int, p: float, site: int
+    qkv: Tensor,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    p: float,
+    site: int,
+    inv_freq: Tensor | None,
 ) -> Tensor:
-    return attention_op(qkv, query_scale, num_heads=num_heads)
+    return attention_op(qkv, query_scale, num_heads=num_heads, inv_freq=inv_freq)
 
 
 def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p: float) -> str:
@@ -197,6 +275,8 @@ def _declined(x: Tensor, parameters: list[Tensor], attention: str, drop: Drop, p
         return f"its kernel has the published attention only, got {attention!r}"
     if drop is not no_drop and p > 0:
         return "its kernel has no dropout"
+    if is_dual(x):
+        return NO_RULE
     if needs_gradient(x, *parameters):
         return "its kernel has no backward pass, and a gradient is needed"
     return ""
@@ -213,7 +293,7 @@ def _encoder_cpp(
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
     extension.load().encoder_forward(
-        pack(blocks, num_heads),
+        pack(blocks, num_heads, x.shape[1]),
         x.detach().contiguous().numpy(),
         mask.detach().contiguous().numpy(),
         -1 if tap is None else tap,
@@ -247,8 +327,8 @@ def _encoder_triton(
 
 
 def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
-    """The blocks whose tensors `parameters` are, one after another."""
-    size = len(BlockWeights._fields)
+    """The blocks without rotary embedding whose tensors `parameters` are, one after another."""
+    size = len(BlockWeights._fields) - 1
     return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
 
 

@@ -24,10 +24,11 @@ from fmrec_fast.ops.encoder import (
     needs_gradient,
     pack,
     unflatten,
+    variant_declined,
 )
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
-from fmrec_fast.reference.encoder import NORM_EPS, BlockWeights
+from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
 from fmrec_fast.reference.noise_fusion import euler_update
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
@@ -44,12 +45,17 @@ class SamplerWeights:
     num_heads: int
     attention: str
     delta: float
+    variant: Variant = FMREC
 
     @cached_property
     def packed(self) -> Any:
         """The blocks as the C++ kernels read them, packed once for this object: it is made for one
         call of the sampler and does not outlive it, so that no change of a weight is missed."""
         return pack(self.blocks, self.num_heads)
+
+    def packed_for(self, length: int) -> Any:
+        """`packed`; with rotary embedding, for histories of `length` positions."""
+        return pack(self.blocks, self.num_heads, length) if self.variant.rotary else self.packed
 
 
 def euler_sampler(
@@ -118,7 +124,7 @@ def euler_sampler(
     if tied:
         check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
-    tensors += [tensor for block in weights.blocks for tensor in block]
+    tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
     if noise is not None:
         tensors.append(noise)
     declined = ""
@@ -137,6 +143,9 @@ def euler_sampler(
         declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
+    declined = declined or variant_declined(weights.blocks, e.device)
+    if tied and weights.variant.rotary:
+        declined = declined or "its kernel has no rotary embedding with padding 'tied'"
     backend = choose("euler_sampler", *tensors, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.euler_sampler(
@@ -144,7 +153,7 @@ def euler_sampler(
             mask,
             z0,
             taus,
-            [tensor for block in weights.blocks for tensor in block],
+            [tensor for block in weights.blocks for tensor in block.tensors()],
             weights.norm_weight,
             weights.norm_bias,
             weights.num_heads,
@@ -172,7 +181,8 @@ def euler_sampler(
         return out
     # A compiled program is for any batch: it neither looks for padding nor cuts.
     cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
-    if tied and cut and lam_of_step is None and weights.attention == "published":
+    grouped = weights.attention == "published" and not weights.variant.rotary
+    if tied and cut and lam_of_step is None and grouped:
         return _grouped_by_length(
             e, mask, z0, taus, weights, times, seed, rows, noise, trajectory, target,
             return_trajectory, precision,
@@ -244,6 +254,7 @@ def _composed(
             "num_heads": weights.num_heads,
             "attention": weights.attention,
             "precision": precision,
+            "variant": weights.variant,
         }
         if padded is not None:
             last, _ = encoder(
@@ -358,7 +369,7 @@ def _euler_sampler_cpp(
     points = (taus.shape[0] + 1,) if return_trajectory else ()
     out = z0.new_empty((*points, *z0.shape))
     extension.load().euler_sampler(
-        weights.packed,
+        weights.packed_for(e.shape[1]),
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),

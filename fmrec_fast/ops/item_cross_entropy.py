@@ -122,7 +122,7 @@ def item_cross_entropy(
         if vector is not None:
             check_shape(name, vector, "V", sizes)
     kind = rep.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             return item_cross_entropy(

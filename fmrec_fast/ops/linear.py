@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import linear as reference
 
@@ -32,8 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
             are rounded to bfloat16, multiplied and added up in float32. Results are float32.
 
     Returns:
-        [..., O]. Differentiable in all three. On a CPU the results do not depend on the number of
-        threads.
+        [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do
+        not depend on the number of threads.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not agree.
@@ -46,7 +47,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
     if precision not in LINEAR_PRECISIONS:
         raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
     declined = ""
-    if precision != "float32":
+    value, tangent = split(x)
+    if tangent is not None and not is_dual(weight, bias):
+        # The tangent goes through the same product, without the bias.
+        return join(
+            linear(value, weight, bias, precision=precision),
+            linear(tangent, weight, torch.zeros_like(bias), precision=precision),
+        )
+    if is_dual(x, weight, bias):
+        declined = NO_RULE
+    elif precision != "float32":
         declined = f"its kernel multiplies in float32 only, got precision {precision!r}"
     elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (

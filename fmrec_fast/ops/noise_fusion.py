@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmrec_fast import extension, noise
 from fmrec_fast.backend import Backend, candidate, choose, log_run
+from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import noise_fusion as reference
 
@@ -43,7 +44,8 @@ def noise_fusion(
         lam: explicit lam [B, L, D] instead of the stream's.
 
     Returns:
-        [B, L, D]. Differentiable in `e`, `z` and `tau`; the backward pass regenerates lam.
+        [B, L, D]. Differentiable in `e`, `z` and `tau`, in forward mode too; the backward pass
+        regenerates lam.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not agree.
@@ -54,8 +56,17 @@ def noise_fusion(
     check_shape("z", z, "B D", sizes)
     check_shape("tau", tau, "D" if tau.ndim == 1 else "B D", sizes)
     check_float(e=e, z=z, tau=tau, lam=lam)
-    drawn = _Lam.of(e, delta, seed, rows, step, lam, sizes)
-    return _fuse(e, z + tau, drawn, _choose(e, drawn))
+    drawn, shift = _Lam.of(e, delta, seed, rows, step, lam, sizes), z + tau
+    (e_value, d_e), (shift_value, d_shift) = split(e), split(shift)
+    if d_e is not None or d_shift is not None:
+        # Linear in e and shift: the tangent is the fusion of the tangents, with the same lam.
+        d_e = torch.zeros_like(e_value) if d_e is None else d_e
+        d_shift = torch.zeros_like(shift_value) if d_shift is None else d_shift
+        return join(
+            _fuse(e_value, shift_value, drawn, _choose(e_value, drawn)),
+            _fuse(d_e, d_shift, drawn, _choose(d_e, drawn)),
+        )
+    return _fuse(e, shift, drawn, _choose(e, drawn, NO_RULE if is_dual(e, shift) else ""))
 
 
 def euler_noise_fusion(
@@ -159,8 +170,7 @@ class _Lam:
         return Lam(self.delta, self.step, self.rows, self.key)
 
 
-def _choose(e: Tensor, lam: _Lam) -> Backend:
-    declined = ""
+def _choose(e: Tensor, lam: _Lam, declined: str = "") -> Backend:
     if lam.rows is None:
         if candidate(e.device) is Backend.CPP:
             declined = "its kernel draws lam, and lam is given"

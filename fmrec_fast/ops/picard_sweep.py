@@ -20,6 +20,7 @@ from fmrec_fast.ops.encoder import (
     kernel_declines,
     needs_gradient,
     unflatten,
+    variant_declined,
 )
 from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
 from fmrec_fast.ops.noise_fusion import noise_fusion
@@ -89,7 +90,7 @@ def picard_sweep(
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
     tensors = [e, x, taus, weights.norm_weight, weights.norm_bias]
-    tensors += [tensor for block in weights.blocks for tensor in block]
+    tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
     if noise is not None:
         tensors.append(noise)
     declined = ""
@@ -103,6 +104,9 @@ def picard_sweep(
         declined = "its kernel computes every padded position, got padding 'tied'"
     else:
         declined = kernel_declines(e, weights.num_heads, precision)
+    declined = declined or variant_declined(weights.blocks, e.device)
+    if tied and weights.variant.rotary:
+        declined = declined or "its kernel has no rotary embedding with padding 'tied'"
     backend = choose("picard_sweep", *tensors, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.picard_sweep(
@@ -110,7 +114,7 @@ def picard_sweep(
             mask,
             x,
             taus,
-            [tensor for block in weights.blocks for tensor in block],
+            [tensor for block in weights.blocks for tensor in block.tensors()],
             weights.norm_weight,
             weights.norm_bias,
             weights.num_heads,
@@ -184,6 +188,7 @@ def _composed(
             num_heads=weights.num_heads,
             attention=weights.attention,
             precision=precision,
+            variant=weights.variant,
         )
         return F.layer_norm(last, last.shape[-1:], weights.norm_weight, weights.norm_bias, NORM_EPS)
 
@@ -206,7 +211,7 @@ def _picard_sweep_cpp(
 
     out = x.new_empty(x.shape)
     extension.load().picard_sweep(
-        weights.packed,
+        weights.packed_for(e.shape[1]),
         array(weights.norm_weight),
         array(weights.norm_bias),
         array(e),

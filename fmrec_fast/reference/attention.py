@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrec_fast.forward_mode import is_dual
 from fmrec_fast.reference.dropout import dropout
+from fmrec_fast.reference.rotary import rotate
 
 
 def mix(
@@ -40,17 +42,26 @@ def mix(
     q, k, v = heads(q * query_scale[..., None]), heads(k), heads(v)
     if operand is not None:
         q, k, v = operand(q), operand(k), operand(v)
-    if drop is None and operand is None:
+    if drop is None and operand is None and not is_dual(q, k, v):  # which is not differentiable so
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     else:
         scores = q @ k.transpose(-1, -2)
-        probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        probabilities = softmax(scores if bias is None else scores + bias)
         if drop is not None:
             probabilities = drop(probabilities.view(batch, num_heads * lq, length))
         if operand is not None:
             probabilities = operand(probabilities)
         mixed = probabilities.view(batch, num_heads, lq, length) @ v
     return mixed.transpose(1, 2).reshape(batch, lq, width)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """``torch.softmax(scores, dim=-1)``."""
+    if not is_dual(scores):
+        return torch.softmax(scores, dim=-1)
+    # PyTorch's own forward-mode rule writes over what its reverse mode needs.
+    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True)
 
 
 def attention(
@@ -62,12 +73,16 @@ def attention(
     seed: Tensor | None = None,
     rows: Tensor | None = None,
     site: int = 0,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """`mix` of all positions with dropout from the stream; qkv [B, L, 3D], out [B, L, D].
 
-    A position of the mask's stream is head * L + query, its channel the key.
+    A position of the mask's stream is head * L + query, its channel the key. With `inv_freq`
+    queries and keys are rotated first.
     """
     q, k, v = qkv.chunk(3, dim=-1)
+    if inv_freq is not None:
+        q, k = (rotate(x, inv_freq, num_heads) for x in (q, k))
     if p == 0:
         return mix(q, k, v, query_scale, num_heads=num_heads)
     if seed is None or rows is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -10,20 +10,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmrec_fast.forward_mode import is_dual
 from fmrec_fast.reference.attention import mix
 from fmrec_fast.reference.dropout import activate
 from fmrec_fast.reference.linear import linear as linear_definition
+from fmrec_fast.reference.rms_norm import rms_norm as rms_norm_definition
+from fmrec_fast.reference.rotary import rotate
 
 NORM_EPS = 1e-12
 SITES_PER_BLOCK = 5
 EMBEDDING_SITE = 0
+CROSS_SITE = 1 << 16  # Fave's cross-attention: two sites a block from here on
+
+
+class Variant(NamedTuple):
+    """What kind of block the stack is made of; the parts that differ between the models.
+
+    Args:
+        norm: 'layer' (eps 1e-12, weight and bias) or 'rms' (eps 1e-8, weight only).
+        rotary: queries and keys are rotated by their position.
+        block_dropout: a dropout after the block.
+    """
+
+    norm: str
+    rotary: bool
+    block_dropout: bool
+
+
+FMREC = Variant("layer", rotary=False, block_dropout=True)
+FAVE = Variant("rms", rotary=True, block_dropout=False)
 
 
 class BlockWeights(NamedTuple):
-    """Parameters of one pre-norm transformer block; Linear weights are [out, in]."""
+    """Parameters of one pre-norm transformer block; Linear weights are [out, in].
+
+    An RMS norm has no bias; `inv_freq` [D / H / 2] holds the angles per position of the rotary
+    embedding, None where there is none.
+    """
 
     norm1_weight: Tensor
-    norm1_bias: Tensor
+    norm1_bias: Tensor | None
     query_weight: Tensor
     query_bias: Tensor
     key_weight: Tensor
@@ -33,14 +59,43 @@ class BlockWeights(NamedTuple):
     output_weight: Tensor
     output_bias: Tensor
     norm2_weight: Tensor
-    norm2_bias: Tensor
+    norm2_bias: Tensor | None
     w1_weight: Tensor
     w1_bias: Tensor
     w2_weight: Tensor
     w2_bias: Tensor
+    inv_freq: Tensor | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """The parameters that there are."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+class CrossWeights(NamedTuple):
+    """Parameters of Fave's cross-attention step; the gate's weights have no bias."""
+
+    norm_weight: Tensor
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    value_weight: Tensor
+    value_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    inv_freq: Tensor
+    se_relu: Tensor
+    se_weight1: Tensor
+    se_weight2: Tensor
+    gamma: Tensor
+
+
+# Drop path: (block, branch) -> factor of each row [B], or None where nothing is dropped. The
+# branches are 0 attention, 1 cross-attention, 2 feed-forward.
+Paths = Callable[[int, int], "Tensor | None"]
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+Norm = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class Drop(Protocol):
@@ -63,7 +118,14 @@ class Attend(Protocol):
     """`attention` of all positions, dropout included, in the place of its definition."""
 
     def __call__(
-        self, qkv: Tensor, query_scale: Tensor, *, num_heads: int, p: float, site: int
+        self,
+        qkv: Tensor,
+        query_scale: Tensor,
+        *,
+        num_heads: int,
+        p: float,
+        site: int,
+        inv_freq: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -79,6 +141,11 @@ def no_drop(
     """The `Drop` of evaluation."""
     x = activate(x, activation)
     return x if residual is None else residual + x
+
+
+def no_paths(block: int, branch: int) -> None:
+    """The `Paths` of evaluation."""
+    return None
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
@@ -165,10 +232,15 @@ def attention(
     projection_bias = torch.cat([getattr(w, f"{name}_bias") for name in names])
     projected = linear(keys_from, weight, projection_bias)
     if attend is not None and lq == length and bias is None:
-        mixed = attend(projected, query_scale, num_heads=num_heads, p=p, site=site)
+        mixed = attend(
+            projected, query_scale, num_heads=num_heads, p=p, site=site, inv_freq=w.inv_freq
+        )
     else:
-        parts = projected.split(width, dim=-1)
+        parts = list(projected.split(width, dim=-1))
         q = parts[0] if lq == length else linear(queries_from, w.query_weight, w.query_bias)
+        if w.inv_freq is not None:
+            q = rotate(q, w.inv_freq, num_heads, first=length - lq)
+            parts[-2] = rotate(parts[-2], w.inv_freq, num_heads)
 
         def drop_probabilities(probabilities: Tensor) -> Tensor:
             # A position of the mask's stream is head * L + query; the last Lq of each head.
@@ -188,6 +260,111 @@ def attention(
     return linear(mixed, w.output_weight, w.output_bias)
 
 
+def cross_attention(
+    queries_from: Tensor,
+    context: Tensor,
+    w: CrossWeights,
+    *,
+    num_heads: int,
+    drop: Drop,
+    p: float,
+    site: int,
+    linear: Linear,
+) -> Tensor:
+    """Attention of the last Lq positions over `context` [B, L, D], rotary on both, no mask."""
+    length, width = context.shape[1:]
+    lq = queries_from.shape[1]
+    q = linear(queries_from, w.query_weight, w.query_bias)
+    k = linear(context, w.key_weight, w.key_bias)
+    v = linear(context, w.value_weight, w.value_bias)
+
+    def drop_probabilities(probabilities: Tensor) -> Tensor:
+        stride = length if lq == 1 else 1
+        return drop(probabilities, p, site, position_offset=length - lq, position_stride=stride)
+
+    mixed = mix(
+        rotate(q, w.inv_freq, num_heads, first=length - lq),
+        rotate(k, w.inv_freq, num_heads),
+        v,
+        q.new_full(q.shape[:2], (width // num_heads) ** -0.5),
+        num_heads=num_heads,
+        drop=None if drop is no_drop or p == 0 else drop_probabilities,
+    )
+    return linear(mixed, w.output_weight, w.output_bias)
+
+
+def cross_step(
+    x: Tensor,
+    context: Tensor,
+    w: CrossWeights,
+    *,
+    num_heads: int,
+    drop: Drop,
+    p: float,
+    index: int,
+    path: Tensor | None,
+    linear: Linear,
+) -> Tensor:
+    """Fave's cross-attention step: ``x + path * gamma * (fused - x)``, where `fused` mixes x and
+    the attention over `context` by a gate that the last position opens."""
+    site, start = CROSS_SITE + 2 * index, context.shape[1] - x.shape[1]
+    cross = cross_attention(
+        norm(x, w.norm_weight, None),
+        context,
+        w,
+        num_heads=num_heads,
+        drop=drop,
+        p=p,
+        site=site,
+        linear=linear,
+    )
+    cross = drop(cross, p, site + 1, position_offset=start)
+    s = F.relu(F.linear((x + cross)[:, -1:], w.se_relu))
+    gates = torch.stack((F.linear(s, w.se_weight1), F.linear(s, w.se_weight2))).softmax(0)
+    fused = x * gates[0] + cross * gates[1]
+    return x + scale_rows(w.gamma * (fused - x), path)
+
+
+def scale_rows(x: Tensor, factor: Tensor | None) -> Tensor:
+    """`x` [B, ...] with each row times its factor [B]; None is 1."""
+    return x if factor is None else x * factor[:, None, None]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The norm in front of a sublayer: the layer norm, or without a bias the RMS norm."""
+    if bias is None:
+        return rms_norm_definition(x, weight)
+    return layer_norm(x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """``F.layer_norm`` over the last dimension."""
+    if not is_dual(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # Of PyTorch's own forward-mode derivative the gradient is wrong.
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def add_branch(
+    x: Tensor,
+    branch: Tensor,
+    drop: Drop,
+    p: float,
+    site: int,
+    start: int,
+    paths: Paths,
+    index: int,
+    number: int,
+) -> Tensor:
+    """``x + path * drop(branch)``; the path's factor is drawn last, as published."""
+    if paths is no_paths:
+        return drop(branch, p, site, residual=x, position_offset=start)
+    dropped = drop(branch, p, site, position_offset=start)
+    factor = paths(index, number)
+    return x + dropped if factor is None else torch.addcmul(x, dropped, factor[:, None, None])
+
+
 def block(
     x: Tensor,
     w: BlockWeights,
@@ -199,17 +376,23 @@ def block(
     p: float = 0.0,
     index: int = 0,
     last_only: bool = False,
+    variant: Variant = FMREC,
+    paths: Paths = no_paths,
+    cross: CrossWeights | None = None,
+    context: Tensor | None = None,
     linear: Linear = linear_definition,
+    norm: Norm = norm,
     attend: Attend | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
 
-    ``x = x + drop(attn(norm1 x)); x = x + drop(ffn(norm2 x)); x = drop(x)``
+    ``x = x + drop(attn(norm1 x)); x = x + drop(ffn(norm2 x)); x = drop(x)``; the branches times
+    `paths`, `cross_step` between them, and the last dropout, as the variant has them.
     """
-    length, width = x.shape[1:]
+    length = x.shape[1]
     sites = dropout_sites(index)
-    normed = F.layer_norm(x, (width,), w.norm1_weight, w.norm1_bias, NORM_EPS)
+    normed = norm(x, w.norm1_weight, w.norm1_bias)
     start = length - 1 if last_only else 0
     if bias is not None:
         bias = bias[:, :, start:]
@@ -227,12 +410,25 @@ def block(
         attend=attend,
         precision=precision,
     )
-    x = drop(attended, p, sites[1], residual=x[:, start:], position_offset=start)
-    normed = F.layer_norm(x, (width,), w.norm2_weight, w.norm2_bias, NORM_EPS)
+    x = add_branch(x[:, start:], attended, drop, p, sites[1], start, paths, index, 0)
+    if cross is not None and context is not None:
+        x = cross_step(
+            x,
+            context,
+            cross,
+            num_heads=num_heads,
+            drop=drop,
+            p=p,
+            index=index,
+            path=paths(index, 1),
+            linear=linear,
+        )
+    normed = norm(x, w.norm2_weight, w.norm2_bias)
     inner = linear(normed, w.w1_weight, w.w1_bias)
     inner = drop(inner, p, sites[2], activation="gelu", position_offset=start)
-    x = drop(linear(inner, w.w2_weight, w.w2_bias), p, sites[3], residual=x, position_offset=start)
-    return drop(x, p, sites[4], position_offset=start)
+    outer = linear(inner, w.w2_weight, w.w2_bias)
+    x = add_branch(x, outer, drop, p, sites[3], start, paths, index, 2)
+    return drop(x, p, sites[4], position_offset=start) if variant.block_dropout else x
 
 
 def _rounded_linear(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
@@ -250,7 +446,12 @@ def encoder(
     drop: Drop = no_drop,
     p: float = 0.0,
     prune: bool = True,
+    variant: Variant = FMREC,
+    paths: Paths = no_paths,
+    cross: Sequence[CrossWeights] | None = None,
+    context: Tensor | None = None,
     linear: Linear = linear_definition,
+    norm: Norm = norm,
     attend: Attend | None = None,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
@@ -262,7 +463,9 @@ def encoder(
         tap: index of the block whose output at the last position is returned too, or None.
         drop, p: dropout; its sites are numbered by `dropout_sites`.
         prune: compute the last block at the last position only (the same function).
-        linear: computes the linear layers.
+        variant: the kind of block; paths: its drop path.
+        cross, context: Fave's cross-attention steps over `context` [B, L, D].
+        linear, norm: compute the linear layers and the norms.
         attend: see `attention`.
         precision: both operands of every product are `rounded` to it and multiplied in float32;
             with one that is not 'float32', `linear` and `attend` are not used.
@@ -288,7 +491,12 @@ def encoder(
             p=p,
             index=index,
             last_only=prune and index == len(blocks) - 1,
+            variant=variant,
+            paths=paths,
+            cross=None if cross is None else cross[index],
+            context=context,
             linear=linear,
+            norm=norm,
             attend=attend,
             precision=precision,
         )
