@@ -54,7 +54,8 @@ FMREC_INLINE void layer_norm_rows(const LayerNorm* n, const float* x, float* out
 }
 
 // out = (x - mean) / sqrt(var + 1e-12) * weight + bias, or x / sqrt(mean(x^2) + 1e-8) * weight +
-// bias, for rows `stride` apart, whose padding holds zeros. Four at a time, because the sums of one row wait for each other.
+// bias, for rows `stride` apart, whose padding holds zeros. Four at a time, because the sums of one
+// row wait for each other.
 static inline void layer_norm(const LayerNorm* n, const float* x, float* out, int64_t stride,
                               int64_t rows) {
     int64_t i = 0;
