@@ -53,6 +53,8 @@ ISA_FLAGS = {
         *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized"),
     ],
 }
+# GCC 12 warns about the undefined operand of its intrinsics under another name too.
+AMX_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-Wno-uninitialized"]
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 SANITIZERS += ["-fsanitize=address,undefined"]
 
@@ -86,7 +88,10 @@ class BuildKernels(build_ext):
         isas = {"scalar": ISA_FLAGS["scalar"]}
         if builds_for_x86_64():
             macros.append(("FMREC_X86", "1"))
-            isas = ISA_FLAGS
+            isas = dict(ISA_FLAGS)
+            if self.compiles_amx():
+                macros.append(("FMREC_AMX", "1"))
+                isas["amx"] = [*ISA_FLAGS["avx512"], *AMX_FLAGS]
         flags = [*FLAGS, *self.openmp_flags()]
         if switched_on("FMREC_FAST_SANITIZE"):
             flags += SANITIZERS
@@ -112,15 +117,23 @@ class BuildKernels(build_ext):
         Clang's calls (__kmpc_*) are missing in libgomp, so its OpenMP could not be loaded.
         """
         source = "#if !defined(_OPENMP) || defined(__clang__)\n#error\n#endif\n#include <omp.h>\n"
+        if sys.platform == "linux" and self.compiles(source, ["-fopenmp"]):
+            return ["-fopenmp"]
+        return ["-fopenmp-simd"]
+
+    def compiles_amx(self) -> bool:
+        """Whether the compiler knows AMX, on Linux, which must be asked for the permission."""
+        source = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
+        flags = [*ISA_FLAGS["avx512"], *AMX_FLAGS]
+        return sys.platform == "linux" and self.compiles(source, flags)
+
+    def compiles(self, source: str, flags: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cpp")
             probe.write_text(source)
-            command = [*self.compiler.compiler_so, "-fopenmp", "-c", str(probe)]
+            command = [*self.compiler.compiler_so, *flags, "-c", str(probe)]
             command += ["-o", str(Path(folder, "probe.o"))]
-            found = subprocess.run(command, capture_output=True).returncode == 0
-        if found and sys.platform == "linux":
-            return ["-fopenmp"]
-        return ["-fopenmp-simd"]
+            return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def extensions() -> list[Extension]:

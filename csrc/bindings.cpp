@@ -1571,6 +1571,9 @@ py::dict build_info() {
 #ifdef FMREC_X86
     isas.append("avx2");
     isas.append("avx512");
+#ifdef FMREC_AMX
+    isas.append("amx");
+#endif
 #endif
     info["isas"] = isas;
     info["openmp"] = has_openmp();

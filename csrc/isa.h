@@ -11,13 +11,20 @@
 #define FMREC_DECLARE_TABLE(Type, name)                    \
     namespace scalar { extern const Type name; }           \
     namespace avx2 { extern const Type name; }             \
-    namespace avx512 { extern const Type name; }
+    namespace avx512 { extern const Type name; }           \
+    namespace amx { extern const Type name; }
 
 // The table of the chosen instruction set. Throws, through fmrec::isa(), where
 // FMREC_FAST_ISA names one that cannot be had.
 #ifdef FMREC_X86
-#define FMREC_TABLE(name)                                        \
-    (::fmrec::isa() == ::fmrec::Isa::avx512 ? ::fmrec::avx512::name \
+#ifdef FMREC_AMX
+#define FMREC_AMX_TABLE(name) ::fmrec::isa() == ::fmrec::Isa::amx ? ::fmrec::amx::name :
+#else
+#define FMREC_AMX_TABLE(name)
+#endif
+#define FMREC_TABLE(name)                                           \
+    (FMREC_AMX_TABLE(name)                                          \
+     ::fmrec::isa() == ::fmrec::Isa::avx512 ? ::fmrec::avx512::name \
      : ::fmrec::isa() == ::fmrec::Isa::avx2 ? ::fmrec::avx2::name   \
                                             : ::fmrec::scalar::name)
 #else
@@ -29,12 +36,14 @@
 
 namespace fmrec {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
-constexpr int ISA_COUNT = 3;
+// amx is avx512 with AVX512-BF16 and matrix products on AMX tiles (csrc/amx.h).
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
+constexpr int ISA_COUNT = 4;
 
 const char* isa_name(Isa isa);
 
-// Built into this library and supported by this CPU and operating system.
+// Built into this library and supported by this CPU and operating system. Asks Linux, once, for the
+// process' permission to use AMX tiles; a refusal means no support.
 bool isa_supported(Isa isa);
 
 // The chosen one: set_isa's, else FMREC_FAST_ISA's, else the widest supported. Throws

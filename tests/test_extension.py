@@ -446,7 +446,9 @@ def test_isa_names():
     supported = C.supported_isas()
     assert supported[0] == "scalar"
     assert C.isa() in supported
-    with pytest.raises(ValueError, match="isa must be one of scalar, avx2, avx512; got 'sse9'"):
+    with pytest.raises(
+        ValueError, match="isa must be one of scalar, avx2, avx512, amx; got 'sse9'"
+    ):
         C.set_isa("sse9")
     info = C.build_info()
     assert set(supported) <= set(info["isas"])
@@ -459,7 +461,7 @@ def test_isa_from_the_environment():
     assert result.stdout.strip() == "scalar", result.stderr
     result = run_python(code, FMREC_FAST_ISA="avx1024")
     assert result.returncode == 1
-    assert "FMREC_FAST_ISA must be one of scalar, avx2, avx512; got 'avx1024'" in result.stderr
+    assert "FMREC_FAST_ISA must be one of scalar, avx2, avx512, amx; got 'avx1024'" in result.stderr
 
 
 def test_extension_module():

@@ -1,0 +1,292 @@
+// C = A B (+ bias) on AMX tiles of bfloat16, accurate to float32 by splitting the operands.
+//
+// A float32 number is the sum of three bfloat16: a = a0 + a1 + a2, each the remainder rounded to
+// nearest even. Of the nine products of the parts, here called planes, the six a_i b_j with
+// i + j <= 2 are kept; those dropped are below 2^-24 |a b|. With two planes (three products) the
+// result is closer than operands rounded to tf32 give; with one it is the product of the operands
+// rounded to bfloat16. The sums are float32. Numbers below 2^-126, also as planes, count as 0.
+//
+// Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
+// infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
+// infinity; amx_pack_rows() says whether there are any. Rows and columns keep apart.
+//
+// Included by the kernel translation units of the instruction set amx only; everything here has
+// internal linkage. Every element of C is the same sum in the same order whatever tile it falls
+// into: a row's result does not depend on how many rows there are.
+#pragma once
+
+#include "amx_layout.h"
+#include "vector.h"
+
+namespace fmrec {
+namespace {
+
+// Tiles 0 .. 3 accumulate 32 x 32 of C, 4 and 5 are of A, 6 and 7 of B; all 16 rows of 64 bytes.
+// The state is a thread's own: held from the start of a task to its end.
+struct TileState {
+    TileState() {
+        struct alignas(64) Config {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        };
+        static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64},
+                                      {16, 16, 16, 16, 16, 16, 16, 16}};
+        _tile_loadconfig(&config);
+    }
+    ~TileState() { _tile_release(); }
+    TileState(const TileState&) = delete;
+    TileState& operator=(const TileState&) = delete;
+};
+
+FMREC_INLINE __m512 widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+
+// What is left of x after a plane; 0 where that is not a number or the plane is infinite.
+FMREC_INLINE __m512 remainder_of(__m512 x, __m256i plane) {
+    const __m512 rest = _mm512_sub_ps(x, widen(plane));
+    const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+    return _mm512_maskz_mov_ps(
+        _mm512_cmp_ps_mask(_mm512_abs_ps(rest), infinity, _CMP_LT_OQ), rest);
+}
+
+// 32 consecutive elements of a row into the planes, AMX_TILE * spacing apart.
+template <int PLANES>
+FMREC_INLINE void split_row(__m512 low, __m512 high, uint16_t* out, int64_t spacing) {
+#pragma GCC unroll 3
+    for (int p = 0; p < PLANES; ++p) {
+        const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(out + p * spacing * AMX_TILE, plane);
+        if (p + 1 < PLANES) {
+            low = remainder_of(low, _mm512_castsi512_si256(plane));
+            high = remainder_of(high, _mm512_extracti64x4_epi64(plane, 1));
+        }
+    }
+}
+
+// Rows `row` and up of A's planes: where its tile of `depth_tile` begins, and how far apart its
+// planes are, in tiles. `rows` is the number of rows of all of A.
+template <int PLANES>
+FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t depth_tiles,
+                                     int64_t row, int64_t depth_tile, int64_t* spacing) {
+    const int64_t pair = row / 32, left = rows - 32 * pair;
+    const int64_t tiles = left > 16 ? 2 : 1;
+    *spacing = tiles;
+    return planes + 2 * pair * depth_tiles * PLANES * AMX_TILE +
+           (depth_tile * PLANES * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
+}
+
+// A [rows, depth], element (i, k) at a[i * a_row + k * a_depth], into amx_rows_size() of planes;
+// rows and depth beyond it are zeros. Whether all elements stay finite.
+template <int PLANES>
+static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
+                                 int64_t depth, uint16_t* planes) {
+    const int64_t depth_tiles = round_to(depth, 32) / 32;
+    const __m512 most = _mm512_set1_ps(AMX_LARGEST);
+    __mmask16 strange = 0;
+    for (int64_t i = 0; i < round_to(rows, 16); ++i) {
+        for (int64_t t = 0; t < depth_tiles; ++t) {
+            int64_t spacing;
+            uint16_t* out = row_of_planes<PLANES>(planes, rows, depth_tiles, i, t, &spacing);
+            __m512 low = _mm512_setzero_ps(), high = low;
+            if (i < rows) {
+                const int64_t left = depth - 32 * t;
+                const float* source = a + i * a_row + 32 * t * a_depth;
+                if (a_depth == 1) {
+                    const uint32_t mask = left < 32 ? (1u << left) - 1u : 0xffffffffu;
+                    low = _mm512_maskz_loadu_ps((__mmask16)mask, source);
+                    high = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), source + 16);
+                } else {
+                    alignas(64) float row[32] = {};
+                    for (int64_t k = 0; k < 32 && k < left; ++k) row[k] = source[k * a_depth];
+                    low = _mm512_load_ps(row);
+                    high = _mm512_load_ps(row + 16);
+                }
+                // Unordered too: a NaN is strange.
+                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
+                           _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
+            }
+            split_row<PLANES>(low, high, out, spacing);
+        }
+    }
+    return strange == 0;
+}
+
+// B [depth, columns], element (k, j) at b[k * b_row + j * b_column], into amx_columns_size() of
+// planes; depth beyond it is zeros. `columns` is a multiple of 16, of which the first `present`
+// exist and the others are zeros. Whether all elements stay finite.
+template <int PLANES>
+static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_column, int64_t depth,
+                                    int64_t columns, int64_t present, uint16_t* planes) {
+    const int64_t depth_tiles = round_to(depth, 32) / 32;
+    const __m512 most = _mm512_set1_ps(AMX_LARGEST);
+    __mmask16 strange = 0;
+    alignas(64) float block[32 * 16];
+    for (int64_t j = 0; j < columns; j += 16) {
+        const int64_t tiles = columns - j / 32 * 32 > 16 ? 2 : 1;
+        uint16_t* strip = planes + (j / 32 * 2 * depth_tiles * PLANES + j % 32 / 16) * AMX_TILE;
+        const int64_t wide = present - j < 0 ? 0 : present - j < 16 ? present - j : 16;
+        for (int64_t t = 0; t < depth_tiles; ++t) {
+            const int64_t deep = depth - 32 * t < 32 ? depth - 32 * t : 32;
+            if (deep < 32 || wide < 16) __builtin_memset(block, 0, sizeof block);
+            const float* source = b + 32 * t * b_row + j * b_column;
+            if (b_column == 1) {
+                const __mmask16 mask = (__mmask16)((1u << wide) - 1u);
+                for (int64_t k = 0; k < deep; ++k) {
+                    _mm512_store_ps(block + 16 * k, _mm512_maskz_loadu_ps(mask, source + k * b_row));
+                }
+            } else {
+                for (int64_t c = 0; c < wide; ++c) {
+                    for (int64_t k = 0; k < deep; ++k) {
+                        block[16 * k + c] = source[k * b_row + c * b_column];
+                    }
+                }
+            }
+            uint16_t* out = strip + t * PLANES * tiles * AMX_TILE;
+            for (int64_t k = 0; k < 16; ++k) {
+                __m512 even = _mm512_load_ps(block + 32 * k);
+                __m512 odd = _mm512_load_ps(block + 32 * k + 16);
+                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
+                           _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
+#pragma GCC unroll 3
+                for (int p = 0; p < PLANES; ++p) {
+                    const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+                    const __m256i evens = _mm512_castsi512_si256(plane);
+                    const __m256i odds = _mm512_extracti64x4_epi64(plane, 1);
+                    const __m512i pairs = _mm512_or_si512(
+                        _mm512_cvtepu16_epi32(evens),
+                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odds), 16));
+                    _mm512_storeu_si512(out + p * tiles * AMX_TILE + k * 32, pairs);
+                    even = remainder_of(even, evens);
+                    odd = remainder_of(odd, odds);
+                }
+            }
+        }
+    }
+    return strange == 0;
+}
+
+// The compiler does not know what a tile load reads.
+FMREC_INLINE void memory_is_written() { __asm__ volatile("" ::: "memory"); }
+
+// sums [16 ROWS, 32] = A's rows times B's columns: ROWS by COLUMNS tiles.
+template <int PLANES, int STORED, int ROWS, int COLUMNS>
+static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums) {
+    memory_is_written();
+    _tile_zero(0);
+    if constexpr (COLUMNS > 1) _tile_zero(1);
+    if constexpr (ROWS > 1) _tile_zero(2);
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_zero(3);
+#define FMREC_LOAD_A(plane)                                                            \
+    _tile_loadd(4, a + (plane) * ROWS * AMX_TILE, 64);                                 \
+    if constexpr (ROWS > 1) _tile_loadd(5, a + ((plane) * ROWS + 1) * AMX_TILE, 64)
+#define FMREC_LOAD_B(plane)                                                            \
+    _tile_loadd(6, b + (plane) * COLUMNS * AMX_TILE, 64);                              \
+    if constexpr (COLUMNS > 1) _tile_loadd(7, b + ((plane) * COLUMNS + 1) * AMX_TILE, 64)
+#define FMREC_MULTIPLY_TILES                                       \
+    _tile_dpbf16ps(0, 4, 6);                                       \
+    if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);            \
+    if constexpr (ROWS > 1) _tile_dpbf16ps(2, 5, 6);               \
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7)
+    for (int64_t t = 0; t < depth_tiles; ++t) {
+        FMREC_LOAD_A(0);
+        if constexpr (PLANES > 2) {
+            FMREC_LOAD_B(2);
+            FMREC_MULTIPLY_TILES;
+        }
+        if constexpr (PLANES > 1) {
+            FMREC_LOAD_B(1);
+            FMREC_MULTIPLY_TILES;
+        }
+        FMREC_LOAD_B(0);
+        FMREC_MULTIPLY_TILES;
+        if constexpr (PLANES > 1) {
+            FMREC_LOAD_A(1);
+            FMREC_MULTIPLY_TILES;
+        }
+        if constexpr (PLANES > 2) {
+            FMREC_LOAD_B(1);
+            FMREC_MULTIPLY_TILES;
+            FMREC_LOAD_A(2);
+            FMREC_LOAD_B(0);
+            FMREC_MULTIPLY_TILES;
+        }
+        a += PLANES * ROWS * AMX_TILE;
+        b += STORED * COLUMNS * AMX_TILE;
+    }
+#undef FMREC_LOAD_A
+#undef FMREC_LOAD_B
+#undef FMREC_MULTIPLY_TILES
+    _tile_stored(0, sums, 128);
+    if constexpr (COLUMNS > 1) _tile_stored(1, sums + 16, 128);
+    if constexpr (ROWS > 1) _tile_stored(2, sums + 16 * 32, 128);
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, sums + 16 * 32 + 16, 128);
+    memory_is_written();
+}
+
+// Calls each(row, column, sums [height, 32], height, width) on blocks of A B, at most 32 x 32, which
+// cover rows x columns; columns is a multiple of 16. A has PLANES planes, B has STORED, of which
+// the first PLANES are used. The thread holds a TileState.
+template <int PLANES, int STORED, typename Each>
+FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
+                             int64_t columns, Each each) {
+    static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
+    const int64_t depth_tiles = round_to(depth, 32) / 32;
+    alignas(64) float sums[32 * 32];
+    for (int64_t i = 0; i < rows; i += 32) {
+        const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
+        const int64_t height = rows - i < 32 ? rows - i : 32;
+        for (int64_t j = 0; j < columns; j += 32) {
+            const uint16_t* right = b + j / 16 * depth_tiles * STORED * AMX_TILE;
+            const bool wide = columns - j > 16;
+            if (height > 16) {
+                if (wide) {
+                    tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums);
+                } else {
+                    tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums);
+                }
+            } else if (wide) {
+                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums);
+            } else {
+                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums);
+            }
+            each(i, j, (const float*)sums, height, wide ? (int64_t)32 : (int64_t)16);
+        }
+    }
+}
+
+// As gemm.h's Product.
+struct AmxProduct {
+    const uint16_t* a;   // by amx_pack_rows
+    const uint16_t* b;   // by amx_pack_columns
+    const float* bias;   // [columns], or null
+    const float* scale;  // [rows] that the rows of A B are multiplied by, or null
+    bool add;            // onto C
+    float* c;            // element (i, j) at c[i * c_row + j]
+    int64_t c_row;
+    int64_t depth;
+};
+
+// `columns` is a multiple of 16; C, bias and B have as many. The thread holds a TileState.
+template <int PLANES, int STORED = PLANES>
+static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t columns) {
+    const AmxProduct q = *p;
+    amx_blocks<PLANES, STORED>(
+        q.a, q.b, q.depth, rows, columns,
+        [&q](int64_t row, int64_t column, const float* sums, int64_t height, int64_t width) {
+            for (int64_t j = 0; j < width; j += FLOATS) {
+                const f32v bias = q.bias ? load(q.bias + column + j) : broadcast(0.0f);
+                float* c = q.c + row * q.c_row + column + j;
+                for (int64_t i = 0; i < height; ++i) {
+                    f32v sum = load(sums + i * 32 + j) + bias;
+                    if (q.scale) sum *= broadcast(q.scale[row + i]);
+                    if (q.add) sum += load(c + i * q.c_row);
+                    store(c + i * q.c_row, sum);
+                }
+            }
+        });
+}
+
+}  // namespace
+}  // namespace fmrec
