@@ -8,11 +8,12 @@
 namespace fmrec {
 namespace {
 
+// Onto the sums of the rows before, which one row after the other would round too often.
 void add_rows(const float* rows, int64_t count, int64_t width, float* sums) {
     for (int64_t j = 0; j < width; j += FLOATS) {
-        f32v total = load(sums + j);
-        for (int64_t i = 0; i < count; ++i) total += load(rows + i * width + j);
-        store(sums + j, total);
+        f32v total = load(rows + j);
+        for (int64_t i = 1; i < count; ++i) total += load(rows + i * width + j);
+        store(sums + j, load(sums + j) + total);
     }
 }
 
@@ -61,16 +62,15 @@ void product(const LinearProduct* p, int64_t begin, int64_t end) {
 
 void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
     const int64_t chunks = (g->rows + LINEAR_CHUNK - 1) / LINEAR_CHUNK;
-    const int64_t most = LINEAR_CHUNKS * LINEAR_CHUNK;
     uint16_t* a = (uint16_t*)(g->scratch + begin * linear_gradient_scratch(g->narrow, g->wide));
-    uint16_t* b = a + amx_rows_size(g->narrow, most, PLANES);
+    uint16_t* b = a + amx_rows_size(g->narrow, LINEAR_CHUNK, PLANES);
     const TileState tiles;
     for (int64_t part = begin; part < end; ++part) {
         float* partial = g->partial + part * g->narrow * g->wide;
-        const int64_t last = at_most(chunks * (part + 1) / LINEAR_PARTS * LINEAR_CHUNK, g->rows);
-        int64_t first = chunks * part / LINEAR_PARTS * LINEAR_CHUNK;
-        for (; first < last; first += most) {
-            const int64_t rows = at_most(last - first, most);
+        const int64_t last = chunks * (part + 1) / LINEAR_PARTS;
+        for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
+            const int64_t first = chunk * LINEAR_CHUNK;
+            const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
             amx_split<PLANES, true, STRIPS_INSIDE>(g->a + first * g->narrow, g->narrow, g->narrow,
                                                    rows, a);
             amx_split<PLANES, false, STRIPS_INSIDE>(g->b + first * g->wide, g->wide, g->wide, rows,

@@ -10,7 +10,7 @@ namespace fmrec {
 
 // Columns of a packed panel: the widest tile of every instruction set divides it.
 constexpr int64_t LINEAR_PANEL = 64, LINEAR_WIDTH = 16;
-// Rows of a work item, and rows that a part of a weight gradient is made of.
+// Rows of a work item, and rows that a weight gradient sums before it touches its accumulators.
 constexpr int64_t LINEAR_ROWS = 96, LINEAR_CHUNK = 96;
 // Partial sums of a weight gradient: their number does not depend on the threads, so neither do
 // the results.
@@ -25,7 +25,7 @@ struct LinearProduct {
     int64_t rows, depth, columns;
 };
 
-// partial[part] [narrow, wide] += (a^T b) over the part's rows; a is the narrower of the two.
+// partial[part] [narrow, wide] = (a^T b) over the part's rows; a is the narrower of the two.
 struct LinearGradient {
     const float* a;     // [rows, narrow]
     const float* b;     // [rows, wide]
@@ -41,10 +41,9 @@ FMREC_INLINE int64_t linear_packed(int64_t depth, int64_t columns) {
     return amx_columns_size(depth, columns, 3) / 2;
 }
 
-// With AMX: the operands of that many chunks of rows, packed.
-constexpr int64_t LINEAR_CHUNKS = 2;
+// With AMX: the operands of a chunk of rows, packed.
 FMREC_INLINE int64_t linear_gradient_scratch(int64_t narrow, int64_t wide) {
-    return amx_rows_size(narrow + wide, LINEAR_CHUNKS * LINEAR_CHUNK, 3) / 2;
+    return amx_rows_size(narrow + wide, LINEAR_CHUNK, 3) / 2;
 }
 
 struct LinearKernels {
