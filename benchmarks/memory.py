@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,20 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")
+PEAKS = Path("/proc/self/clear_refs")
+
 
 def extra_bytes(module: str, function: str, *arguments: Any) -> int:
     """The bytes, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", module, function, json.dumps(arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        module,
+        function,
+        json.dumps(arguments),
+    ]
     root = Path(__file__).parent.parent
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if run.returncode:
@@ -33,23 +44,33 @@ def measure(run: Any) -> int:
     """By how much ``run()`` raises the peak."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = resident("VmRSS")
+    if PEAKS.exists():
+        PEAKS.write_text("5")  # what the preparation took at most does not count
+    before = resident()
     run()
-    # Not getrusage's ru_maxrss, which begins with the parent's.
-    return max(resident("VmHWM") - before, 0)
+    return max(peak() - before, 0)
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in memory now (VmRSS) or at most so far (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status says nothing of {what}")
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak() -> int:
+    """The most bytes of this process in memory so far.
+
+    Not `getrusage`: what it reports starts at the size of the process that started this one.
+    """
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def main() -> None:

@@ -42,9 +42,14 @@ def variants_of(suite, samplers, batch):
         if batch > HUGE:
             left_out["parallel"] = same
     if cpu:
-        left_out["graph"] = "CUDA graphs need a CUDA device"
+        left_out |= dict.fromkeys(("graph", "graph_parallel"), "CUDA graphs need a CUDA device")
+    else:
+        for name in ("ours", "parallel", "auto"):
+            variants[name] = partial(variants[name], graph=False)
+        variants["graph"] = partial(samplers.ours, graph=True)
+        variants["graph_parallel"] = partial(samplers.parallel, graph=True, sweeps=1)
     for precision in PRECISIONS[1:]:
-        run = partial(samplers.ours, precision=precision)
+        run = partial(samplers.ours, precision=precision, graph=not cpu)
         if cpu:
             left_out[precision] = "the C++ kernels have float32 only"
             continue
@@ -92,7 +97,7 @@ def test_euler_sampler(suite, race, sampling_batch):
 
     flops = {}
     with use_backend("reference"):
-        parallel = {"parallel"}
+        parallel = {"parallel", "graph_parallel"}
         delta = samplers.model.config.lambda_uncertainty
         work = evaluation_flops(sizes.length, sizes.width, sizes.blocks)
         if prefers_parallel(batch, sizes.steps, delta, device, work):
@@ -118,7 +123,7 @@ def test_euler_sampler(suite, race, sampling_batch):
         run(2)
     sequence = samplers.sequence
     parameters = sum(
-        t.numel() for block in samplers.model.fm.sampler_weights().blocks for t in block
+        t.numel() for block in samplers.model.fm.sampler_weights().blocks for t in block.tensors()
     )
     record = race(
         "euler_sampler",

@@ -25,7 +25,7 @@ from benchmarks.inputs import (
     models,
     normal,
 )
-from benchmarks.peak_memory import extra_bytes
+from benchmarks.memory import extra_bytes
 from fmrec_fast.ops import history_loss
 
 
@@ -123,7 +123,7 @@ def one_loss(kind: str, hidden, weight, bias, sequence, cells):
 
 
 def prepare(kind: str, batch: int, items: int, length: int):
-    """For `benchmarks.peak_memory`: one call, on inputs that are in memory already."""
+    """For `benchmarks.memory`: one call, on inputs that are in memory already."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = against_items(batch, items, length, device)
     one_loss(kind, *against_items(4, 100, length, device), None)  # libraries take theirs before

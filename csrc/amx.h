@@ -8,7 +8,7 @@
 //
 // Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
 // infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
-// infinity; amx_pack_rows() says whether there are any. Rows and columns keep apart.
+// infinity; the packing says whether there are any, if asked to. Rows and columns keep apart.
 //
 // Included by the kernel translation units of the instruction set amx only; everything here has
 // internal linkage. Every element of C is the same sum in the same order whatever tile it falls
@@ -43,12 +43,8 @@ FMREC_INLINE __m512 widen(__m256i bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
 }
 
-// What is left of x after a plane; 0 where that is not a number or the plane is infinite.
 FMREC_INLINE __m512 remainder_of(__m512 x, __m256i plane) {
-    const __m512 rest = _mm512_sub_ps(x, widen(plane));
-    const __m512 infinity = _mm512_set1_ps(__builtin_inff());
-    return _mm512_maskz_mov_ps(
-        _mm512_cmp_ps_mask(_mm512_abs_ps(rest), infinity, _CMP_LT_OQ), rest);
+    return _mm512_sub_ps(x, widen(plane));
 }
 
 // 32 consecutive elements of a row into the planes, AMX_TILE * spacing apart.
@@ -78,8 +74,8 @@ FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t dep
 }
 
 // A [rows, depth], element (i, k) at a[i * a_row + k * a_depth], into amx_rows_size() of planes;
-// rows and depth beyond it are zeros. Whether all elements stay finite.
-template <int PLANES>
+// rows and depth beyond it are zeros. Whether all elements stay finite, if CHECKED.
+template <int PLANES, bool CHECKED = true>
 static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
                                  int64_t depth, uint16_t* planes) {
     const int64_t depth_tiles = round_to(depth, 32) / 32;
@@ -103,9 +99,10 @@ static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth,
                     low = _mm512_load_ps(row);
                     high = _mm512_load_ps(row + 16);
                 }
-                // Unordered too: a NaN is strange.
-                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
-                           _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
+                if (CHECKED) {  // a NaN is not less, either
+                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
+                               _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
+                }
             }
             split_row<PLANES>(low, high, out, spacing);
         }
@@ -115,8 +112,8 @@ static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth,
 
 // B [depth, columns], element (k, j) at b[k * b_row + j * b_column], into amx_columns_size() of
 // planes; depth beyond it is zeros. `columns` is a multiple of 16, of which the first `present`
-// exist and the others are zeros. Whether all elements stay finite.
-template <int PLANES>
+// exist and the others are zeros. Whether all elements stay finite, if CHECKED.
+template <int PLANES, bool CHECKED = true>
 static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_column, int64_t depth,
                                     int64_t columns, int64_t present, uint16_t* planes) {
     const int64_t depth_tiles = round_to(depth, 32) / 32;
@@ -147,8 +144,10 @@ static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_col
             for (int64_t k = 0; k < 16; ++k) {
                 __m512 even = _mm512_load_ps(block + 32 * k);
                 __m512 odd = _mm512_load_ps(block + 32 * k + 16);
-                strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
-                           _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
+                if (CHECKED) {
+                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
+                               _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
+                }
 #pragma GCC unroll 3
                 for (int p = 0; p < PLANES; ++p) {
                     const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
@@ -170,9 +169,26 @@ static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_col
 // The compiler does not know what a tile load reads.
 FMREC_INLINE void memory_is_written() { __asm__ volatile("" ::: "memory"); }
 
-// sums [16 ROWS, 32] = A's rows times B's columns: ROWS by COLUMNS tiles.
-template <int PLANES, int STORED, int ROWS, int COLUMNS>
-static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums) {
+// A block of sums, at most 32 x 32, and the first of its rows that is not finished.
+struct SumsBlock {
+    const float* sums;  // [height, 32]
+    int64_t row, column, height, width, next;
+};
+
+// A call of its own: the compiler moves nothing of it over the tile instructions.
+template <typename Finish>
+__attribute__((noinline)) static void finish_row(const Finish& finish, const SumsBlock& block) {
+    finish(block.row + block.next, block.column, block.sums + 32 * block.next, block.width);
+}
+
+// sums [16 ROWS, 32] = A's rows times B's columns: ROWS by COLUMNS tiles. Meanwhile the rows of the
+// previous block are finished: the tile unit leaves the vector units free for as long as 64 cycles
+// at a time, more than the processor looks ahead by itself.
+template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
+static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
+                      SumsBlock* previous, const Finish& finish) {
+    const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
+    const int64_t share = (previous->height + steps - 1) / steps;
     memory_is_written();
     _tile_zero(0);
     if constexpr (COLUMNS > 1) _tile_zero(1);
@@ -184,33 +200,37 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 #define FMREC_LOAD_B(plane)                                                            \
     _tile_loadd(6, b + (plane) * COLUMNS * AMX_TILE, 64);                              \
     if constexpr (COLUMNS > 1) _tile_loadd(7, b + ((plane) * COLUMNS + 1) * AMX_TILE, 64)
-#define FMREC_MULTIPLY_TILES                                       \
-    _tile_dpbf16ps(0, 4, 6);                                       \
-    if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);            \
-    if constexpr (ROWS > 1) _tile_dpbf16ps(2, 5, 6);               \
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7)
+#define FMREC_MULTIPLY_TILES                                                           \
+    _tile_dpbf16ps(0, 4, 6);                                                           \
+    if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);                                \
+    if constexpr (ROWS > 1) _tile_dpbf16ps(2, 5, 6);                                   \
+    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);                    \
+    for (int64_t n = 0; n < share && previous->next < previous->height; ++n) {         \
+        finish_row(finish, *previous);                                                 \
+        ++previous->next;                                                              \
+    }
     for (int64_t t = 0; t < depth_tiles; ++t) {
         FMREC_LOAD_A(0);
         if constexpr (PLANES > 2) {
             FMREC_LOAD_B(2);
-            FMREC_MULTIPLY_TILES;
+            FMREC_MULTIPLY_TILES
         }
         if constexpr (PLANES > 1) {
             FMREC_LOAD_B(1);
-            FMREC_MULTIPLY_TILES;
+            FMREC_MULTIPLY_TILES
         }
         FMREC_LOAD_B(0);
-        FMREC_MULTIPLY_TILES;
+        FMREC_MULTIPLY_TILES
         if constexpr (PLANES > 1) {
             FMREC_LOAD_A(1);
-            FMREC_MULTIPLY_TILES;
+            FMREC_MULTIPLY_TILES
         }
         if constexpr (PLANES > 2) {
             FMREC_LOAD_B(1);
-            FMREC_MULTIPLY_TILES;
+            FMREC_MULTIPLY_TILES
             FMREC_LOAD_A(2);
             FMREC_LOAD_B(0);
-            FMREC_MULTIPLY_TILES;
+            FMREC_MULTIPLY_TILES
         }
         a += PLANES * ROWS * AMX_TILE;
         b += STORED * COLUMNS * AMX_TILE;
@@ -225,35 +245,41 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
     memory_is_written();
 }
 
-// Calls each(row, column, sums [height, 32], height, width) on blocks of A B, at most 32 x 32, which
-// cover rows x columns; columns is a multiple of 16. A has PLANES planes, B has STORED, of which
-// the first PLANES are used. The thread holds a TileState.
-template <int PLANES, int STORED, typename Each>
+// Calls finish(row, column, sums, width) on pieces of the rows of A B, 32 or 16 columns wide, in
+// some order; columns is a multiple of 16. A has PLANES planes, B has STORED, of which the first
+// PLANES are used. finish must not write what A and B are in. The thread holds a TileState.
+template <int PLANES, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
-                             int64_t columns, Each each) {
+                             int64_t columns, const Finish& finish) {
     static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
     const int64_t depth_tiles = round_to(depth, 32) / 32;
-    alignas(64) float sums[32 * 32];
+    alignas(64) float memory[2][32 * 32];
+    SumsBlock previous = {memory[1], 0, 0, 0, 0, 0};
+    int turn = 0;
     for (int64_t i = 0; i < rows; i += 32) {
         const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
         const int64_t height = rows - i < 32 ? rows - i : 32;
-        for (int64_t j = 0; j < columns; j += 32) {
+        for (int64_t j = 0; j < columns; j += 32, turn ^= 1) {
             const uint16_t* right = b + j / 16 * depth_tiles * STORED * AMX_TILE;
             const bool wide = columns - j > 16;
+            float* sums = memory[turn];
             if (height > 16) {
                 if (wide) {
-                    tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums);
+                    tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
+                                                    finish);
                 } else {
-                    tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums);
+                    tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
+                                                    finish);
                 }
             } else if (wide) {
-                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums);
+                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, finish);
             } else {
-                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums);
+                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, finish);
             }
-            each(i, j, (const float*)sums, height, wide ? (int64_t)32 : (int64_t)16);
+            previous = SumsBlock{sums, i, j, height, wide ? 32 : 16, 0};
         }
     }
+    for (; previous.next < previous.height; ++previous.next) finish_row(finish, previous);
 }
 
 // As gemm.h's Product.
@@ -274,16 +300,14 @@ static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t colum
     const AmxProduct q = *p;
     amx_blocks<PLANES, STORED>(
         q.a, q.b, q.depth, rows, columns,
-        [&q](int64_t row, int64_t column, const float* sums, int64_t height, int64_t width) {
+        [&q](int64_t row, int64_t column, const float* sums, int64_t width) {
+            float* c = q.c + row * q.c_row + column;
             for (int64_t j = 0; j < width; j += FLOATS) {
-                const f32v bias = q.bias ? load(q.bias + column + j) : broadcast(0.0f);
-                float* c = q.c + row * q.c_row + column + j;
-                for (int64_t i = 0; i < height; ++i) {
-                    f32v sum = load(sums + i * 32 + j) + bias;
-                    if (q.scale) sum *= broadcast(q.scale[row + i]);
-                    if (q.add) sum += load(c + i * q.c_row);
-                    store(c + i * q.c_row, sum);
-                }
+                f32v sum = load(sums + j);
+                if (q.bias) sum += load(q.bias + column + j);
+                if (q.scale) sum *= broadcast(q.scale[row]);
+                if (q.add) sum += load(c + j);
+                store(c + j, sum);
             }
         });
 }

@@ -1,5 +1,8 @@
 #include "encoder.h"
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #include "gemm.h"
 #include "gelu.h"
 #include "layer_norm.h"
@@ -8,13 +11,14 @@
 namespace fmrec {
 namespace {
 
-// Inner features of the feed-forward computed at a time: with a panel of weights they stay in the
-// first-level cache. Whole panels.
-const int64_t INNER = 2 * PANEL;
-
-// Rows that ragged sequences share a matrix product up to: a panel of weights, once it is in the
-// first-level cache, serves them all.
+// Rows that sequences share a matrix product up to. Elsewhere, where only ragged ones do: a panel
+// of weights, once it is in the first-level cache, serves them all. On AMX: strips of 32 rows are
+// filled, and the planes of the rows stay in the second-level cache.
+#if defined(__AMX_BF16__)
+const int64_t CHUNK_ROWS = 256;
+#else
 const int64_t CHUNK_ROWS = 96;
+#endif
 
 // Memory of a chunk's block, all rows padded; R = max(L, CHUNK_ROWS).
 struct Workspace {
@@ -29,9 +33,18 @@ struct Workspace {
     float* last_normed; // [count, stride]
     float* last_mixed;  // [count, stride]
     float* row;         // [2, stride]
+#if defined(__AMX_BF16__)
+    uint16_t* planes;        // of [max(R, count heads), D]
+    uint16_t* inner_planes;  // of [max(R, count), INNER]
+    float* by_head;          // [count heads + 3, stride]
+    float* turned;           // [count heads + 3, stride]
+#endif
 };
 
-int64_t padded_queries(const Encoder* e) { return round_up(e->length, UNIT); }
+// Of the positions' queries, or of the heads' of the last one.
+int64_t padded_queries(const Encoder* e) {
+    return round_up(e->length > e->heads ? e->length : e->heads, UNIT);
+}
 
 // Hands out `count` floats at multiples of 64 bytes.
 FMREC_INLINE float* take(float** memory, int64_t count) {
@@ -55,9 +68,38 @@ int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     w->last_normed = take(&memory, count * stride);
     w->last_mixed = take(&memory, count * stride);
     w->row = take(&memory, 2 * stride);
+#if defined(__AMX_BF16__)
+    const int64_t heads = count * e->heads, most = rows > heads ? rows : heads;
+    w->planes = (uint16_t*)take(&memory, amx_rows_size(most, e->channels, AMX_PLANES) / 2);
+    w->inner_planes =
+        (uint16_t*)take(&memory, amx_rows_size(rows > count ? rows : count, INNER, AMX_PLANES) / 2);
+    w->by_head = take(&memory, (heads + 3) * stride);
+    w->turned = take(&memory, (heads + 3) * stride);
+#endif
     return memory - start;
 }
 
+// Rotates the pairs (j, j + W / 2) of every head in `rows` rows, the first at position `first`.
+FMREC_INLINE void rotate_rows(const Encoder* e, float* x, int64_t rows, int64_t first) {
+    if (!e->rotary) return;
+    const int64_t width = e->channels / e->heads, half = width / 2;
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* cosine = e->rotary + (first + i) * width;
+        const float* sine = cosine + half;
+        for (int64_t h = 0; h < e->heads; ++h) {
+            float* low = x + i * row_stride(e->channels) + h * width;
+            float* high = low + half;
+#pragma omp simd
+            for (int64_t j = 0; j < half; ++j) {
+                const float a = low[j], b = high[j];
+                low[j] = a * cosine[j] - b * sine[j];
+                high[j] = b * cosine[j] + a * sine[j];
+            }
+        }
+    }
+}
+
+#if !defined(__AMX_BF16__)
 // c = a weight + bias, or c += ... : inner columns [first, first + columns) of the matrix.
 FMREC_INLINE void linear(const float* a, int64_t a_row, const PackedLinear* w, int64_t first,
                          int64_t columns, bool add, float* c, int64_t c_row, int64_t rows) {
@@ -80,26 +122,6 @@ FMREC_INLINE void gelu_rows(float* h, int64_t h_row, int64_t rows, int64_t colum
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; j += FLOATS) {
             store(h + i * h_row + j, gelu(load(h + i * h_row + j)));
-        }
-    }
-}
-
-// Rotates the pairs (j, j + W / 2) of every head in `rows` rows, the first at position `first`.
-FMREC_INLINE void rotate_rows(const Encoder* e, float* x, int64_t rows, int64_t first) {
-    if (!e->rotary) return;
-    const int64_t width = e->channels / e->heads, half = width / 2;
-    for (int64_t i = 0; i < rows; ++i) {
-        const float* cosine = e->rotary + (first + i) * width;
-        const float* sine = cosine + half;
-        for (int64_t h = 0; h < e->heads; ++h) {
-            float* low = x + i * row_stride(e->channels) + h * width;
-            float* high = low + half;
-#pragma omp simd
-            for (int64_t j = 0; j < half; ++j) {
-                const float a = low[j], b = high[j];
-                low[j] = a * cosine[j] - b * sine[j];
-                high[j] = b * cosine[j] + a * sine[j];
-            }
         }
     }
 }
@@ -127,6 +149,7 @@ void feed_forward(const Encoder* e, const PackedBlock* b, float* x, int64_t rows
         }
     }
 }
+#endif
 
 // out[j, i] = in[i, j] * factor[i]; rows are rounded up to 4, columns too.
 FMREC_INLINE void transpose_scaled(const float* in, int64_t in_row, int64_t rows, int64_t columns,
@@ -213,11 +236,21 @@ FMREC_INLINE float bias_of(const Ragged* r, int64_t s) {
 // The first sequence after the chunk that begins with `first`: as many as CHUNK_ROWS hold.
 FMREC_INLINE int64_t chunk_end(const Encoder* e, const Ragged* r, int64_t first, int64_t count) {
     int64_t end = first + 1;
+#if !defined(__AMX_BF16__)
     if (!r) return end;
+#endif
     const int64_t limit = row_of(e, r, first) + CHUNK_ROWS;
     while (end < count && row_of(e, r, end + 1) <= limit) ++end;
     return end;
 }
+
+FMREC_INLINE void copy_row(float* target, const float* source, int64_t columns) {
+    for (int64_t j = 0; j < columns; j += FLOATS) store(target + j, load(source + j));
+}
+
+#if defined(__AMX_BF16__)
+#include "encoder_amx.h"
+#else
 
 // The norm of `rows` rows, their keys and their values.
 FMREC_INLINE void keys_and_values(const Encoder* e, const PackedBlock* b, const Workspace* w,
@@ -285,10 +318,6 @@ void ragged_block(const Encoder* e, const PackedBlock* b, const Workspace* w, fl
     feed_forward(e, b, x, rows, w->normed, w->inner);
 }
 
-FMREC_INLINE void copy_row(float* target, const float* source, int64_t columns) {
-    for (int64_t j = 0; j < columns; j += FLOATS) store(target + j, load(source + j));
-}
-
 void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,
                 float* last, float* tapped, float* scratch) {
     Workspace w;
@@ -337,6 +366,9 @@ void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, 
     }
 }
 
+void (*const pack_planes)(const float*, int64_t, int64_t, int64_t, int64_t, uint16_t*) = nullptr;
+#endif
+
 void run(const Encoder* e, float* x, const float* mask, int64_t count, float* last, float* tapped,
          float* scratch) {
     run_ragged(e, x, mask, nullptr, count, last, tapped, scratch);
@@ -380,7 +412,7 @@ void run_batch(const EncoderBatch* a, int64_t begin, int64_t end, float* memory)
 }  // namespace
 
 namespace FMREC_ISA {
-extern const EncoderKernels encoder = {scratch, run, run_ragged};
+extern const EncoderKernels encoder = {scratch, run, run_ragged, pack_planes};
 extern const EncoderBatchKernels encoder_batch = {batch_scratch, run_batch};
 }
 

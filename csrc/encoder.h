@@ -16,12 +16,19 @@ FMREC_INLINE constexpr int64_t round_up(int64_t size, int64_t unit) {
     return (size + unit - 1) / unit * unit;
 }
 
-// A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units.
+// Inner features of the feed-forward computed at a time. Whole panels.
+constexpr int64_t INNER = 2 * PANEL;
+
+// A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units. For the
+// instruction set amx also as AMX_PLANES planes of B (csrc/amx.h), of at most INNER rows one after
+// the other if it is the feed-forward's outer one; null where amx is not supported.
 struct PackedLinear {
     const float* weight;
     const float* bias;
     int64_t depth, columns;
+    const uint16_t* planes;
 };
+constexpr int64_t AMX_PLANES = 3;
 
 struct PackedNorm {
     const float* weight;
@@ -31,6 +38,8 @@ struct PackedNorm {
 struct PackedBlock {
     PackedNorm norm1, norm2;
     PackedLinear query, key, value, output, inner, outer;
+    // Of the last block, for amx: the key's weight as [features, depth], planes only.
+    const uint16_t* key_back;
 };
 
 struct Encoder {
@@ -67,6 +76,10 @@ struct EncoderKernels {
                 float* tapped, float* scratch);
     void (*run_ragged)(const Encoder*, float* x, const float* mask, const Ragged*, int64_t count,
                        float* last, float* tapped, float* scratch);
+    // Planes of the matrix whose element (k, j) is weight[k * row + j * column]; null where the
+    // instruction set has none.
+    void (*pack)(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                 uint16_t* planes);
 };
 
 // All of x [batch, L, D]: out and tapped (or null) are [batch, D].

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <new>
 
+#include "amx_layout.h"
 #include "transpose.h"
 
 namespace fmrec {
@@ -49,7 +50,7 @@ const float* pad(const float* vector, std::int64_t columns, float** memory) {
 
 PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
                   std::int64_t columns, float** memory) {
-    PackedLinear linear{*memory, nullptr, depth, columns};
+    PackedLinear linear{*memory, nullptr, depth, columns, nullptr};
     const std::int64_t padded = round_up(columns, UNIT);
     for (std::int64_t j = 0; j < padded; j += PANEL) {
         const std::int64_t width = padded - j < PANEL ? padded - j : PANEL;
@@ -58,6 +59,33 @@ PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
     }
     linear.bias = pad(bias, columns, memory);
     return linear;
+}
+
+// Floats that the planes of a matrix take; 0 without AMX.
+std::int64_t planes_size(std::int64_t depth, std::int64_t columns) {
+    return isa_supported(Isa::amx) ? amx_columns_size(depth, columns, AMX_PLANES) / 2 : 0;
+}
+
+// Planes of the matrix of `weight` [columns, depth], in parts of at most `part` rows of depth; of
+// `weight` [depth, columns] if it is not transposed. Null without AMX.
+const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::int64_t columns,
+                                 std::int64_t part, bool transposed, float** memory) {
+#ifdef FMREC_AMX
+    if (isa_supported(Isa::amx)) {
+        const std::uint16_t* planes = reinterpret_cast<std::uint16_t*>(*memory);
+        for (std::int64_t first = 0; first < depth; first += part) {
+            const std::int64_t deep = depth - first < part ? depth - first : part;
+            amx::encoder.pack(weight + (transposed ? first : first * columns),
+                              transposed ? 1 : columns, transposed ? depth : 1, deep, columns,
+                              reinterpret_cast<std::uint16_t*>(*memory));
+            *memory += planes_size(deep, columns);
+        }
+        return planes;
+    }
+#else
+    (void)weight, (void)depth, (void)columns, (void)part, (void)transposed, (void)memory;
+#endif
+    return nullptr;
 }
 
 }  // namespace
@@ -72,10 +100,12 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
       rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
     const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * linear_size(d, d) +
-                                    linear_size(d, f) + linear_size(f, d);
+                                    linear_size(d, f) + linear_size(f, d) +
+                                    4 * planes_size(d, d) + planes_size(d, f) +
+                                    f / INNER * planes_size(INNER, d) + planes_size(f % INNER, d);
     const std::int64_t count = static_cast<std::int64_t>(blocks.size());
     const std::int64_t table = rotary ? length * (channels / heads) : 0;
-    const std::int64_t floats = count * block_size + table;
+    const std::int64_t floats = count * block_size + planes_size(d, d) + table;
     bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
     memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
@@ -92,6 +122,16 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
         b.output = pack(a[OUTPUT_WEIGHT], a[OUTPUT_BIAS], d, d, &memory);
         b.inner = pack(a[INNER_WEIGHT], a[INNER_BIAS], d, f, &memory);
         b.outer = pack(a[OUTER_WEIGHT], a[OUTER_BIAS], f, d, &memory);
+        // Whole lines of cache so far: every part above is a multiple of 16 floats.
+        PackedLinear* const square[] = {&b.query, &b.key, &b.value, &b.output};
+        const int weights[] = {QUERY_WEIGHT, KEY_WEIGHT, VALUE_WEIGHT, OUTPUT_WEIGHT};
+        for (int i = 0; i < 4; ++i) {
+            square[i]->planes = pack_planes(a[weights[i]], d, d, d, true, &memory);
+        }
+        b.inner.planes = pack_planes(a[INNER_WEIGHT], d, f, d, true, &memory);
+        b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, &memory);
+        const bool last = n + 1 == blocks.size();
+        b.key_back = last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, &memory) : nullptr;
     }
     if (rotary) {
         std::memcpy(memory, rotary, static_cast<std::size_t>(table) * sizeof(float));
