@@ -188,7 +188,7 @@ template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
                       SumsBlock* previous, const Finish& finish) {
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
-    const int64_t share = (previous->height + steps - 1) / steps;
+    const int64_t share = steps > 0 ? (previous->height + steps - 1) / steps : 0;
     memory_is_written();
     _tile_zero(0);
     if constexpr (COLUMNS > 1) _tile_zero(1);
@@ -276,6 +276,8 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
             } else {
                 tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, finish);
             }
+            // Products without a depth leave it all.
+            for (; previous.next < previous.height; ++previous.next) finish_row(finish, previous);
             previous = SumsBlock{sums, i, j, height, wide ? 32 : 16, 0};
         }
     }

@@ -337,6 +337,22 @@ Indices allocate(std::int64_t count, bool zeroed) {
     return Indices(static_cast<std::int32_t*>(memory));
 }
 
+// Asks for huge pages under the whole ones of them that [memory, memory + bytes) covers: faulting
+// a large result in by pages of 4 kB can take longer than to compute it.
+void prefer_huge_pages(float* memory, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + HUGE - 1) & ~(HUGE - 1);
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) +
+                                static_cast<std::uintptr_t>(bytes)) & ~(HUGE - 1);
+    // Only a hint: a kernel without huge pages refuses, and nothing is lost.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
 // Both widths of a linear layer must be multiples of 16.
 void check_width(std::int64_t width, const char* what) {
     if (width < 1 || width % LINEAR_WIDTH != 0) {
@@ -350,7 +366,8 @@ void linear_product(const LinearKernels& kernels, const float* in, const float* 
                     std::int64_t row, std::int64_t column, const float* bias, float* out,
                     std::int64_t rows, std::int64_t depth, std::int64_t columns,
                     int num_threads) {
-    const Floats panels = allocate_floats(depth * columns, false);
+    const Floats panels = allocate_floats(linear_packed(depth, columns), false);
+    prefer_huge_pages(out, rows * columns * 4);
     kernels.pack(weight, row, column, depth, columns, panels.get());
     const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns};
     parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
@@ -427,6 +444,9 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     const Floats sums = allocate_floats(LINEAR_PARTS * columns, true);
     g.partial = partial.get();
     g.sums = sums.get();
+    const Floats scratch =
+        allocate_floats(LINEAR_PARTS * linear_gradient_scratch(g.narrow, g.wide), false);
+    g.scratch = scratch.get();
     parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN_LINEAR,
                    [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
     for (std::int64_t part = 1; part < LINEAR_PARTS; ++part) {
@@ -614,22 +634,6 @@ std::int64_t balanced(const std::int32_t* starts, std::int64_t keys, std::int64_
     return low;
 }
 
-// Asks for huge pages under the whole ones of them that [memory, memory + bytes) covers: faulting
-// a gradient of the item table in by pages of 4 kB can take longer than to compute it.
-void prefer_huge_pages(float* memory, std::int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
-    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + HUGE - 1) & ~(HUGE - 1);
-    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) +
-                                static_cast<std::uintptr_t>(bytes)) & ~(HUGE - 1);
-    // Only a hint: a kernel without huge pages refuses, and nothing is lost.
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory;
-    (void)bytes;
-#endif
-}
-
 // Rows whose gradients a part sums at a time, so that its partial sums stay in its L2.
 constexpr std::int64_t XENT_PARTIAL_FLOATS = 1 << 17;
 
@@ -678,8 +682,8 @@ struct XentCall {
         }
         worth_it = a.batch * a.items * a.width >= GRAIN_XENT;
         parts = worth_it && num_threads > 1 ? std::min<std::int64_t>(num_threads, tiles) : 1;
-        columns = allocate_floats(chunks * XENT_ROWS * a.width, false);
-        panels = allocate_floats(chunks * XENT_ROWS * xent_padded(a.width), false);
+        columns = allocate_floats(chunks * xent_packed(a.width), false);
+        panels = allocate_floats(chunks * xent_packed(a.width), false);
         scratch = allocate_floats(parts * xent_scratch(a.width), false);
         a.columns = columns.get();
         a.panels = panels.get();

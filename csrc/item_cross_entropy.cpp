@@ -1,6 +1,9 @@
 #include "item_cross_entropy.h"
 
 #include "gemm.h"
+#if defined(__AMX_BF16__)
+#include "amx_pack.h"
+#endif
 
 namespace fmrec {
 namespace {
@@ -28,11 +31,89 @@ FMREC_INLINE void read_tile(const ItemCrossEntropy* a, int64_t number, float no_
     }
 }
 
+// The four products. Scratch of a part: a block of scores or gradients g [XENT_ITEMS, XENT_ROWS],
+// the tile's part of d_weight [XENT_ITEMS, padded width], and what is packed.
+struct Scratch {
+    float *g, *d_weight, *packed;
+};
+
+FMREC_INLINE Scratch scratch_of(const ItemCrossEntropy* a, int64_t part) {
+    float* g = a->scratch + part * xent_scratch(a->width);
+    float* d_weight = g + XENT_ITEMS * XENT_ROWS;
+    return {g, d_weight, d_weight + XENT_ITEMS * xent_padded(a->width)};
+}
+
+#if defined(__AMX_BF16__)
+
+const int PLANES = 3;
+
+FMREC_INLINE uint16_t* packed_for_scores(const Scratch& s) { return (uint16_t*)s.packed; }
+FMREC_INLINE uint16_t* packed_for_d_rep(const ItemCrossEntropy* a, const Scratch& s) {
+    return packed_for_scores(s) + amx_rows_size(XENT_ITEMS, a->width, PLANES);
+}
+FMREC_INLINE uint16_t* packed_block(const ItemCrossEntropy* a, const Scratch& s) {
+    return packed_for_d_rep(a, s) + amx_rows_size(XENT_ITEMS, a->width, PLANES);
+}
+
+void pack(const ItemCrossEntropy* a, int64_t chunk) {
+    const int64_t first = chunk * XENT_ROWS, width = a->width;
+    const int64_t rows = smallest(a->batch - first, XENT_ROWS);
+    const float* rep = a->rep + first * width;
+    amx_split<PLANES, false, DEPTH_INSIDE>(
+        rep, width, rows, width, (uint16_t*)(a->columns + chunk * xent_packed(width)));
+    amx_split<PLANES, false, STRIPS_INSIDE>(
+        rep, width, width, rows, (uint16_t*)(a->panels + chunk * xent_packed(width)));
+}
+
+FMREC_INLINE void pack_for_scores(const ItemCrossEntropy* a, const Items* tile, const Scratch& s) {
+    amx_split<PLANES, true, DEPTH_INSIDE>(a->weight + tile->first * a->width, a->width,
+                                          tile->items, a->width, packed_for_scores(s));
+}
+
+// x [items, panel] = weight rep^T for one panel of a chunk's rows.
+FMREC_INLINE void scores(const ItemCrossEntropy* a, const Items* tile, const Scratch& s,
+                         int64_t chunk, int64_t row, int64_t panel, float* x) {
+    const uint16_t* columns = (const uint16_t*)(a->columns + chunk * xent_packed(a->width));
+    const AmxProduct p = {packed_for_scores(s), columns + amx_columns_size(a->width, row, PLANES),
+                          nullptr, nullptr, false, x + row, XENT_ROWS, a->width};
+    amx_multiply<PLANES>(&p, tile->items, panel);
+}
+
+FMREC_INLINE void pack_for_d_rep(const ItemCrossEntropy* a, const Items* tile, const Scratch& s) {
+    amx_split<PLANES, false, STRIPS_INSIDE>(a->weight + tile->first * a->width, a->width,
+                                            a->width, tile->items, packed_for_d_rep(a, s));
+}
+
+// d_weight [items, D] (+)= g rep.
+FMREC_INLINE void sum_d_weight(const ItemCrossEntropy* a, const Items* tile, const Scratch& s,
+                               int64_t chunk, int64_t rows, bool add) {
+    amx_split<PLANES, true, DEPTH_INSIDE>(s.g, XENT_ROWS, tile->items, rows, packed_block(a, s));
+    const int64_t wide = xent_padded(a->width);
+    const AmxProduct p = {packed_block(a, s),
+                          (const uint16_t*)(a->panels + chunk * xent_packed(a->width)), nullptr,
+                          nullptr, add, s.d_weight, wide, rows};
+    amx_multiply<PLANES>(&p, tile->items, wide);
+}
+
+// d_rep [rows, D] += g^T weight.
+FMREC_INLINE void sum_d_rep(const ItemCrossEntropy* a, const Items* tile, const Scratch& s,
+                            int64_t rows, float* d_rep) {
+    amx_split<PLANES, true, STRIPS_INSIDE>(s.g, XENT_ROWS, rows, tile->items, packed_block(a, s));
+    const int64_t wide = xent_padded(a->width);
+    const AmxProduct p = {packed_block(a, s), packed_for_d_rep(a, s), nullptr, nullptr, true, d_rep,
+                          wide, tile->items};
+    amx_multiply<PLANES>(&p, rows, wide);
+}
+
+#else
+
+struct TileState {};
+
 void pack(const ItemCrossEntropy* a, int64_t chunk) {
     const int64_t first = chunk * XENT_ROWS, width = a->width, wide = xent_padded(width);
     const int64_t rows = smallest(a->batch - first, XENT_ROWS), row_width = xent_padded(rows);
     const float* rep = a->rep + first * width;
-    float* to = a->columns + chunk * XENT_ROWS * width;
+    float* to = a->columns + chunk * xent_packed(width);
     for (int64_t b = 0; b < row_width; b += XENT_PANEL) {
         const int64_t panel = smallest(row_width - b, XENT_PANEL);
         for (int64_t k = 0; k < width; ++k) {
@@ -42,26 +123,70 @@ void pack(const ItemCrossEntropy* a, int64_t chunk) {
         }
         to += width * panel;
     }
-    to = a->panels + chunk * XENT_ROWS * wide;
+    to = a->panels + chunk * xent_packed(width);
     for (int64_t d = 0; d < wide; d += XENT_PANEL) {
         const int64_t panel = smallest(wide - d, XENT_PANEL);
         for (int64_t b = 0; b < rows; ++b) {
             for (int64_t j = 0; j < panel; ++j) {
-                to[b * panel + j] = d + j < width ? rep[b * width + d + j] * a->scale : 0.0f;
+                to[b * panel + j] = d + j < width ? rep[b * width + d + j] : 0.0f;
             }
         }
         to += rows * panel;
     }
 }
 
+FMREC_INLINE void pack_for_scores(const ItemCrossEntropy*, const Items*, const Scratch&) {}
+
 // x [items, panel] = weight rep^T for one panel of a chunk's rows.
-FMREC_INLINE void scores(const ItemCrossEntropy* a, const Items* tile, int64_t chunk, int64_t row,
-                         int64_t panel, float* x) {
-    const float* columns = a->columns + (chunk * XENT_ROWS + row) * a->width;
+FMREC_INLINE void scores(const ItemCrossEntropy* a, const Items* tile, const Scratch&,
+                         int64_t chunk, int64_t row, int64_t panel, float* x) {
+    const float* columns = a->columns + chunk * xent_packed(a->width) + row * a->width;
     const Product p = {a->weight + tile->first * a->width, a->width, 1, columns, panel, nullptr,
                        nullptr, false, x + row, XENT_ROWS, a->width};
     multiply(&p, tile->items, panel);
 }
+
+// The tile's items [items, D] as panels of columns, for d_rep.
+FMREC_INLINE void pack_for_d_rep(const ItemCrossEntropy* a, const Items* tile, const Scratch& s) {
+    float* to = s.packed;
+    const int64_t width = a->width, wide = xent_padded(width);
+    const float* from = a->weight + tile->first * width;
+    for (int64_t d = 0; d < wide; d += XENT_PANEL) {
+        const int64_t panel = smallest(wide - d, XENT_PANEL);
+        const int64_t inside = smallest(width - d, panel);
+        for (int64_t i = 0; i < tile->items; ++i) {
+            __builtin_memcpy(to, from + i * width + d, (size_t)inside * sizeof(float));
+            for (int64_t j = inside; j < panel; ++j) to[j] = 0.0f;
+            to += panel;
+        }
+    }
+}
+
+// d_weight [items, D] (+)= g rep.
+FMREC_INLINE void sum_d_weight(const ItemCrossEntropy* a, const Items* tile, const Scratch& s,
+                               int64_t chunk, int64_t rows, bool add) {
+    const int64_t wide = xent_padded(a->width);
+    for (int64_t d = 0; d < wide; d += XENT_PANEL) {
+        const int64_t panel = smallest(wide - d, XENT_PANEL);
+        const Product p = {s.g, XENT_ROWS, 1, a->panels + chunk * xent_packed(a->width) + d * rows,
+                           panel, nullptr, nullptr, add, s.d_weight + d, wide, rows};
+        multiply(&p, tile->items, panel);
+    }
+}
+
+// d_rep [rows, D] += g^T weight.
+FMREC_INLINE void sum_d_rep(const ItemCrossEntropy* a, const Items* tile, const Scratch& s,
+                            int64_t rows, float* d_rep) {
+    const int64_t wide = xent_padded(a->width);
+    for (int64_t d = 0; d < wide; d += XENT_PANEL) {
+        const int64_t panel = smallest(wide - d, XENT_PANEL);
+        const Product p = {s.g, 1, XENT_ROWS, s.packed + d * tile->items, panel, nullptr, nullptr,
+                           true, d_rep + d, wide, tile->items};
+        multiply(&p, rows, panel);
+    }
+}
+
+#endif
 
 // The statistics of N vectors of rows go on by the scores x of a tile. `before` is the sum of s
 // over the part's items until here.
@@ -113,21 +238,24 @@ void forward(const ItemCrossEntropy* a, int64_t part, int64_t begin, int64_t end
         sum[b] = dot[b] = 0.0;
     }
     double before = 0.0;
+    const Scratch scratch = scratch_of(a, part);
+    [[maybe_unused]] const TileState tiles;
     Items tile;
     for (int64_t number = begin; number < end; ++number) {
         read_tile(a, number, 1.0f, &tile);
+        pack_for_scores(a, &tile, scratch);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t first = chunk * XENT_ROWS, rows = smallest(a->batch - first, XENT_ROWS);
             const int64_t row_width = xent_padded(rows);
             float* x = a->cache ? a->cache + (number * chunks + chunk) * XENT_ITEMS * XENT_ROWS
-                                : a->scratch + part * xent_scratch(a->width);
+                                : scratch.g;
             if (a->cache && (row_width < XENT_ROWS || tile.items < XENT_ITEMS)) {
                 // Who copies or compares a cache finds no undefined floats.
                 __builtin_memset(x, 0, XENT_ITEMS * XENT_ROWS * sizeof(float));
             }
             for (int64_t b = 0; b < row_width; b += XENT_PANEL) {
                 const int64_t panel = smallest(row_width - b, XENT_PANEL);
-                scores(a, &tile, chunk, b, panel, x);
+                scores(a, &tile, scratch, chunk, b, panel, x);
                 int64_t j = b;
                 for (; j + 4 * FLOATS <= b + panel; j += 4 * FLOATS) {
                     statistics<4>(&tile, x + j, factor, before, largest + first + j,
@@ -197,35 +325,21 @@ FMREC_INLINE float gradients_of_panel(const ItemCrossEntropy* a, const Items* ti
     return highest;
 }
 
-// The tile's items [items, D] as panels of columns, for d_rep.
-FMREC_INLINE void pack_items(const ItemCrossEntropy* a, const Items* tile, float* to) {
-    const int64_t width = a->width, wide = xent_padded(width);
-    const float* from = a->weight + tile->first * width;
-    for (int64_t d = 0; d < wide; d += XENT_PANEL) {
-        const int64_t panel = smallest(wide - d, XENT_PANEL);
-        const int64_t inside = smallest(width - d, panel);
-        for (int64_t i = 0; i < tile->items; ++i) {
-            __builtin_memcpy(to, from + i * width + d, (size_t)inside * sizeof(float));
-            for (int64_t j = inside; j < panel; ++j) to[j] = 0.0f;
-            to += panel;
-        }
-    }
-}
-
 void backward(const ItemCrossEntropy* a, int64_t part, int64_t begin, int64_t end) {
     const int64_t width = a->width, wide = xent_padded(width);
     const int64_t chunks = (a->batch + XENT_ROWS - 1) / XENT_ROWS;
     const f32v factor = broadcast(a->scale * LOG2_E);
-    float* g = a->scratch + part * xent_scratch(width);
-    float* items = g + XENT_ITEMS * XENT_ROWS;
-    float* d_weight = items + XENT_ITEMS * wide;
+    const Scratch scratch = scratch_of(a, part);
+    float* g = scratch.g;
+    [[maybe_unused]] const TileState tiles;
     float d_bias[XENT_ITEMS];
     float* d_rep = a->d_rep
         ? a->d_rep + part * (a->last_chunk - a->first_chunk) * XENT_ROWS * wide : nullptr;
     Items tile;
     for (int64_t number = begin; number < end; ++number) {
         read_tile(a, number, 0.0f, &tile);
-        if (d_rep) pack_items(a, &tile, items);
+        if (!a->cache) pack_for_scores(a, &tile, scratch);
+        if (d_rep) pack_for_d_rep(a, &tile, scratch);
         for (int64_t i = 0; i < tile.items; ++i) d_bias[i] = 0.0f;
         bool written = false;  // whether d_weight holds something
         for (int64_t chunk = a->first_chunk; chunk < a->last_chunk; ++chunk) {
@@ -238,7 +352,7 @@ void backward(const ItemCrossEntropy* a, int64_t part, int64_t begin, int64_t en
                 if (a->cache) {
                     x = a->cache + (number * chunks + chunk) * XENT_ITEMS * XENT_ROWS;
                 } else {
-                    scores(a, &tile, chunk, b, panel, g);
+                    scores(a, &tile, scratch, chunk, b, panel, g);
                 }
                 const float found =
                     a->filter > 0.0f
@@ -265,33 +379,22 @@ void backward(const ItemCrossEntropy* a, int64_t part, int64_t begin, int64_t en
                     d_bias[i] += sum(total);
                 }
             }
-            for (int64_t d = 0; d < wide; d += XENT_PANEL) {
-                const int64_t panel = smallest(wide - d, XENT_PANEL);
-                if (a->d_weight) {
-                    const Product p = {g, XENT_ROWS, 1,
-                                       a->panels + chunk * XENT_ROWS * wide + d * rows, panel,
-                                       nullptr, nullptr, written, d_weight + d, wide, rows};
-                    multiply(&p, tile.items, panel);
-                }
-                if (d_rep) {
-                    const Product p = {g, 1, XENT_ROWS, items + d * tile.items, panel, nullptr,
-                                       nullptr, true,
-                                       d_rep + (chunk - a->first_chunk) * XENT_ROWS * wide + d,
-                                       wide, tile.items};
-                    multiply(&p, rows, panel);
-                }
+            if (a->d_weight) sum_d_weight(a, &tile, scratch, chunk, rows, written);
+            if (d_rep) {
+                sum_d_rep(a, &tile, scratch, rows,
+                          d_rep + (chunk - a->first_chunk) * XENT_ROWS * wide);
             }
             written = true;
         }
         for (int64_t i = 0; a->d_weight && i < tile.items; ++i) {
             float* to = a->d_weight + (tile.first + i) * width;
-            const float* from = d_weight + i * wide;
+            const float* from = scratch.d_weight + i * wide;
             if (!written) {
                 for (int64_t d = 0; !a->add && d < width; ++d) to[d] = 0.0f;
             } else if (a->add) {
-                for (int64_t d = 0; d < width; ++d) to[d] += from[d];
+                for (int64_t d = 0; d < width; ++d) to[d] += from[d] * a->scale;
             } else {
-                __builtin_memcpy(to, from, (size_t)width * sizeof(float));
+                for (int64_t d = 0; d < width; ++d) to[d] = from[d] * a->scale;
             }
         }
         for (int64_t i = 0; a->d_bias && i < tile.items; ++i) {

@@ -10,6 +10,7 @@
 
 #include <stdint.h>
 
+#include "amx_layout.h"
 #include "isa.h"
 
 namespace fmrec {
@@ -25,8 +26,8 @@ struct ItemCrossEntropy {
     const int64_t* target;   // [B]; one outside 0 .. V-1 is met nowhere
     int64_t batch, items, width;
     float scale;
-    // rep packed by `pack`, a chunk after the other: transposed, XENT_ROWS * width floats each,
-    // and as it lies, times scale, XENT_ROWS * padded width floats each.
+    // rep packed by `pack`, a chunk after the other, xent_packed(width) floats each: transposed, and
+    // as it lies.
     float* columns;
     float* panels;
     // Scores rep . weight in blocks of [XENT_ITEMS, XENT_ROWS] by tile, then chunk; or null.
@@ -57,9 +58,16 @@ FMREC_INLINE int64_t xent_padded(int64_t n) {
     return (n + XENT_WIDTH - 1) / XENT_WIDTH * XENT_WIDTH;
 }
 
-// A block of scores, a tile's items packed, and its part of d_weight.
+// Floats of a chunk's packed rows, whatever the instruction set: with AMX three bfloat16s a number.
+FMREC_INLINE int64_t xent_packed(int64_t width) {
+    return amx_columns_size(width, XENT_ROWS, 3) / 2;
+}
+
+// A block of scores and the tile's part of d_weight; packed, the tile's items for the scores and for
+// d_rep, and the block.
 FMREC_INLINE int64_t xent_scratch(int64_t width) {
-    return (XENT_ROWS + 2 * xent_padded(width)) * XENT_ITEMS;
+    return (XENT_ROWS + xent_padded(width)) * XENT_ITEMS +
+           (2 * amx_rows_size(XENT_ITEMS, width, 3) + amx_rows_size(XENT_ITEMS, XENT_ROWS, 3)) / 2;
 }
 
 struct ItemCrossEntropyKernels {

@@ -1,9 +1,94 @@
 #include "linear.h"
 
 #include "gemm.h"
+#if defined(__AMX_BF16__)
+#include "amx_pack.h"
+#endif
 
 namespace fmrec {
 namespace {
+
+// Onto the sums of the rows before, which one row after the other would round too often.
+void add_rows(const float* rows, int64_t count, int64_t width, float* sums) {
+    for (int64_t j = 0; j < width; j += FLOATS) {
+        f32v total = load(rows + j);
+        for (int64_t i = 1; i < count; ++i) total += load(rows + i * width + j);
+        store(sums + j, load(sums + j) + total);
+    }
+}
+
+#if defined(__AMX_BF16__)
+
+// Rows of a block, and the depth that they are packed for at a time (96 kB).
+const int64_t HEIGHT = 32, DEPTH = 512;
+const int PLANES = 3;
+
+FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
+          float* panels) {
+    // One block of the depth after the other, as `product` goes through them.
+    uint16_t* to = (uint16_t*)panels;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t deep = at_most(depth - k, DEPTH);
+        if (column == 1) {
+            amx_split<PLANES, false, STRIPS_INSIDE>(source + k * row, row, columns, deep, to);
+        } else {
+            amx_split<PLANES, false, DEPTH_INSIDE>(source + k * row, column, columns, deep, to);
+        }
+        to += amx_columns_size(deep, columns, PLANES);
+    }
+}
+
+void product(const LinearProduct* p, int64_t begin, int64_t end) {
+    alignas(64) uint16_t a[HEIGHT * DEPTH * PLANES];
+    const TileState tiles;
+    const int64_t last = at_most(end * LINEAR_ROWS, p->rows), columns = p->columns;
+    for (int64_t first = begin * LINEAR_ROWS; first < last; first += HEIGHT) {
+        const int64_t rows = at_most(last - first, HEIGHT);
+        const uint16_t* b = (const uint16_t*)p->panels;
+        float* out = p->out + first * columns;
+        for (int64_t k = 0; k < p->depth; k += DEPTH) {
+            const int64_t deep = at_most(p->depth - k, DEPTH);
+            amx_split<PLANES, true, DEPTH_INSIDE>(p->in + first * p->depth + k, p->depth, rows,
+                                                  deep, a);
+            const AmxProduct block = {a, b, k > 0 ? nullptr : p->bias, nullptr, k > 0, out, columns,
+                                      deep};
+            amx_multiply<PLANES>(&block, rows, columns);
+            b += amx_columns_size(deep, columns, PLANES);
+        }
+    }
+}
+
+void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
+    const int64_t chunks = (g->rows + LINEAR_CHUNK - 1) / LINEAR_CHUNK;
+    uint16_t* a = (uint16_t*)(g->scratch + begin * linear_gradient_scratch(g->narrow, g->wide));
+    uint16_t* b = a + amx_rows_size(g->narrow, LINEAR_CHUNK, PLANES);
+    const TileState tiles;
+    for (int64_t part = begin; part < end; ++part) {
+        float* partial = g->partial + part * g->narrow * g->wide;
+        const int64_t last = chunks * (part + 1) / LINEAR_PARTS;
+        for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
+            const int64_t first = chunk * LINEAR_CHUNK;
+            const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
+            amx_split<PLANES, true, STRIPS_INSIDE>(g->a + first * g->narrow, g->narrow, g->narrow,
+                                                   rows, a);
+            amx_split<PLANES, false, STRIPS_INSIDE>(g->b + first * g->wide, g->wide, g->wide, rows,
+                                                    b);
+            const AmxProduct block = {a, b, nullptr, nullptr, true, partial, g->wide, rows};
+            amx_multiply<PLANES>(&block, g->narrow, g->wide);
+            if (g->grad) {
+                add_rows(g->grad + first * g->width_of_grad, rows, g->width_of_grad,
+                         g->sums + part * g->width_of_grad);
+            }
+        }
+    }
+}
+
+#else
+
+// Rows that meet a panel while it is in the first-level cache.
+const int64_t HEIGHT = 48;
 
 void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
           float* panels) {
@@ -18,9 +103,9 @@ void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64
 }
 
 void product(const LinearProduct* p, int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = item * LINEAR_ROWS;
-        const int64_t rows = p->rows - first < LINEAR_ROWS ? p->rows - first : LINEAR_ROWS;
+    const int64_t last = end * LINEAR_ROWS < p->rows ? end * LINEAR_ROWS : p->rows;
+    for (int64_t first = begin * LINEAR_ROWS; first < last; first += HEIGHT) {
+        const int64_t rows = last - first < HEIGHT ? last - first : HEIGHT;
         for (int64_t j = 0; j < p->columns; j += LINEAR_PANEL) {
             const int64_t width = p->columns - j < LINEAR_PANEL ? p->columns - j : LINEAR_PANEL;
             const Product block = {p->in + first * p->depth, p->depth, 1, p->panels + j * p->depth,
@@ -28,14 +113,6 @@ void product(const LinearProduct* p, int64_t begin, int64_t end) {
                                    p->out + first * p->columns + j, p->columns, p->depth};
             multiply(&block, rows, width);
         }
-    }
-}
-
-void add_rows(const float* rows, int64_t count, int64_t width, float* sums) {
-    for (int64_t j = 0; j < width; j += FLOATS) {
-        f32v total = load(sums + j);
-        for (int64_t i = 0; i < count; ++i) total += load(rows + i * width + j);
-        store(sums + j, total);
     }
 }
 
@@ -66,6 +143,8 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
         }
     }
 }
+
+#endif
 
 }  // namespace
 

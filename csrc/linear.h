@@ -3,17 +3,18 @@
 
 #include <stdint.h>
 
+#include "amx_layout.h"
 #include "isa.h"
 
 namespace fmrec {
 
 // Columns of a packed panel: the widest tile of every instruction set divides it.
-enum { LINEAR_PANEL = 64, LINEAR_WIDTH = 16 };
+constexpr int64_t LINEAR_PANEL = 64, LINEAR_WIDTH = 16;
 // Rows of a work item, and rows that a weight gradient sums before it touches its accumulators.
-enum { LINEAR_ROWS = 48, LINEAR_CHUNK = 96 };
+constexpr int64_t LINEAR_ROWS = 96, LINEAR_CHUNK = 96;
 // Partial sums of a weight gradient: their number does not depend on the threads, so neither do
 // the results.
-enum { LINEAR_PARTS = 8 };
+constexpr int64_t LINEAR_PARTS = 8;
 
 // out [rows, columns] = in [rows, depth] B + bias, B packed by `pack`.
 struct LinearProduct {
@@ -32,7 +33,18 @@ struct LinearGradient {
     int64_t rows, narrow, wide, width_of_grad;
     float* partial;  // [LINEAR_PARTS, narrow, wide], zeroed
     float* sums;     // [LINEAR_PARTS, width_of_grad], zeroed
+    float* scratch;  // of each part, linear_gradient_scratch floats
 };
+
+// Floats of the packed B, whatever the instruction set: with AMX three bfloat16s a number.
+FMREC_INLINE int64_t linear_packed(int64_t depth, int64_t columns) {
+    return amx_columns_size(depth, columns, 3) / 2;
+}
+
+// With AMX: the operands of a chunk of rows, packed.
+FMREC_INLINE int64_t linear_gradient_scratch(int64_t narrow, int64_t wide) {
+    return amx_rows_size(narrow + wide, LINEAR_CHUNK, 3) / 2;
+}
 
 struct LinearKernels {
     // Element (k, j) of B, depth x columns, is at source[k * row + j * column].

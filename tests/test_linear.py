@@ -70,6 +70,49 @@ def test_instruction_sets_and_threads(isa):
         assert (one - right).abs().max() <= 2e-6 * right.abs().max()
 
 
+@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
+def isa(request):
+    """Every instruction set of this machine."""
+    if not extension.available():
+        pytest.skip(str(extension.reason()))
+    before = extension.load().isa()
+    extension.load().set_isa(request.param)
+    yield request.param
+    extension.load().set_isa(before)
+
+
+# An odd number of strips of 16, one more row than a block of 32, a depth of more than one block.
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(65, 48, 80), (225, 16, 16), (97, 1040, 48), (4000, 128, 176)]
+)
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand])
+def test_every_instruction_set_is_as_exact_as_pytorch(isa, rows, inner, outer, draw):
+    g = torch.Generator().manual_seed(1)
+    shapes = ((rows, inner), (outer, inner), (outer,), (rows, outer))
+    given = [draw(shape, generator=g) for shape in shapes]
+    with use_backend("cpp"):
+        got = run(linear, *given)
+    truth = run(F.linear, *(t.double() for t in given))
+    for mine, plain, right in zip(got, run(F.linear, *given), truth, strict=True):
+        assert_close_to_truth(mine, plain, right)
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_column(isa, strange):
+    given = tensors((97,), 48, 80)
+    x, weight, bias, grad = (t.clone() for t in given)
+    x[40, 5], grad[70, 9] = strange, strange
+    with use_backend("cpp"):
+        clean = run(linear, *given)
+        out, d_x, d_weight, d_bias = run(linear, x, weight, bias, grad)
+    expected = [torch.zeros_like(t, dtype=torch.bool) for t in clean]
+    expected[0][40] = expected[1][70] = expected[2][:, 5] = expected[2][9] = True
+    expected[3][9] = True
+    for mine, plain, lost in zip((out, d_x, d_weight, d_bias), clean, expected, strict=True):
+        assert torch.equal(~mine.isfinite(), lost)
+        assert torch.equal(mine[~lost], plain[~lost])
+
+
 @needs_cpp
 def test_not_contiguous():
     x, weight, bias, grad = tensors((80, 3), 32, 48)
