@@ -1030,6 +1030,11 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int
 }
 
 Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
+    if (packed.tiles() != (isa() == Isa::amx)) {
+        throw py::value_error(std::string("packed must hold weights packed for the instruction set "
+                                          "in use, ") + isa_name(isa()) + ", got them packed for " +
+                              (packed.tiles() ? "amx" : "one without tiles"));
+    }
     if (length < 1) throw py::value_error("there must be at least one position, got L = 0");
     Encoder encoder{};
     encoder.blocks = packed.blocks().data();

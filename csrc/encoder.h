@@ -20,8 +20,8 @@ FMREC_INLINE constexpr int64_t round_up(int64_t size, int64_t unit) {
 constexpr int64_t INNER = 2 * PANEL;
 
 // A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units. For the
-// instruction set amx also as AMX_PLANES planes of B (csrc/amx.h), of at most INNER rows one after
-// the other if it is the feed-forward's outer one; null where amx is not supported.
+// instruction set amx the matrix is AMX_PLANES planes of B (csrc/amx.h), of at most INNER rows one
+// after the other if it is the feed-forward's outer one, and `weight` is null; for others `planes`.
 struct PackedLinear {
     const float* weight;
     const float* bias;

@@ -18,8 +18,9 @@ Floats allocate_floats(std::int64_t count, bool zeroed) {
 
 namespace {
 
-std::int64_t linear_size(std::int64_t depth, std::int64_t columns) {
-    return (depth + 1) * round_up(columns, UNIT);
+// Floats that a layer takes in panels and, for tiles, its bias alone.
+std::int64_t linear_size(std::int64_t depth, std::int64_t columns, bool tiles) {
+    return (tiles ? 1 : depth + 1) * round_up(columns, UNIT);
 }
 
 // `width` columns of weight [columns, depth] into one panel, zeros beyond the matrix.
@@ -49,10 +50,10 @@ const float* pad(const float* vector, std::int64_t columns, float** memory) {
 }
 
 PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
-                  std::int64_t columns, float** memory) {
-    PackedLinear linear{*memory, nullptr, depth, columns, nullptr};
+                  std::int64_t columns, bool tiles, float** memory) {
+    PackedLinear linear{tiles ? nullptr : *memory, nullptr, depth, columns, nullptr};
     const std::int64_t padded = round_up(columns, UNIT);
-    for (std::int64_t j = 0; j < padded; j += PANEL) {
+    for (std::int64_t j = 0; j < padded && !tiles; j += PANEL) {
         const std::int64_t width = padded - j < PANEL ? padded - j : PANEL;
         pack_panel(weight + j * depth, depth, columns - j, width, *memory);
         *memory += width * depth;
@@ -61,29 +62,30 @@ PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
     return linear;
 }
 
-// Floats that the planes of a matrix take; 0 without AMX.
-std::int64_t planes_size(std::int64_t depth, std::int64_t columns) {
-    return isa_supported(Isa::amx) ? amx_columns_size(depth, columns, AMX_PLANES) / 2 : 0;
+// Floats that the planes of a matrix take; 0 where there are no tiles.
+std::int64_t planes_size(std::int64_t depth, std::int64_t columns, bool tiles) {
+    return tiles ? amx_columns_size(depth, columns, AMX_PLANES) / 2 : 0;
 }
 
 // Planes of the matrix of `weight` [columns, depth], in parts of at most `part` rows of depth; of
-// `weight` [depth, columns] if it is not transposed. Null without AMX.
+// `weight` [depth, columns] if it is not transposed. Null where there are no tiles.
 const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::int64_t columns,
-                                 std::int64_t part, bool transposed, float** memory) {
+                                 std::int64_t part, bool transposed, bool tiles, float** memory) {
 #ifdef FMREC_AMX
-    if (isa_supported(Isa::amx)) {
+    if (tiles) {
         const std::uint16_t* planes = reinterpret_cast<std::uint16_t*>(*memory);
         for (std::int64_t first = 0; first < depth; first += part) {
             const std::int64_t deep = depth - first < part ? depth - first : part;
             amx::encoder.pack(weight + (transposed ? first : first * columns),
                               transposed ? 1 : columns, transposed ? depth : 1, deep, columns,
                               reinterpret_cast<std::uint16_t*>(*memory));
-            *memory += planes_size(deep, columns);
+            *memory += planes_size(deep, columns, tiles);
         }
         return planes;
     }
 #else
-    (void)weight, (void)depth, (void)columns, (void)part, (void)transposed, (void)memory;
+    (void)weight, (void)depth, (void)columns, (void)part, (void)transposed, (void)tiles;
+    (void)memory;
 #endif
     return nullptr;
 }
@@ -97,15 +99,17 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
       channels_(channels),
       heads_(heads),
       length_(length),
+      tiles_(isa() == Isa::amx),
       rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
-    const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * linear_size(d, d) +
-                                    linear_size(d, f) + linear_size(f, d) +
-                                    4 * planes_size(d, d) + planes_size(d, f) +
-                                    f / INNER * planes_size(INNER, d) + planes_size(f % INNER, d);
+    const auto panels = [this](std::int64_t k, std::int64_t n) { return linear_size(k, n, tiles_); };
+    const auto planes = [this](std::int64_t k, std::int64_t n) { return planes_size(k, n, tiles_); };
+    const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * panels(d, d) + panels(d, f) +
+                                    panels(f, d) + 4 * planes(d, d) + planes(d, f) +
+                                    f / INNER * planes(INNER, d) + planes(f % INNER, d);
     const std::int64_t count = static_cast<std::int64_t>(blocks.size());
     const std::int64_t table = rotary ? length * (channels / heads) : 0;
-    const std::int64_t floats = count * block_size + planes_size(d, d) + table;
+    const std::int64_t floats = count * block_size + planes(d, d) + table;
     bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
     memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
@@ -116,22 +120,23 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
         b.norm1.bias = pad(a[NORM1_BIAS], d, &memory);
         b.norm2.weight = pad(a[NORM2_WEIGHT], d, &memory);
         b.norm2.bias = pad(a[NORM2_BIAS], d, &memory);
-        b.query = pack(a[QUERY_WEIGHT], a[QUERY_BIAS], d, d, &memory);
-        b.key = pack(a[KEY_WEIGHT], a[KEY_BIAS], d, d, &memory);
-        b.value = pack(a[VALUE_WEIGHT], a[VALUE_BIAS], d, d, &memory);
-        b.output = pack(a[OUTPUT_WEIGHT], a[OUTPUT_BIAS], d, d, &memory);
-        b.inner = pack(a[INNER_WEIGHT], a[INNER_BIAS], d, f, &memory);
-        b.outer = pack(a[OUTER_WEIGHT], a[OUTER_BIAS], f, d, &memory);
+        b.query = pack(a[QUERY_WEIGHT], a[QUERY_BIAS], d, d, tiles_, &memory);
+        b.key = pack(a[KEY_WEIGHT], a[KEY_BIAS], d, d, tiles_, &memory);
+        b.value = pack(a[VALUE_WEIGHT], a[VALUE_BIAS], d, d, tiles_, &memory);
+        b.output = pack(a[OUTPUT_WEIGHT], a[OUTPUT_BIAS], d, d, tiles_, &memory);
+        b.inner = pack(a[INNER_WEIGHT], a[INNER_BIAS], d, f, tiles_, &memory);
+        b.outer = pack(a[OUTER_WEIGHT], a[OUTER_BIAS], f, d, tiles_, &memory);
         // Whole lines of cache so far: every part above is a multiple of 16 floats.
         PackedLinear* const square[] = {&b.query, &b.key, &b.value, &b.output};
         const int weights[] = {QUERY_WEIGHT, KEY_WEIGHT, VALUE_WEIGHT, OUTPUT_WEIGHT};
         for (int i = 0; i < 4; ++i) {
-            square[i]->planes = pack_planes(a[weights[i]], d, d, d, true, &memory);
+            square[i]->planes = pack_planes(a[weights[i]], d, d, d, true, tiles_, &memory);
         }
-        b.inner.planes = pack_planes(a[INNER_WEIGHT], d, f, d, true, &memory);
-        b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, &memory);
+        b.inner.planes = pack_planes(a[INNER_WEIGHT], d, f, d, true, tiles_, &memory);
+        b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, tiles_, &memory);
         const bool last = n + 1 == blocks.size();
-        b.key_back = last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, &memory) : nullptr;
+        b.key_back =
+            last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, tiles_, &memory) : nullptr;
     }
     if (rotary) {
         std::memcpy(memory, rotary, static_cast<std::size_t>(table) * sizeof(float));

@@ -45,13 +45,16 @@ class PackedEncoder {
     bool rms() const { return rms_; }
     const float* rotary() const { return rotary_; }
     std::int64_t length() const { return length_; }
+    // Whether the weights are in tiles, as the instruction set amx reads them, or in panels, as all
+    // others do: decided by the one in use when they were packed.
+    bool tiles() const { return tiles_; }
 
   private:
     Floats memory_;
     std::vector<PackedBlock> blocks_;
     std::int64_t channels_, heads_, bytes_, length_;
     const float* rotary_ = nullptr;
-    bool rms_;
+    bool tiles_, rms_;
 };
 
 }  // namespace fmrec
