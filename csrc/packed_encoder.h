@@ -37,6 +37,9 @@ class PackedEncoder {
     PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
                   std::int64_t features, std::int64_t heads, const float* rotary,
                   std::int64_t length);
+    ~PackedEncoder();
+    PackedEncoder(const PackedEncoder&) = delete;
+    PackedEncoder& operator=(const PackedEncoder&) = delete;
 
     const std::vector<PackedBlock>& blocks() const { return blocks_; }
     std::int64_t channels() const { return channels_; }
