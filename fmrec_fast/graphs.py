@@ -18,12 +18,12 @@ from fmrec_fast import noise
 from fmrec_fast.backend import Rng, current_backend, current_rng
 from fmrec_fast.capture import Capture, Outputs, Pool
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops._checks import check_integer, check_range, check_shape
+from fmrec_fast.ops._checks import check_integer, check_padding, check_range, check_shape
 from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.picard import check_options
 from fmrec_fast.recommend import rank_items
 from fmrec_fast.request import Recommendations, check_k
-from fmrec_fast.sampler import check_padding, sample
+from fmrec_fast.sampler import sample
 
 METHODS = ("euler", "parallel", "auto")
 MAX_BATCH = 512

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fmrec_fast.data.batches import pad_histories
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops._checks import request_rows
-from fmrec_fast.sampler import check_padding, check_steps
+from fmrec_fast.ops._checks import check_padding, request_rows
+from fmrec_fast.sampler import check_steps
 
 PADDING = 0
 

@@ -7,9 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fmrec_fast.config import PADDINGS
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
-from fmrec_fast.ops._checks import check_shape
+from fmrec_fast.ops._checks import check_padding, check_shape
 from fmrec_fast.randomness import random_source
 
 METHODS = (*INTEGRATORS, "rk45")
@@ -25,16 +24,6 @@ def check_steps(steps: int | None) -> None:
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps must be an integer of at least 1 or None, got {steps!r}")
-
-
-def check_padding(padding: str) -> None:
-    """`padding` must be one of `PADDINGS`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
 
 
 @overload

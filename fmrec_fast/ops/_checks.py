@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fmrec_fast.config import PADDINGS
+
 
 def check_shape(name: str, tensor: Tensor, expected: str, sizes: dict[str, int]) -> None:
     """`tensor` must have the shape `expected`, e.g. "B L D"; unseen letters enter `sizes`.
@@ -54,6 +56,16 @@ def check_float(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is {tensor.dtype}, {first_name} is {first.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}")
+
+
+def check_padding(padding: str) -> None:
+    """`padding` must be one of `PADDINGS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
 
 
 def checking() -> bool:

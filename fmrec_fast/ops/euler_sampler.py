@@ -15,8 +15,7 @@ from torch import Tensor
 from fmrec_fast import extension, flow
 from fmrec_fast import noise as stream
 from fmrec_fast.backend import Backend, candidate, choose, use_backend
-from fmrec_fast.config import PADDINGS
-from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.ops._checks import check_float, check_padding, check_shape, request_rows
 from fmrec_fast.ops.encoder import (
     check_precision,
     encoder,
@@ -52,6 +51,26 @@ class SamplerWeights:
         """The blocks as the C++ kernels read them, packed once for this object: it is made for one
         call of the sampler and does not outlive it, so that no change of a weight is missed."""
         return pack(self.blocks, self.num_heads)
+
+    def parameters(self) -> list[Tensor]:
+        """Those of the blocks, one block after another."""
+        return [tensor for block in self.blocks for tensor in block.tensors()]
+
+    def flat(self) -> tuple[list[Tensor], Tensor, Tensor, int, float]:
+        """What a registered op takes in its place: published attention, FMRec's blocks."""
+        return self.parameters(), self.norm_weight, self.norm_bias, self.num_heads, self.delta
+
+    @staticmethod
+    def from_flat(
+        parameters: Sequence[Tensor],
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        num_heads: int,
+        delta: float,
+    ) -> SamplerWeights:
+        """The inverse of `flat`."""
+        blocks = unflatten(parameters)
+        return SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
 
     def packed_for(self, length: int) -> Any:
         """`packed`; with rotary embedding, for histories of `length` positions."""
@@ -118,13 +137,12 @@ def euler_sampler(
     elif lam_of_step is None:
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    check_padding(padding)
     tied = padding == "tied"
     if tied:
         check_equal_padding(e, mask)
     tensors = [e, z0, taus, weights.norm_weight, weights.norm_bias]
-    tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
+    tensors += weights.parameters()
     if noise is not None:
         tensors.append(noise)
     declined = ""
@@ -137,15 +155,8 @@ def euler_sampler(
         declined = "its kernel does not draw lam as published"
     elif sizes["q"] == 0 or not weights.blocks:
         declined = "there is no step to take, or no block to run"
-    elif needs_gradient(*tensors):
-        declined = "its kernel has no backward pass, and a gradient is needed"
-    elif tied and candidate(e.device) is Backend.TRITON:
-        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
-        declined = kernel_declines(e, weights.num_heads, precision)
-    declined = declined or variant_declined(weights.blocks, e.device)
-    if tied and weights.variant.rotary:
-        declined = declined or "its kernel has no rotary embedding with padding 'tied'"
+        declined = network_declined(e, tensors, weights, precision, tied)
     backend = choose("euler_sampler", *tensors, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.euler_sampler(
@@ -153,11 +164,7 @@ def euler_sampler(
             mask,
             z0,
             taus,
-            [tensor for block in weights.blocks for tensor in block.tensors()],
-            weights.norm_weight,
-            weights.norm_bias,
-            weights.num_heads,
-            weights.delta,
+            *weights.flat(),
             seed,
             rows,
             noise,
@@ -166,19 +173,15 @@ def euler_sampler(
             precision,
             backend.value,
         )
-    if backend is Backend.CPP:
-        return _euler_sampler_cpp(
-            e, mask, z0, taus, weights, seed, rows, noise, return_trajectory, tied
-        )
-    if backend is Backend.TRITON:
-        from fmrec_fast.kernels import euler_sampler as kernels
-
+    if backend is not Backend.REFERENCE:
         points = (sizes["q"] + 1,) if return_trajectory else ()
         out = z0.new_empty((*points, *z0.shape))
-        inputs = (t.contiguous() for t in (e, mask, z0, taus))
-        lam = None if noise is None else noise.contiguous()
-        kernels.euler_sampler(*inputs, weights, lam, rows, seed, precision, out)
-        return out
+        inputs = (e, mask, z0, taus, weights, seed, rows, noise)
+        if backend is Backend.CPP:
+            return run_cpp("euler_sampler", *inputs, tied, out)
+        from fmrec_fast.kernels import euler_sampler as kernels
+
+        return run_triton(kernels.euler_sampler, *inputs, precision, out)
     # A compiled program is for any batch: it neither looks for padding nor cuts.
     cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
     grouped = weights.attention == "published" and not weights.variant.rotary
@@ -291,6 +294,73 @@ def _composed(
     )
 
 
+def network_declined(
+    e: Tensor, tensors: Sequence[Tensor], weights: SamplerWeights, precision: str, tied: bool
+) -> str:
+    """Why the kernels of the sampler's network do not cover a call; empty where they do."""
+    if needs_gradient(*tensors):
+        return "its kernel has no backward pass, and a gradient is needed"
+    if tied and candidate(e.device) is Backend.TRITON:
+        return "its kernel computes every padded position, got padding 'tied'"
+    if tied and weights.variant.rotary:
+        return "its kernel has no rotary embedding with padding 'tied'"
+    return kernel_declines(e, weights.num_heads, precision) or variant_declined(
+        weights.blocks, e.device
+    )
+
+
+def run_cpp(
+    kernel: str,
+    e: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    tied: bool,
+    out: Tensor,
+) -> Tensor:
+    """The extension's `kernel`, which fills `out`, from z0 or the guessed points `x`."""
+
+    def array(tensor: Tensor) -> Any:
+        return tensor.detach().contiguous().numpy()
+
+    getattr(extension.load(), kernel)(
+        weights.packed_for(e.shape[1]),
+        *(array(t) for t in (weights.norm_weight, weights.norm_bias, e, mask, x, taus)),
+        None if noise is None else array(noise),
+        None if rows is None else array(rows),
+        None if seed is None else int(seed),
+        weights.delta,
+        out.numpy(),
+        torch.get_num_threads(),
+        tied,
+    )
+    return out
+
+
+def run_triton(
+    kernel: Callable[..., None],
+    e: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    taus: Tensor,
+    weights: SamplerWeights,
+    seed: Tensor | None,
+    rows: Tensor | None,
+    noise: Tensor | None,
+    precision: str,
+    out: Tensor,
+) -> Tensor:
+    """The Triton launcher `kernel`, likewise."""
+    inputs = (t.contiguous() for t in (e, mask, x, taus))
+    lam = None if noise is None else noise.contiguous()
+    kernel(*inputs, weights, lam, rows, seed, precision, out)
+    return out
+
+
 def check_equal_padding(e: Tensor, mask: Tensor) -> None:
     """On the CPU, the leading padded positions of a row must hold equal embeddings.
 
@@ -351,42 +421,6 @@ def _grouped_by_length(
     return out
 
 
-def _euler_sampler_cpp(
-    e: Tensor,
-    mask: Tensor,
-    z0: Tensor,
-    taus: Tensor,
-    weights: SamplerWeights,
-    seed: Tensor | None,
-    rows: Tensor | None,
-    noise: Tensor | None,
-    return_trajectory: bool,
-    tied: bool,
-) -> Tensor:
-    def array(tensor: Tensor) -> Any:
-        return tensor.detach().contiguous().numpy()
-
-    points = (taus.shape[0] + 1,) if return_trajectory else ()
-    out = z0.new_empty((*points, *z0.shape))
-    extension.load().euler_sampler(
-        weights.packed_for(e.shape[1]),
-        array(weights.norm_weight),
-        array(weights.norm_bias),
-        array(e),
-        array(mask),
-        array(z0),
-        array(taus),
-        None if noise is None else array(noise),
-        None if rows is None else array(rows),
-        None if seed is None else int(seed),
-        weights.delta,
-        out.numpy(),
-        torch.get_num_threads(),
-        tied,
-    )
-    return out
-
-
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
@@ -409,8 +443,7 @@ def _registered(
     precision: str,
     backend: str,
 ) -> Tensor:
-    blocks = unflatten(parameters)
-    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    weights = SamplerWeights.from_flat(parameters, norm_weight, norm_bias, num_heads, delta)
     with use_backend(backend):
         return euler_sampler(
             e,

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrec_fast import extension
 from fmrec_fast import noise as stream
-from fmrec_fast.backend import Backend, candidate, choose, use_backend
-from fmrec_fast.config import PADDINGS
-from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.backend import Backend, choose, use_backend
+from fmrec_fast.ops._checks import check_float, check_padding, check_shape, request_rows
 from fmrec_fast.ops.encoder import (
     check_precision,
     encoder,
-    kernel_declines,
-    needs_gradient,
-    unflatten,
-    variant_declined,
 )
-from fmrec_fast.ops.euler_sampler import CPU_ROWS, SamplerWeights, check_equal_padding
+from fmrec_fast.ops.euler_sampler import (
+    CPU_ROWS,
+    SamplerWeights,
+    check_equal_padding,
+    network_declined,
+    run_cpp,
+    run_triton,
+)
 from fmrec_fast.ops.noise_fusion import noise_fusion
 from fmrec_fast.reference import picard_sweep as reference
 from fmrec_fast.reference.encoder import NORM_EPS
@@ -79,8 +79,7 @@ def picard_sweep(
     check_shape("taus", taus, "q D", sizes)
     check_float(e=e, mask=mask, x=x, taus=taus, noise=noise)
     check_precision(precision)
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    check_padding(padding)
     tied = padding == "tied"
     if tied:
         check_equal_padding(e, mask)
@@ -90,7 +89,7 @@ def picard_sweep(
         seed = stream.as_seed(seed, e.device)
         rows = request_rows(rows, e.shape[0], e.device)
     tensors = [e, x, taus, weights.norm_weight, weights.norm_bias]
-    tensors += [tensor for block in weights.blocks for tensor in block.tensors()]
+    tensors += weights.parameters()
     if noise is not None:
         tensors.append(noise)
     declined = ""
@@ -98,15 +97,8 @@ def picard_sweep(
         declined = f"its kernel has the published attention only, got {weights.attention!r}"
     elif sizes["q"] == 0:
         declined = "there is no step to take"
-    elif needs_gradient(*tensors):
-        declined = "its kernel has no backward pass, and a gradient is needed"
-    elif tied and candidate(e.device) is Backend.TRITON:
-        declined = "its kernel computes every padded position, got padding 'tied'"
     else:
-        declined = kernel_declines(e, weights.num_heads, precision)
-    declined = declined or variant_declined(weights.blocks, e.device)
-    if tied and weights.variant.rotary:
-        declined = declined or "its kernel has no rotary embedding with padding 'tied'"
+        declined = network_declined(e, tensors, weights, precision, tied)
     backend = choose("picard_sweep", *tensors, declined=declined)
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.picard_sweep(
@@ -114,11 +106,7 @@ def picard_sweep(
             mask,
             x,
             taus,
-            [tensor for block in weights.blocks for tensor in block.tensors()],
-            weights.norm_weight,
-            weights.norm_bias,
-            weights.num_heads,
-            weights.delta,
+            *weights.flat(),
             seed,
             rows,
             noise,
@@ -126,16 +114,14 @@ def picard_sweep(
             padding,
             backend.value,
         )
-    if backend is Backend.CPP:
-        return _picard_sweep_cpp(e, mask, x, taus, weights, seed, rows, noise, tied)
-    if backend is Backend.TRITON:
+    if backend is not Backend.REFERENCE:
+        out = x.new_empty(x.shape)
+        inputs = (e, mask, x, taus, weights, seed, rows, noise)
+        if backend is Backend.CPP:
+            return run_cpp("picard_sweep", *inputs, tied, out)
         from fmrec_fast.kernels import picard_sweep as kernels
 
-        out = x.new_empty(x.shape)
-        inputs = (t.contiguous() for t in (e, mask, x, taus))
-        lam = None if noise is None else noise.contiguous()
-        kernels.picard_sweep(*inputs, weights, lam, rows, seed, precision, out)
-        return out
+        return run_triton(kernels.picard_sweep, *inputs, precision, out)
 
     most = CPU_ROWS if e.device.type == "cpu" else GPU_ROWS
     pieces = [slice(i, i + most) for i in range(0, len(e), most)] or [slice(None)]
@@ -195,40 +181,6 @@ def _composed(
     return reference.picard_sweep(x, fuse, encode, steps_at_once=steps_at_once)
 
 
-def _picard_sweep_cpp(
-    e: Tensor,
-    mask: Tensor,
-    x: Tensor,
-    taus: Tensor,
-    weights: SamplerWeights,
-    seed: Tensor | None,
-    rows: Tensor | None,
-    noise: Tensor | None,
-    tied: bool,
-) -> Tensor:
-    def array(tensor: Tensor) -> Any:
-        return tensor.detach().contiguous().numpy()
-
-    out = x.new_empty(x.shape)
-    extension.load().picard_sweep(
-        weights.packed_for(e.shape[1]),
-        array(weights.norm_weight),
-        array(weights.norm_bias),
-        array(e),
-        array(mask),
-        array(x),
-        array(taus),
-        None if noise is None else array(noise),
-        None if rows is None else array(rows),
-        None if seed is None else int(seed),
-        weights.delta,
-        out.numpy(),
-        torch.get_num_threads(),
-        tied,
-    )
-    return out
-
-
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
@@ -250,8 +202,7 @@ def _registered(
     padding: str,
     backend: str,
 ) -> Tensor:
-    blocks = unflatten(parameters)
-    weights = SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+    weights = SamplerWeights.from_flat(parameters, norm_weight, norm_bias, num_heads, delta)
     options = {"precision": precision, "padding": padding}
     with use_backend(backend):
         return picard_sweep(e, mask, x, taus, weights, seed=seed, rows=rows, noise=noise, **options)
