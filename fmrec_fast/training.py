@@ -22,6 +22,7 @@ from fmrec_fast.data.dataset import HELD_OUT, Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models import FMRecommender, build_recommender
+from fmrec_fast.ops._checks import is_sharded
 from fmrec_fast.training_graph import Glance, GraphedStep, optimizer_tensors, rate_as_tensor
 
 LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
@@ -81,7 +82,13 @@ def build_optimizer(
         options["momentum"] = config.momentum or 0.0
     else:
         options["capturable"] = _on_cuda(parameters)
-    optimizer = getattr(torch.optim, config.optimizer)(parameters, **options)
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if not is_sharded(p)]}]
+    over_ranks = [p for p in parameters if is_sharded(p)]
+    if over_ranks:  # one call of a fused optimizer takes no mix of both kinds
+        groups.append({"params": over_ranks})
+        if config.optimizer == "SGD":  # nor does torch have fused SGD for these
+            groups[1] |= {"fused": False, "foreach": True}
+    optimizer = getattr(torch.optim, config.optimizer)(groups, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
     return optimizer, scheduler
 
