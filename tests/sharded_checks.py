@@ -192,8 +192,10 @@ def ranking(ranks, sizes, rep, table, generator, backend):
     sharded, its_bias = ranks.table(table), ranks.table(bias)
     for exclusions, own in ((None, None), (exclude, wider)):
         for k in {1, min(4, total), total}:
+            with use_backend(backend):
+                whole = item_topk(rep, table, k, bias=bias, exclude=exclusions)
             same(
-                item_topk(rep, table, k, bias=bias, exclude=exclusions),
+                whole,
                 lambda k=k, own=own: item_topk(
                     rep[mine], sharded, k, bias=its_bias, exclude=own
                 ),
@@ -441,13 +443,6 @@ def check_training(ranks):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             compare_tables(model, whole, ranks, gradients=True)
-            norms = [
-                items.clip_grad_norm(m.parameters(), 0.5)
-                if m is model
-                else torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
-                for m in (model, whole)
-            ]
-            torch.testing.assert_close(*norms, rtol=1e-5, atol=1e-6)
             for opt in optimizers:
                 opt.step()
         compare_tables(model, whole, ranks)

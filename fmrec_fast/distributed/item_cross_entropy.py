@@ -158,10 +158,10 @@ class _Terms(torch.autograd.Function):
             ctx.saved_tensors
         )
         d_nll, d_lse, d_smooth = (d.to(total.dtype) for d in (d_nll, d_lse, d_smooth))
-        # The op's own gradient counts the items it sees.
-        d_lse = d_lse + (count - own_count) * d_smooth
         sent = torch.stack((largest, total, d_nll, d_lse, d_smooth), 1)
         largest, total, d_nll, d_lse, d_smooth = gather(sent, call.sizes, call.rows.group).T
+        # The op's own gradient counts the items that it sees.
+        d_lse = d_lse + (count - own_count) * d_smooth
         wants = list(ctx.needs_input_grad[:3])
         if len(item_weight) == 0:
             d_rep, d_weight = torch.zeros_like(rep), torch.zeros_like(item_weight)

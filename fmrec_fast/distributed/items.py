@@ -13,7 +13,7 @@ what one process would get; backward gives the gradients of that sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -164,30 +164,6 @@ def item_tables(model: FMRecommender) -> Iterator[tuple[nn.Module, str]]:
 def is_sharded(model: FMRecommender) -> bool:
     """Whether the item tables lie over ranks."""
     return isinstance(model.item_embeddings.weight, DTensor)
-
-
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` where some parameters lie over ranks; a collective.
-
-    Gradients of the others are taken to be the same on every rank. Nothing waits for the device.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    over_ranks = [g for g in gradients if isinstance(g, DTensor)]
-    plain = [g for g in gradients if not isinstance(g, DTensor)]
-    own = [g.to_local() for g in over_ranks]
-    total = _sum_of_squares(own, plain or own)
-    if over_ranks:
-        dist.all_reduce(total, group=over_ranks[0].device_mesh.get_group())
-    norm = (total + _sum_of_squares(plain, plain or own)).sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([*plain, *own], factor)
-    return norm
-
-
-def _sum_of_squares(tensors: list[Tensor], like: list[Tensor]) -> Tensor:
-    norms = [norm.float() for norm in torch._foreach_norm(tensors)] if tensors else []
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=like[0].device)
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:

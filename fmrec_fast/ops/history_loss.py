@@ -25,7 +25,7 @@ def history_loss(
     sequence: Tensor,
     *,
     mask_ratio: float = 1.0,
-    cells: Tensor | None = None,
+    cells: Tensor | Cells | None = None,
     seed: Tensor | None = None,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -48,7 +48,8 @@ def history_loss(
         sequence: int64 [B, L], ids 0 .. V-1; padding (0) is no item of the history, so its
             cell is a zero.
         mask_ratio: drawn zeros per one.
-        cells: given (row, column) cells instead of the draw, int64 [N, 2].
+        cells: given (row, column) cells instead of the draw, int64 [N, 2]; or all cells, ones too,
+            as `reference.history_loss.history_cells` makes them.
         seed: int64 scalar tensor keying the draw; None draws one, or under
             ``use_rng('published')`` takes the cells from ``torch.randint`` instead.
         sparse_grad: give the gradients of `weight` and `bias` as sparse COO tensors that hold
@@ -78,7 +79,7 @@ def history_loss(
     check_range("sequence", sequence, 0, sizes["V"])
     if not mask_ratio >= 0:
         raise ValueError(f"mask_ratio must be at least 0, got {mask_ratio}")
-    if cells is not None:
+    if isinstance(cells, Tensor):
         check_shape("cells", cells, "N 2", sizes | {"2": 2})
         check_integer("cells", cells)
         check_range("rows of cells", cells[:, 0], 0, sizes["B"])
@@ -88,24 +89,28 @@ def history_loss(
     if not compiling and (is_sharded(weight) or is_sharded(bias)):
         from fmrec_fast.distributed.history_loss import history_loss as sharded
 
-        if sparse_grad or published:
+        if sparse_grad or published or isinstance(cells, Cells):
             raise ValueError(
-                "weight over ranks takes sparse_grad False and draws of the stream, got "
-                f"sparse_grad = {sparse_grad} and rng {current_rng().value!r}"
+                "weight over ranks takes sparse_grad False, draws of the stream and drawn cells "
+                f"[N, 2], got sparse_grad = {sparse_grad}, rng {current_rng().value!r} and cells "
+                f"{type(cells).__name__}"
             )
         return sharded(
             hidden, weight, bias, sequence, mask_ratio=mask_ratio, cells=cells, seed=seed
         )
     if sequence.numel() == 0:
         return (hidden.sum() + weight.sum() + bias.sum()) * 0.0
-    used = reference.history_cells(
-        sequence,
-        sizes["V"],
-        mask_ratio=mask_ratio,
-        negatives=cells,
-        seed=None if published else noise.as_seed(seed, sequence.device),
-        published=published,
-    )
+    if isinstance(cells, Cells):
+        used = cells
+    else:
+        used = reference.history_cells(
+            sequence,
+            sizes["V"],
+            mask_ratio=mask_ratio,
+            negatives=cells,
+            seed=None if published else noise.as_seed(seed, sequence.device),
+            published=published,
+        )
     if compiling:
         if sparse_grad:
             raise ValueError("sparse_grad must be False under torch.compile, got True")

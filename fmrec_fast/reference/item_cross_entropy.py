@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN_2 = math.log(2)
+# Below every score, but so that its difference to minus infinity is no NaN.
+LOWEST = -3.0e38
 
 
 class Terms(NamedTuple):
@@ -57,7 +59,7 @@ def statistics(
     """What the kernels keep of the scores x, in base 2: [4, B] of max x, sum of 2^(x - max),
     max - x of the target (max where it is no item), sum of smoothing * (x - max)."""
     x = _scores(rep, item_weight, bias, logit_scale) / LN_2
-    largest = x.amax(1)
+    largest = x.amax(1).clamp(min=LOWEST)
     inside = (target >= 0) & (target < len(item_weight))
     of_target = x.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
     below = x - largest[:, None]
