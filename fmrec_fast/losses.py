@@ -62,11 +62,11 @@ def training_losses(
         if not isinstance(model.fm.xstart_model.decoder_output()[0], DTensor):
             recon = recon * share
     config = model.config
-    if stage is None:
-        total = flow + config.Loss_Alpha * ce + config.Loss_Beta * recon
+    if isinstance(model, FaveRecommender) and stage is not None:
+        parts = replace(stage, flow=flow, reconstruction=recon, straight=straight)
+        total = model.weigh(parts) + config.Loss_Alpha * ce
     else:
-        weighed = replace(stage, flow=flow, reconstruction=recon, straight=straight)
-        total = model.weigh(weighed) + config.Loss_Alpha * ce
+        total = flow + config.Loss_Alpha * ce + config.Loss_Beta * recon
     return Losses(total, flow, ce, recon, straight)
 
 

@@ -110,17 +110,16 @@ class Replicas:
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` where some gradients are spread over the ranks.
 
-    Without such it is that function. Returns the norm of all gradients.
+    Without such it is that function. Returns the norm of all gradients, the same on every rank.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    spread = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    spread = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
     if not spread:
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
-    of_whole = torch.nn.utils.get_total_norm(whole)
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     square = torch.nn.utils.get_total_norm(spread).square()
     dist.all_reduce(square)
-    norm = (of_whole.square() + square).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(whole + spread, factor)
+    norm = (torch.nn.utils.get_total_norm(whole).square() + square).sqrt()
+    torch._foreach_mul_(whole + spread, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -127,7 +127,7 @@ def own_device(device: torch.device, local_rank: int) -> torch.device:
     """
     if device.type != "cuda":
         return device
-    if device.index is not None:
+    if str(device) != device.type:
         raise ValueError(f"every rank has a device of its own: expected 'cuda', got '{device}'")
     count = torch.cuda.device_count()
     if local_rank >= count:
