@@ -1,21 +1,13 @@
-"""What `test_sharded_items.py` runs in processes of its own: each check on 1, 2 and 4 ranks.
-
-``python sharded_checks.py RANK FOLDER``: four processes, which also form the smaller groups. Each
-writes what became of every check to FOLDER/RANK.json.
-"""
+"""What `test_sharded_items` does on several ranks; imported by their processes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import sys
 import traceback
-from datetime import timedelta
-from pathlib import Path
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ["TRITON_INTERPRET"] = "1"
-
+import ranks as runs
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +23,6 @@ from fmrec_fast.ops import history_loss, item_cross_entropy, item_topk, target_r
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
 from fmrec_fast.training import build_optimizer
 
-WORLD = 4
 SHARES = {1: [(5,), (0,)], 2: [(3, 1), (0, 4)], 4: [(3, 0, 4, 1), (2, 2, 2, 2)]}
 ITEMS = (3, 23, 67)
 
@@ -516,30 +507,65 @@ CHECKS = {
 }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=100)
-    )
-    meshes = [DeviceMesh("cpu", list(range(n))) for n in (1, 2, WORLD)]
+def train_sharded(world, folder):
+    """FMRec and both stages of Fave, from beginning to end."""
+    at = folder / f"on-{world.size}"
+    options = {"shard_items": True}
+    trainer = runs.train(world, at / "fmrec", runs.FMREC, checkpoint_steps=5, **options)
+    assert items.is_sharded(trainer.model)
+    held = [
+        value.to_local().numel()
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, DTensor)
+    ]
+    count = trainer.config.item_num
+    first, last = items.chunk(count, world.rank, world.size)
+    width, hidden = runs.SIZES["hidden_size"], runs.SIZES["decoder_dims"][1]
+    assert sum(held) == 2 * (last - first) * (width + hidden + 1)
+    runs.train(world, at / "stage1", runs.FIRST, **options)
+    start = str(folder / "whole" / "stage1")
+    runs.train(world, at / "stage2", runs.SECOND.replace(ckpt_path=start), **options)
+
+
+def hand_on(world, folder):
+    """One epoch each: sharded on 4, then sharded on 2, then whole on 2."""
+    run, epochs = folder / "handed-on", {4: (1,), 2: (2, 3)}[world.size]
+    for count in epochs:
+        runs.train(
+            world,
+            run,
+            runs.FMREC.replace(epochs=count),
+            resume=count > 1,
+            shard_items=count < 3,
+        )
+
+
+def run_checks(world, folder, meshes):
     outcomes = {}
+    path = folder / f"{world.rank}-of-{world.size}.json"
     for name, check in CHECKS.items():
         for mesh in meshes:
-            if rank < mesh.size():
-                torch.manual_seed(0)
-                try:
+            if world.rank >= mesh.size():
+                continue
+            torch.manual_seed(0)
+            try:
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                     check(Ranks(mesh))
-                    outcomes[f"{name}-{mesh.size()}"] = "passed"
-                except Exception:
-                    outcomes[f"{name}-{mesh.size()}"] = traceback.format_exc()
-                    (folder / f"{rank}.json").write_text(json.dumps(outcomes))
-                    os._exit(1)  # the others would wait for this rank
-    (folder / f"{rank}.json").write_text(json.dumps(outcomes))
-    dist.barrier()
-    dist.destroy_process_group()
+                outcomes[f"{name}-{mesh.size()}"] = "passed"
+            except Exception:
+                outcomes[f"{name}-{mesh.size()}"] = traceback.format_exc()
+                path.write_text(json.dumps(outcomes))
+                raise  # the others would wait for this rank
+    path.write_text(json.dumps(outcomes))
 
 
-if __name__ == "__main__":
-    sys.stdout = open(os.devnull, "w")
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+def four_ranks(world, folder):
+    run_checks(world, folder, [DeviceMesh("cpu", list(range(n))) for n in (1, 2, 4)])
+    train_sharded(world, folder)
+    hand_on(world, folder)
+
+
+def two_ranks(world, folder):
+    train_sharded(world, folder)
+    hand_on(world, folder)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmrec_fast import noise
 from fmrec_fast.data.batches import TrainingSamples
+from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import World
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models.fave import FaveDraws
@@ -91,7 +92,8 @@ class Replicas:
         rows = torch.arange(share.start, share.stop, device=sequence.device)
         seed = noise.draw_seed(sequence.device)
         draws = FaveDraws(cells=self._cells(sequence, seed, share, len(index)))
-        parts = self.objective(sequence, target, draws, seed, rows, len(index))
+        with batch_shares(self.world.shares(len(index))):
+            parts = self.objective(sequence, target, draws, seed, rows, len(index))
         return parts[0], torch.stack([part.detach() for part in parts]).double()
 
     def _cells(self, sequence: Tensor, seed: Tensor, share: range, batch: int) -> Cells | None:

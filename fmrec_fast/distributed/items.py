@@ -166,6 +166,29 @@ def is_sharded(model: FMRecommender) -> bool:
     return isinstance(model.item_embeddings.weight, DTensor)
 
 
+def own_parts(model: FMRecommender) -> dict[str, Tensor]:
+    """The tables by their paths in a checkpoint, for it to be read into them."""
+    return {
+        f"model/{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, DTensor)
+    }
+
+
+def own_moments(model: FMRecommender, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Zeros for what the optimizer keeps of the tables, by their paths in a checkpoint."""
+    names = ("momentum_buffer",)
+    if isinstance(optimizer, torch.optim.Adam):
+        names = ("exp_avg", "exp_avg_sq")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        f"optimizer/state/{number}/{name}": torch.zeros_like(parameter.detach())
+        for number, parameter in enumerate(trained)
+        if isinstance(parameter, DTensor)
+        for name in names
+    }
+
+
 def _check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: {mesh}")

@@ -1,0 +1,106 @@
+"""Item tables over ranks: every op on them, and whole runs, equal those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+import sharded_checks
+import torch
+
+from fmrec_fast import checkpoint
+from fmrec_fast.distributed import World
+
+MODELS = ("fmrec", "stage1", "stage2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What one, two and four ranks did; a check that failed is told by its own test."""
+    at = tmp_path_factory.mktemp("sharded")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = at / "whole"
+        ranks.train(World(), whole / "fmrec", ranks.FMREC)
+        ranks.train(World(), whole / "stage1", ranks.FIRST)
+        second = ranks.SECOND.replace(ckpt_path=str(whole / "stage1"))
+        ranks.train(World(), whole / "stage2", second)
+        try:
+            ranks.launch(4, sharded_checks.four_ranks, at)
+            ranks.launch(2, sharded_checks.two_ranks, at)
+        except Exception as error:
+            (at / "error").write_text(str(error))
+    finally:
+        torch.set_num_threads(threads)
+    return at
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", sharded_checks.CHECKS)
+def test_on_ranks(folder, name, size):
+    """The checks of `sharded_checks`, on the first `size` of four ranks."""
+    for rank in range(size):
+        path = folder / f"{rank}-of-4.json"
+        outcome = json.loads(path.read_text()).get(f"{name}-{size}", "not reached")
+        assert outcome == "passed", f"rank {rank}: {outcome}"
+
+
+def no_error(folder: Path) -> None:
+    if (folder / "error").exists():
+        pytest.fail((folder / "error").read_text())
+
+
+def assert_same_training(run: Path, other: Path) -> None:
+    a, b = (checkpoint.load(checkpoint.locate(path, "last")) for path in (run, other))
+    for name, expected in a["model"].items():
+        torch.testing.assert_close(b["model"][name], expected, rtol=1e-5, atol=2e-6)
+    for number, held in a["optimizer"]["state"].items():
+        for name, expected in held.items():
+            found = b["optimizer"]["state"][number][name]
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    for one, two in zip(*(s["progress"]["history"] for s in (a, b)), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-6)
+        assert one["validation"] == two["validation"] if "validation" in one else True
+    for name in ("best", "evaluations", "without_improvement", "stopped"):
+        assert a["progress"][name] == b["progress"][name], name
+    results = [json.loads((path / "result.json").read_text()) for path in (run, other)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_runs_are_those_of_one_process(folder, model, size):
+    """Losses after every step, parameters, moments, evaluation, early stopping and the result;
+    with a last batch of one sample, so that most ranks have none."""
+    no_error(folder)
+    one, several = (folder / at / model for at in ("whole", f"on-{size}"))
+    steps = [json.loads((path / "steps.json").read_text()) for path in (one, several)]
+    assert len(steps[0]) == len(steps[1]) == 12
+    for a, b in zip(*steps, strict=True):
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-6)
+    assert_same_training(one, several)
+
+
+def test_a_run_goes_on_on_other_ranks_sharded_or_not(folder, tmp_path):
+    no_error(folder)
+    assert_same_training(folder / "whole" / "fmrec", folder / "handed-on")
+    # What two ranks wrote sharded goes on in one process, from the single-file form too.
+    exported = tmp_path / "exported"
+    checkpoint.export(folder / "on-2" / "fmrec", exported)
+    longer = ranks.FMREC.replace(epochs=4)
+    trainers = [
+        ranks.train(World(), run, longer, resume=True)
+        for run in (folder / "whole" / "fmrec", exported)
+    ]
+    for name, value in trainers[0].model.state_dict().items():
+        torch.testing.assert_close(
+            trainers[1].model.state_dict()[name], value, rtol=2e-5, atol=4e-6
+        )
+
+
+def test_one_rank_holds_all_items(tmp_path):
+    trainer = ranks.train(World(), tmp_path / "run", ranks.FMREC, shard_items=True, max_steps=1)
+    assert not trainer.shard_items
