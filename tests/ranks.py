@@ -20,7 +20,7 @@ from fmrec_fast.distributed import World
 from fmrec_fast.distributed.checkpoints import Saver
 from fmrec_fast.distributed.data_parallel import clip_gradients
 from fmrec_fast.evaluation import model_ranks
-from fmrec_fast.training import DivergedError, Listener, Trainer, load_optimizer_state
+from fmrec_fast.training import DivergedError, Listener, Trainer
 
 # 112 samples: batches of 37, 37, 37 and 1, of which some ranks have no row.
 DATA = {"num_users": 30, "num_items": 20, "num_clusters": 4, "mean_length": 6, "seed": 0}
@@ -75,9 +75,7 @@ def launch(ranks: int, job: Callable[[World, Path], None], folder: Path) -> None
         port = probe.getsockname()[1]
     # The fork server imports torch once for all ranks.
     mp.get_context("forkserver").set_forkserver_preload(["ranks"])
-    mp.start_processes(
-        _rank, (ranks, port, job, folder), nprocs=ranks, start_method="forkserver"
-    )
+    mp.start_processes(_rank, (ranks, port, job, folder), nprocs=ranks, start_method="forkserver")
 
 
 def _rank(rank: int, ranks: int, port: int, job: Callable, folder: Path) -> None:
@@ -232,5 +230,3 @@ def _checkpoints_of_sharded_tensors(world: World, folder: Path) -> None:
             assert "shape [5, 3], expected [2, 3]" in str(error)
         else:
             raise AssertionError("a table of another size was read")
-
-
