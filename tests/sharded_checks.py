@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from fmrec_fast import FMRecConfig, training_losses
+from fmrec_fast import FMRecConfig
 from fmrec_fast.backend import dispatch_log, use_backend
 from fmrec_fast.config import FaveConfig
 from fmrec_fast.distributed import exchange, items
@@ -21,7 +21,6 @@ from fmrec_fast.models import build_recommender
 from fmrec_fast.models.tables import look_up
 from fmrec_fast.ops import history_loss, item_cross_entropy, item_topk, target_rank
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
-from fmrec_fast.training import build_optimizer
 
 SHARES = {1: [(5,), (0,)], 2: [(3, 1), (0, 4)], 4: [(3, 0, 4, 1), (2, 2, 2, 2)]}
 ITEMS = (3, 23, 67)
@@ -127,7 +126,8 @@ def check_cross_entropy(ranks):
                 entropy(ranks, sizes, total, options, "cpp", torch.float32)
     sizes = SHARES[ranks.size][0]  # the ranks tell each other
     entropy(ranks, sizes, 23, ENTROPIES[2], "reference", torch.float64)
-    entropy(ranks, sizes, 23, ENTROPIES[2], "triton", torch.float32)
+    if ranks.size == 2:  # interpreted
+        entropy(ranks, sizes, 23, ENTROPIES[2], "triton", torch.float32)
 
 
 def check_cross_entropy_masks(ranks):
@@ -161,14 +161,12 @@ def check_ranking(ranks):
         rep = torch.randint(-2, 3, (batch, 3), generator=generator).float()
         ranking(ranks, sizes, rep, table, generator, "cpp")
         ranking(ranks, sizes, rep, table, generator, "reference")
-        rep, table = (torch.randn(n, 37, generator=generator) for n in (batch, total))
-        ranking(ranks, sizes, rep, table, generator, "cpp")
-        ranking(ranks, sizes, rep, table, generator, "reference")
     sizes = SHARES[ranks.size][0]
-    rep, table = (torch.randn(n, 17, generator=generator) for n in (sum(sizes), 23))
+    rep, table = (torch.randn(n, 37, generator=generator) for n in (sum(sizes), 23))
     table[5], table[21] = table[0], float("nan")
     for backend in ("reference", "cpp", "triton"):
-        ranking(ranks, sizes, rep, table, generator, backend)
+        if backend != "triton" or ranks.size == 2:  # interpreted
+            ranking(ranks, sizes, rep, table, generator, backend)
 
 
 def ranking(ranks, sizes, rep, table, generator, backend):
@@ -182,7 +180,7 @@ def ranking(ranks, sizes, rep, table, generator, backend):
     wider = torch.cat((exclude[mine], exclude.new_full((sizes[ranks.rank], ranks.rank), -1)), 1)
     sharded, its_bias = ranks.table(table), ranks.table(bias)
     for exclusions, own in ((None, None), (exclude, wider)):
-        for k in {1, min(4, total), total}:
+        for k in (min(4, total), total):
             with use_backend(backend):
                 whole = item_topk(rep, table, k, bias=bias, exclude=exclusions)
             same(
@@ -386,86 +384,6 @@ def assert_same_values(model, whole, ranks):
             assert torch.equal(parameter, expected), name
 
 
-def check_training(ranks):
-    """Whole steps of both models: the same losses and weights as in one process."""
-    for kind, optimizer in ((FMRecConfig, "Adam"), (FMRecConfig, "SGD"), (FaveConfig, "Adam")):
-        config = settings(67, kind, optimizer=optimizer, dropout=0.1, Loss_Alpha=0.3)
-        torch.manual_seed(3)
-        whole = build_recommender(config).train()
-        torch.manual_seed(3)
-        model = items.build_sharded(config, ranks.mesh).train()
-        optimizers = [build_optimizer(m, config)[0] for m in (model, whole)]
-        sizes = SHARES[ranks.size][0]
-        sequence, target = make_sequences(sum(sizes), 6, 67, 1)
-        mine, everyone = ranks.rows(sizes), torch.arange(sum(sizes))
-        for step in range(3):
-            for opt in optimizers:
-                opt.zero_grad()
-            seed = torch.tensor(step)
-            expected = training_losses(whole, sequence, target, seed=seed, rows=everyone)
-            expected.total.backward()
-            with exchange.batch_shares(sizes):
-                losses = training_losses(
-                    model, sequence[mine], target[mine], seed=seed, rows=everyone[mine]
-                )
-                share = sizes[ranks.rank] / sum(sizes)
-                # A mean over the own rows, where a rank may have none.
-                flow = losses.flow * share if share else losses.flow.nan_to_num() * 0
-                total = losses.total - losses.flow + flow if share else None
-                if total is None:
-                    total = (
-                        config.Loss_Alpha * losses.cross_entropy
-                        + reconstruction_weight(config) * losses.reconstruction
-                        + 0 * sum(p.sum() for p in dense(model))
-                    )
-                total.backward()
-            for name in ("cross_entropy", "reconstruction"):
-                torch.testing.assert_close(
-                    ranks.summed(getattr(losses, name)),
-                    getattr(expected, name).detach(),
-                    rtol=2e-5,
-                    atol=1e-6,
-                )
-            for parameter in dense(model):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=ranks.group)
-            for parameter in dense(whole):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            compare_tables(model, whole, ranks, gradients=True)
-            for opt in optimizers:
-                opt.step()
-        compare_tables(model, whole, ranks)
-        for state in optimizers[0].state.values():
-            for value in state.values():
-                assert not isinstance(value, DTensor) or len(value.to_local()) <= -(
-                    -67 // ranks.size
-                )
-
-
-def reconstruction_weight(config):
-    return config.loss_pretrain_weight if isinstance(config, FaveConfig) else config.Loss_Beta
-
-
-def dense(model):
-    names = {id(getattr(m, n)) for m, n in items.item_tables(model)}
-    return [p for p in model.parameters() if id(p) not in names]
-
-
-def compare_tables(model, whole, ranks, gradients=False):
-    for (module, name), (other, _) in zip(
-        items.item_tables(model), items.item_tables(whole), strict=True
-    ):
-        found, expected = getattr(module, name), getattr(other, name)
-        if gradients:
-            found, expected = found.grad, expected.grad
-        first, last = items.chunk(len(expected), ranks.rank, ranks.size)
-        torch.testing.assert_close(
-            found.to_local(), expected.detach()[first:last], rtol=1e-4, atol=2e-6
-        )
-
-
 def check_refusals(ranks):
     sharded, whole = ranks.table(torch.randn(23, 4)), torch.randn(23, 4)
     rep, target = torch.randn(2, 4), torch.tensor([1, 2])
@@ -507,25 +425,40 @@ CHECKS = {
 }
 
 
+def settings_of(folder):
+    """Runs by name, of one process too; all but the first on two ranks only."""
+    start = str(folder / "whole" / "stage1")
+    return {
+        "fmrec": runs.FMREC,
+        "sgd": runs.FMREC.replace(optimizer="SGD", momentum=0.9, epochs=1),
+        "stage1": runs.FIRST,
+        "stage2": runs.SECOND.replace(ckpt_path=start),
+    }
+
+
 def train_sharded(world, folder):
-    """FMRec and both stages of Fave, from beginning to end."""
-    at = folder / f"on-{world.size}"
-    options = {"shard_items": True}
-    trainer = runs.train(world, at / "fmrec", runs.FMREC, checkpoint_steps=5, **options)
+    for name, config in settings_of(folder).items():
+        if world.size == 2 or name == "fmrec":
+            run = folder / f"on-{world.size}" / name
+            trainer = runs.train(world, run, config, checkpoint_steps=5, shard_items=True)
+            holds_its_share(world, trainer)
+
+
+def holds_its_share(world, trainer):
+    """Parameters and moments of the item side, in numbers."""
     assert items.is_sharded(trainer.model)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad and isinstance(p, DTensor)]
+    row = sum(p[0].numel() for p in trained)
+    first, last = items.chunk(trainer.config.item_num, world.rank, world.size)
+    assert sum(p.to_local().numel() for p in trained) == (last - first) * row
+    moments = {"SGD": 1, "Adam": 2}[trainer.config.optimizer]
     held = [
         value.to_local().numel()
         for state in trainer.optimizer.state.values()
         for value in state.values()
         if isinstance(value, DTensor)
     ]
-    count = trainer.config.item_num
-    first, last = items.chunk(count, world.rank, world.size)
-    width, hidden = runs.SIZES["hidden_size"], runs.SIZES["decoder_dims"][1]
-    assert sum(held) == 2 * (last - first) * (width + hidden + 1)
-    runs.train(world, at / "stage1", runs.FIRST, **options)
-    start = str(folder / "whole" / "stage1")
-    runs.train(world, at / "stage2", runs.SECOND.replace(ckpt_path=start), **options)
+    assert sum(held) == moments * (last - first) * row
 
 
 def hand_on(world, folder):

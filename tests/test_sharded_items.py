@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 from fmrec_fast import checkpoint
 from fmrec_fast.distributed import World
 
-MODELS = ("fmrec", "stage1", "stage2")
+# FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
+# steps of lr of it, in either direction.
+OF_NO_EFFECT = re.compile(r"fm\..*\.attention\.linear_layers\.1\.bias$")
+RUNS = [("fmrec", 4), *((name, 2) for name in ("fmrec", "sgd", "stage1", "stage2"))]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +27,8 @@ def folder(tmp_path_factory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole = at / "whole"
-        ranks.train(World(), whole / "fmrec", ranks.FMREC)
-        ranks.train(World(), whole / "stage1", ranks.FIRST)
-        second = ranks.SECOND.replace(ckpt_path=str(whole / "stage1"))
-        ranks.train(World(), whole / "stage2", second)
+        for name, config in sharded_checks.settings_of(at).items():
+            ranks.train(World(), at / "whole" / name, config)
         try:
             ranks.launch(4, sharded_checks.four_ranks, at)
             ranks.launch(2, sharded_checks.two_ranks, at)
@@ -56,29 +57,31 @@ def no_error(folder: Path) -> None:
 def assert_same_training(run: Path, other: Path) -> None:
     a, b = (checkpoint.load(checkpoint.locate(path, "last")) for path in (run, other))
     for name, expected in a["model"].items():
-        torch.testing.assert_close(b["model"][name], expected, rtol=1e-5, atol=2e-6)
+        bound = {"rtol": 1e-5, "atol": 2e-6}
+        if OF_NO_EFFECT.match(name):
+            bound = {"rtol": 0.0, "atol": 2 * ranks.FMREC.lr * a["progress"]["global_step"]}
+        torch.testing.assert_close(b["model"][name], expected, **bound)
     for number, held in a["optimizer"]["state"].items():
         for name, expected in held.items():
             found = b["optimizer"]["state"][number][name]
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
     for one, two in zip(*(s["progress"]["history"] for s in (a, b)), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-6)
-        assert one["validation"] == two["validation"] if "validation" in one else True
+        assert one.get("validation") == two.get("validation")
     for name in ("best", "evaluations", "without_improvement", "stopped"):
         assert a["progress"][name] == b["progress"][name], name
     results = [json.loads((path / "result.json").read_text()) for path in (run, other)]
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "size"), RUNS)
 def test_runs_are_those_of_one_process(folder, model, size):
     """Losses after every step, parameters, moments, evaluation, early stopping and the result;
     with a last batch of one sample, so that most ranks have none."""
     no_error(folder)
     one, several = (folder / at / model for at in ("whole", f"on-{size}"))
     steps = [json.loads((path / "steps.json").read_text()) for path in (one, several)]
-    assert len(steps[0]) == len(steps[1]) == 12
+    assert len(steps[0]) == len(steps[1]) == (4 if model == "sgd" else 12)
     for a, b in zip(*steps, strict=True):
         assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-6)
     assert_same_training(one, several)
@@ -95,10 +98,8 @@ def test_a_run_goes_on_on_other_ranks_sharded_or_not(folder, tmp_path):
         ranks.train(World(), run, longer, resume=True)
         for run in (folder / "whole" / "fmrec", exported)
     ]
-    for name, value in trainers[0].model.state_dict().items():
-        torch.testing.assert_close(
-            trainers[1].model.state_dict()[name], value, rtol=2e-5, atol=4e-6
-        )
+    assert [trainer.progress.epoch for trainer in trainers] == [4, 4]
+    assert_same_training(folder / "whole" / "fmrec", exported)
 
 
 def test_one_rank_holds_all_items(tmp_path):
