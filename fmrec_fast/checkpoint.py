@@ -306,9 +306,7 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     return model.to(device).eval()
 
 
-def starting_weights(
-    path: str | Path, into: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def starting_weights(path: str | Path, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights that a stage 2 starts from.
 
     Args:

@@ -185,9 +185,7 @@ def ranking(ranks, sizes, rep, table, generator, backend):
                 whole = item_topk(rep, table, k, bias=bias, exclude=exclusions)
             same(
                 whole,
-                lambda k=k, own=own: item_topk(
-                    rep[mine], sharded, k, bias=its_bias, exclude=own
-                ),
+                lambda k=k, own=own: item_topk(rep[mine], sharded, k, bias=its_bias, exclude=own),
                 mine,
                 backend,
             )
@@ -264,7 +262,7 @@ def check_look_up_sends_once(ranks):
         dist.all_to_all_single = real
     assert torch.equal(rows.detach(), torch.tensor([22.0, 23.0]).expand(50, 2))
     if ranks.size > 1:
-        counts, ids, given, gradients = sent
+        _, ids, given, gradients = sent
         assert (ids, gradients) == (1, 1), sent
         assert given == (ranks.size if ranks.rank == ranks.size - 1 else 0), sent
     first, last = items.chunk(12, ranks.rank, ranks.size)

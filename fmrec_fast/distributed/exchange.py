@@ -91,9 +91,7 @@ def exchange(
     if len(sent) == 1:
         return x
     found = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(
-        found, x.detach().contiguous(), list(received), list(sent), group=group
-    )
+    dist.all_to_all_single(found, x.detach().contiguous(), list(received), list(sent), group=group)
     return found
 
 

@@ -42,9 +42,7 @@ def history_loss(
     if histories.numel() == 0 or rows.first == rows.last:
         # Ranks without columns still take part in the gradients' exchange.
         return (everyone.sum() + own_weight.sum() + own_bias.sum()) * 0.0
-    used = history_cells(
-        histories, rows.total, mask_ratio=mask_ratio, negatives=cells, seed=seed
-    )
+    used = history_cells(histories, rows.total, mask_ratio=mask_ratio, negatives=cells, seed=seed)
     column = rows.local(used.columns)
     use = used.use & (column >= 0)
     used = Cells(used.rows, column.clamp(min=0), used.label, use)

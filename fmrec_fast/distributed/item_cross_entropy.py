@@ -17,8 +17,8 @@ from torch import Tensor
 from fmrec_fast.backend import Backend
 from fmrec_fast.distributed.exchange import gather, shares, to_owners
 from fmrec_fast.distributed.items import Rows, own_rows, rows_of
-from fmrec_fast.ops.item_cross_entropy import _gradients, _statistics, choose_backend
 from fmrec_fast.ops._checks import check_range, is_sharded
+from fmrec_fast.ops.item_cross_entropy import _gradients, _statistics, choose_backend
 from fmrec_fast.reference import item_cross_entropy as reference
 from fmrec_fast.reference.item_cross_entropy import LN_2, Terms
 
@@ -163,6 +163,8 @@ class _Terms(torch.autograd.Function):
         # The op's own gradient counts the items that it sees.
         d_lse = d_lse + (count - own_count) * d_smooth
         wants = list(ctx.needs_input_grad[:3])
+        d_rep: Tensor | None
+        d_weight: Tensor | None
         if len(item_weight) == 0:
             d_rep, d_weight = torch.zeros_like(rep), torch.zeros_like(item_weight)
             d_bias = None if bias is None else torch.zeros_like(bias)
@@ -180,7 +182,7 @@ class _Terms(torch.autograd.Function):
                 *(rep, item_weight, bias, target, smoothing, statistics, cache),
                 *(call.scale, call.filter_eps, call.backend, wants),
             )
-        if wants[0]:
+        if d_rep is not None and wants[0]:
             d_rep = to_owners(d_rep, call.sizes, call.rows.group).sum(0)
         found = (d_rep, d_weight, None if bias is None else d_bias)
         return *(g if want else None for g, want in zip(found, wants)), None, None, None, None

@@ -177,9 +177,8 @@ def own_parts(model: FMRecommender) -> dict[str, Tensor]:
 
 def own_moments(model: FMRecommender, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Zeros for what the optimizer keeps of the tables, by their paths in a checkpoint."""
-    names = ("momentum_buffer",)
-    if isinstance(optimizer, torch.optim.Adam):
-        names = ("exp_avg", "exp_avg_sq")
+    adam = isinstance(optimizer, torch.optim.Adam)
+    names = ["exp_avg", "exp_avg_sq"] if adam else ["momentum_buffer"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         f"optimizer/state/{number}/{name}": torch.zeros_like(parameter.detach())

@@ -81,8 +81,8 @@ class _LookUp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         ids = torch.cat([part.flatten() for part in ctx.saved_tensors])
-        gradients = torch.cat([part.flatten(0, -2) for part in gradients])
-        dense = torch.ops.aten.embedding_dense_backward(gradients, ids, ctx.rows, -1, False)
+        grad = torch.cat([part.flatten(0, -2) for part in gradients])
+        dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, -1, False)
         return dense, *(None for _ in ctx.saved_tensors)
 
 
