@@ -86,7 +86,12 @@ class Saver:
         assert self._pending is not None
         written, temporary, name, role, tree = self._pending
         self._pending = None
-        written.result()
+        try:
+            written.result()
+        except dcp.api.CheckpointException as error:  # which is no Exception
+            raise checkpoint.CheckpointError(
+                f"{temporary} could not be written: {_cause(error)}"
+            ) from None
         if self.world.is_main:
             files = sorted((temporary / checkpoint.SHARDS).iterdir())
             tree["files"] = {file.name: file.stat().st_size for file in files}
@@ -116,10 +121,12 @@ def read_shards(
             )
         )
     tensors: dict[str, Tensor] = {}
-    for path, (dtype, shape) in tree["tensors"].items():
-        tensor = into.get(path)
+    for path, (name, shape) in tree["tensors"].items():
+        tensor, dtype = into.get(path), getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise checkpoint.CheckpointError(f"{directory}: {path} has the unknown dtype {name!r}")
         if tensor is None:
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = torch.empty(shape, dtype=dtype)
         elif list(tensor.shape) != shape:
             raise checkpoint.CheckpointError(
                 f"{directory}: {path} has shape {shape}, expected {list(tensor.shape)}"
