@@ -81,8 +81,8 @@ def launch(ranks: int, job: Callable[[World, Path], None], folder: Path) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # The fork server imports torch once for all ranks.
-    mp.get_context("forkserver").set_forkserver_preload(["ranks"])
+    # Imported once for all ranks; the fork server does not know this module's folder.
+    mp.get_context("forkserver").set_forkserver_preload(["fmrec_fast.cli", "torch.testing"])
     mp.start_processes(_rank, (ranks, port, job, folder), nprocs=ranks, start_method="forkserver")
 
 
