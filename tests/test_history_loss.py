@@ -419,7 +419,7 @@ def test_bad_inputs_are_named(change, error, message):
 def test_parts_of_a_batch_have_its_cells_together(ratio):
     """Each part draws over the whole matrix, of which it knows the counts of the other rows."""
     items, seed = 30, torch.tensor(77)
-    sequence = make_sequences(11, 6, items, seed=1)
+    sequence = make_sequences(11, 6, items, 1).sequence
     counts = distinct(sequence, items)[1]
 
     def used(cells, first=0):
@@ -437,7 +437,7 @@ def test_parts_of_a_batch_have_its_cells_together(ratio):
 
 
 def test_all_cells_may_be_given():
-    sequence = make_sequences(5, 6, 30, seed=2)
+    sequence = make_sequences(5, 6, 30, 2).sequence
     hidden, weight, bias = torch.randn(5, 4), torch.randn(30, 4), torch.randn(30)
     seed = torch.tensor(3)
     given = history_cells(sequence, 30, seed=seed)
