@@ -184,6 +184,11 @@ def test_damage_is_named(copy):
     refused("foreign: more.safetensors")
     (found / checkpoint.SHARDS / "more.safetensors").unlink()
     state = json.loads((found / checkpoint.STATE).read_text())
+    shards[1].write_bytes(shards[0].read_bytes())  # one rank's part twice, the other's not at all
+    swapped = state["files"] | {shards[1].name: shards[0].stat().st_size}
+    (found / checkpoint.STATE).write_text(json.dumps(state | {"files": swapped}))
+    refused("shards holds .* numbers of .*, expected .*; are all files of this checkpoint")
+    shards[1].write_bytes(whole)
     for part in ("files", "tensors", "ranks"):
         less = {name: state[name] for name in state if name != part}
         (found / checkpoint.STATE).write_text(json.dumps(less))
