@@ -56,7 +56,10 @@ class Progress:
 
 
 class Listener:
-    """What a run reports to; the command line shows progress bars and writes TensorBoard."""
+    """What a run reports to; the command line shows progress bars and writes TensorBoard.
+
+    It may not draw from torch's generators: of several ranks only one has it.
+    """
 
     def epoch_started(self, epoch: int, samples: int, done: int) -> None: ...
 
@@ -393,12 +396,14 @@ class Trainer:
 
     def _report_step(self, samples: int) -> None:
         """The losses as far as they are known without waiting for the device."""
-        means, seen = None, self._glance(self.progress.step_in_epoch)
+        means, bad, seen = None, -1, self._glance(self.progress.step_in_epoch)
         if seen is not None:
             steps, tally = seen
-            sums, bad, _ = tally.split((len(self.loss_names), 1, 1))
-            self._check_finite(int(bad))
-            means = self._mean_losses(sums, steps)
+            sums, first_bad, _ = tally.split((len(self.loss_names), 1, 1))
+            means, bad = self._mean_losses(sums, steps), int(first_bad)
+        # Devices run ahead of what is known of them: of several ranks one may know before others.
+        if self.world.any(bad >= 0):
+            self._check_finite(int(self.bad_step))
         self.listener.step_done(means, samples)
 
     def _mean_losses(self, sums: Tensor, steps: int) -> dict[str, float]:
@@ -424,7 +429,8 @@ class Trainer:
     def _due(self) -> bool:
         if self.checkpoint_steps is not None:
             return self.progress.global_step % self.checkpoint_steps == 0
-        return self.world.decide(time.monotonic() - self._saved_at >= self.checkpoint_seconds)
+        over = time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        return self.world.any(over and self.world.is_main)
 
     def _end_epoch(self, seconds: float, steps: int) -> None:
         p, config = self.progress, self.config
@@ -489,6 +495,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite(int(self.bad_step), parameters=True)
+        self._check_generators()
         state = self._model_state() | {
             "histories": self._histories,
             "optimizer": optimizer_state(self.optimizer, self.model),
@@ -499,6 +506,17 @@ class Trainer:
         }
         self._saver.save(f"last-{self.progress.global_step:08d}", "last", state)
         self._saved_at = time.monotonic()
+
+    def _check_generators(self) -> None:
+        """Every rank draws the seeds of its steps, which must be the same ones."""
+        if self.world.alone:
+            return
+        own = [zlib.crc32(state.numpy().tobytes()) for state in checkpoint.rng_state().values()]
+        if self.world.any(self.world.decide(own) != own):
+            raise RuntimeError(
+                f"torch's generators differ between the {self.world.size} ranks: something drew "
+                f"random numbers on one of them only before step {self.progress.global_step}"
+            )
 
     def _restore(self) -> None:
         into = None

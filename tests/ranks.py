@@ -6,6 +6,7 @@ import json
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from fmrec_fast import FaveConfig, FMRecConfig, checkpoint
+from fmrec_fast import FaveConfig, FMRecConfig, checkpoint, cli
 from fmrec_fast.data import EvaluationSamples, synthetic_dataset
 from fmrec_fast.distributed import World
 from fmrec_fast.distributed.checkpoints import Saver
@@ -56,9 +57,16 @@ class Steps(Listener):
         self.means.append(losses)
 
 
+class Draws(Steps):
+    """What a listener must not do."""
+
+    def step_done(self, losses, samples) -> None:
+        torch.rand(1)
+
+
 def train(world: World, run: Path, config: FMRecConfig, **options: Any) -> Trainer:
     """One run; what rank 0's listener was told goes to `steps.json`."""
-    steps = Steps()
+    steps = options.pop("listener", None) or Steps()
     resume = options.pop("resume", False)
     trainer = Trainer(dataset(), config, run, world=world, listener=steps, **options)
     trainer.fit(resume=resume)
@@ -73,8 +81,8 @@ def launch(ranks: int, job: Callable[[World, Path], None], folder: Path) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # The fork server imports torch once for all ranks.
-    mp.get_context("forkserver").set_forkserver_preload(["ranks"])
+    # Imported once for all ranks; the fork server does not know this module's folder.
+    mp.get_context("forkserver").set_forkserver_preload(["fmrec_fast.cli", "torch.testing"])
     mp.start_processes(_rank, (ranks, port, job, folder), nprocs=ranks, start_method="forkserver")
 
 
@@ -115,6 +123,7 @@ def two_ranks(world: World, folder: Path) -> None:
     _diverges_everywhere(world, folder)
     _refuses(world, folder)
     _clips(world)
+    _evaluates(world, folder)
     _checkpoints_of_sharded_tensors(world, folder)
 
 
@@ -170,11 +179,31 @@ def _refuses(world: World, folder: Path) -> None:
         else:
             raise AssertionError(f"not refused: {text}")
 
+    apart = "generators differ between the 2 ranks"
+    refused(RuntimeError, apart, "drawn", listener=Draws(), checkpoint_steps=1)
     refused(FileExistsError, "already holds a run", "handed-on")
     refused(ValueError, "number of ranks, 2; got 1", "no", FMREC.replace(batch_size=1))
     refused(ValueError, "graph must be None or False on 2 ranks", "no-graph", graph=True)
     other = FMREC.replace(dropout=0.2)
     refused(ValueError, "other settings: dropout: 0.1 -> 0.2", "handed-on", other, resume=True)
+
+
+def _evaluates(world: World, folder: Path) -> None:
+    """The command, as under torchrun."""
+    joined = cli.joined
+    cli.joined = lambda device: nullcontext(world)
+    try:
+        out = folder / f"evaluation-{world.rank}.json"
+        assert cli.main(evaluation(folder, out)) == 0
+        assert out.exists() == world.is_main
+    finally:
+        cli.joined = joined
+
+
+def evaluation(folder: Path, out: Path) -> list[str]:
+    """Arguments of the command."""
+    run, data = str(folder / "on-1" / "fmrec"), str(folder / "data.csv")
+    return ["evaluate", run, data, "--seeds", "2", "--json", str(out), "--device", "cpu"]
 
 
 def _table(world: World, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 from fmrec_fast import checkpoint
 from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.cli import main
-from fmrec_fast.data import synthetic_dataset
+from fmrec_fast.data import Dataset, synthetic_dataset
 from fmrec_fast.distributed import World
 from fmrec_fast.distributed.world import described, own_device
 from fmrec_fast.training import Trainer
@@ -36,10 +36,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def write_csv(data: Dataset, path: Path) -> None:
+    rows = ["user,item,timestamp"]
+    for user in range(data.num_users):
+        rows += [f"{user},{item},{at}" for at, item in enumerate(data.history(user).tolist())]
+    path.write_text("\n".join(rows) + "\n")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Runs of one, two and four ranks; the jobs themselves check what needs several ranks."""
     folder = tmp_path_factory.mktemp("ranks")
+    write_csv(ranks.dataset(), folder / "data.csv")
     ranks.all_models(World(), folder)
     ranks.launch(4, ranks.begin, folder)
     ranks.launch(2, ranks.two_ranks, folder)
@@ -97,6 +105,11 @@ def test_four_ranks_begin_and_two_go_on(runs):
     for one, two in zip(*histories, strict=True):
         assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=2e-6)
         assert one == two  # metrics of the validation too
+
+
+def test_the_command_evaluates_on_two_ranks(runs, tmp_path):
+    assert main(ranks.evaluation(runs, tmp_path / "alone.json")) == 0
+    assert (runs / "evaluation-0.json").read_text() == (tmp_path / "alone.json").read_text()
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -171,6 +184,11 @@ def test_damage_is_named(copy):
     refused("foreign: more.safetensors")
     (found / checkpoint.SHARDS / "more.safetensors").unlink()
     state = json.loads((found / checkpoint.STATE).read_text())
+    shards[1].write_bytes(shards[0].read_bytes())  # one rank's part twice, the other's not at all
+    swapped = state["files"] | {shards[1].name: shards[0].stat().st_size}
+    (found / checkpoint.STATE).write_text(json.dumps(state | {"files": swapped}))
+    refused("shards holds .* numbers of .*, expected .*; are all files of this checkpoint")
+    shards[1].write_bytes(whole)
     for part in ("files", "tensors", "ranks"):
         less = {name: state[name] for name in state if name != part}
         (found / checkpoint.STATE).write_text(json.dumps(less))
@@ -282,10 +300,7 @@ def killed_once(line: str, folder: Path) -> str:
 
 def test_commands_of_the_documentation_with_a_rank_killed(tmp_path, monkeypatch, capsys):
     data = synthetic_dataset(num_users=120, num_items=100, num_clusters=5, mean_length=12)
-    rows = ["user,item,timestamp"]
-    for user in range(data.num_users):
-        rows += [f"{user},{item},{at}" for at, item in enumerate(data.history(user).tolist())]
-    (tmp_path / "ratings.csv").write_text("\n".join(rows) + "\n")
+    write_csv(data, tmp_path / "ratings.csv")
     monkeypatch.chdir(tmp_path)
     lines = commands()
     assert [line.split()[0] for line in lines].count("torchrun") == 1 and len(lines) == 4

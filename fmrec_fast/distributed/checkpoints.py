@@ -14,6 +14,7 @@ must see the same run directory.
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -77,16 +78,21 @@ class Saver:
         """Until what was saved is a checkpoint that every rank can read."""
         if self.world.alone:
             return
-        if self._pending is not None:
-            self._finish()
+        self._finish()
         dist.barrier(self.world.checkpoints)
 
     def _finish(self) -> None:
         """Rank 0's write ends when all ranks' have."""
-        assert self._pending is not None
+        if self._pending is None:
+            return
         written, temporary, name, role, tree = self._pending
         self._pending = None
-        written.result()
+        try:
+            written.result()
+        except dcp.api.CheckpointException as error:  # which is no Exception
+            raise checkpoint.CheckpointError(
+                f"{temporary} could not be written: {_cause(error)}"
+            ) from None
         if self.world.is_main:
             files = sorted((temporary / checkpoint.SHARDS).iterdir())
             tree["files"] = {file.name: file.stat().st_size for file in files}
@@ -116,10 +122,12 @@ def read_shards(
             )
         )
     tensors: dict[str, Tensor] = {}
-    for path, (dtype, shape) in tree["tensors"].items():
-        tensor = into.get(path)
+    for path, (name, shape) in tree["tensors"].items():
+        tensor, dtype = into.get(path), getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise checkpoint.CheckpointError(f"{directory}: {path} has the unknown dtype {name!r}")
         if tensor is None:
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = torch.empty(shape, dtype=dtype)
         elif list(tensor.shape) != shape:
             raise checkpoint.CheckpointError(
                 f"{directory}: {path} has shape {shape}, expected {list(tensor.shape)}"
@@ -127,10 +135,21 @@ def read_shards(
         tensors[path] = tensor
     reader = dcp.HuggingFaceStorageReader(str(shards))
     try:
+        stored = reader.read_metadata().state_dict_metadata
+        for path, (_, shape) in tree["tensors"].items():
+            parts = getattr(stored.get(path), "chunks", [])
+            held = sum(math.prod(part.sizes) for part in parts)
+            if not parts or held != math.prod(shape):
+                raise checkpoint.CheckpointError(
+                    f"{shards} holds {held} numbers of {path}, expected {math.prod(shape)}; are "
+                    "all files of this checkpoint?"
+                )
         with warnings.catch_warnings():
             # Every rank reads what it needs by itself, so that none waits for one that failed.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except checkpoint.CheckpointError:
+        raise
     except (dcp.api.CheckpointException, *checkpoint.UNREADABLE) as error:
         raise checkpoint.CheckpointError(f"{shards} is damaged: {_cause(error)}") from None
     return tensors
