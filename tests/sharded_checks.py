@@ -472,6 +472,22 @@ def hand_on(world, folder):
         )
 
 
+def small_benchmark(world, folder):
+    """benchmarks.sharded at a small size: a quarter of the item side, and as much sent as expected."""
+    from benchmarks import sharded
+
+    sizes = sharded.Sizes(items=203, batch=12, length=6, width=16, hidden=8)
+    found = sharded.measure(world, sizes, steps=2)
+    sharded.report(world, sizes, found)
+    held = items.chunk(sizes.items, world.rank, world.size)
+    bytes_of_row = 4 * (sizes.width + sizes.hidden + 1)
+    rows = held[1] - held[0]
+    for what, times in (("parameters", 1), ("gradients", 1), ("moments", 2)):
+        assert found["tensors"][what] == times * rows * bytes_of_row, (what, found)
+    assert abs(found["item side sent"] / found["expected"] - 1) < 0.25, found
+    (folder / f"benchmark-{world.rank}.json").write_text(json.dumps(found["losses"]))
+
+
 def run_checks(world, folder, meshes):
     outcomes = {}
     path = folder / f"{world.rank}-of-{world.size}.json"
@@ -495,6 +511,7 @@ def four_ranks(world, folder):
     run_checks(world, folder, [DeviceMesh("cpu", list(range(n))) for n in (1, 2, 4)])
     train_sharded(world, folder)
     hand_on(world, folder)
+    small_benchmark(world, folder)
 
 
 def two_ranks(world, folder):

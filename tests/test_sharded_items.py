@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ import sharded_checks
 import torch
 
 from fmrec_fast import checkpoint
+from fmrec_fast.data import synthetic_dataset
+from fmrec_fast.data.synthetic import write_csv
 from fmrec_fast.distributed import World
 
 # FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
@@ -105,3 +110,38 @@ def test_a_run_goes_on_on_other_ranks_sharded_or_not(folder, tmp_path):
 def test_one_rank_holds_all_items(tmp_path):
     trainer = ranks.train(World(), tmp_path / "run", ranks.FMREC, shard_items=True, max_steps=1)
     assert not trainer.shard_items
+
+
+def test_benchmark_gives_the_losses_of_one_process(folder):
+    from benchmarks import sharded
+
+    no_error(folder)
+    sizes = sharded.Sizes(items=203, batch=12, length=6, width=16, hidden=8)
+    alone = sharded.measure(World(), sizes, steps=2)["losses"]
+    for rank in range(4):
+        several = json.loads((folder / f"benchmark-{rank}.json").read_text())
+        assert several == pytest.approx(alone, rel=2e-6)
+
+
+def test_commands_of_the_documentation(tmp_path):
+    """Under torchrun; the benchmark's own command runs above, at this size."""
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    section = text.split("## Item tables over ranks")[1]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert [("benchmarks.sharded" in line) for line in lines] == [False, True, True]
+    write_csv(synthetic_dataset(60, 50, 5, 8), tmp_path / "ratings.csv")
+    small = "--hidden_size 8 --max_len 5 --num_blocks 2 --num_heads 2 --last 1 --sample_N 2"
+    small += " --decoder_dims [24,40] --batch_size 64"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *lines[0].split()[1:], *small.split()],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    state = checkpoint.load(checkpoint.locate(tmp_path / "runs" / "spread", "last"))
+    assert state["progress"]["epoch"] == 2
+    assert checkpoint.build_model(state).item_num == 51
