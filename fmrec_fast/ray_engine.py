@@ -1,0 +1,333 @@
+"""Recommending for users that one process would take too long for, by Ray Data (extra ``[dist]``).
+
+Ray reads the users' Parquet files, hands batches to workers that hold the model, and writes Parquet
+shards. Workers that die are started again by Ray, and their batches computed again, with the same
+result: noise is keyed by user. Nothing passes through this process but names of files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.fs
+import torch
+
+from fmrec_fast import backend, checkpoint
+from fmrec_fast.bulk import BulkRecommender, user_rows
+from fmrec_fast.data.users import (
+    HistoryEncoder,
+    ParquetFiles,
+    Piece,
+    filesystem_of,
+    group_by_user,
+    pieces,
+    read_piece,
+)
+
+# Users of a batch that a worker is handed at once.
+BATCH = 8192
+# Rows of a shard, at least: a few megabytes.
+SHARD_ROWS = 1_000_000
+# Interactions that are grouped by user together.
+BUCKET_ROWS = 1_000_000
+# How often a batch is computed again because its worker died; workers themselves are always
+# started again.
+RETRIES = 5
+SUCCESS = "_SUCCESS"
+# What a worker needs of a checkpoint.
+STATE = ("config", "kind", "model", "item_ids")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """`count` workers (default: as many as the cluster has room for), each with `cpus` cores and
+    `gpus` GPUs; with a GPU, the model is on it."""
+
+    count: int | None = None
+    cpus: int = 1
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"workers must be at least 1, got {self.count}")
+        if self.cpus < 1:
+            raise ValueError(f"the cpus of a worker must be at least 1, got {self.cpus}")
+        if self.gpus < 0:
+            raise ValueError(f"the gpus of a worker must be at least 0, got {self.gpus}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """`users` with a recommendation, `rows` in `shards`; what was left out under unknown='skip'."""
+
+    users: int
+    rows: int
+    shards: list[str]
+    unknown_items: int
+    users_left_out: int
+
+
+class _Counts:
+    """An actor that adds up what the batches left out; a batch that comes again counts once."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[int, int]] = {}
+
+    def add(self, batch: int, unknown: int, without: int) -> None:
+        self._found[batch] = (unknown, without)
+
+    def total(self) -> tuple[int, int]:
+        found = list(zip(*self._found.values(), strict=True)) or [(0,), (0,)]
+        return sum(found[0]), sum(found[1])
+
+
+class _Worker:
+    """A batch of histories to its recommendations; made once per worker process."""
+
+    def __init__(
+        self,
+        state: Any,
+        encoder: dict[str, Any],
+        options: dict[str, Any],
+        workers: Workers,
+        counts: Any,
+    ) -> None:
+        import ray
+
+        backend.keep_freed_memory()
+        torch.set_num_threads(workers.cpus)
+        state = ray.get(state)
+        device = torch.device("cuda" if workers.gpus else "cpu")
+        model = checkpoint.build_model(state, device)
+        self._encode = HistoryEncoder(state["item_ids"], **encoder)
+        self._recommend = BulkRecommender(model, state["item_ids"], **options)
+        self._counts = counts
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        import ray
+
+        users = self._encode(table)
+        if users.unknown or users.without:
+            # Named by its users: the batch is the same again when it is computed again.
+            column = table.column(self._encode.columns[0])
+            (batch,) = user_rows([user_rows(column.to_pylist()).tobytes()]).tolist()
+            ray.get(self._counts.add.remote(batch, users.unknown, users.without))
+        return self._recommend(users)
+
+
+def require_ray() -> None:
+    """Raises ImportError where Ray Data is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("--engine ray needs Ray Data: pip install 'fmrec_fast[dist]'")
+
+
+def _start() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        dashboard = None if os.environ.get("RAY_ADDRESS") else False
+        ray.init(logging_level=logging.WARNING, include_dashboard=dashboard)
+
+
+def check_out(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and the path of a directory that is not there yet, or empty.
+
+    Raises:
+        ValueError: it holds something already.
+    """
+    filesystem, path = filesystem_of(out)
+    info = filesystem.get_file_info(path)
+    if info.type == pyarrow.fs.FileType.File:
+        raise ValueError(f"--out {out} is a file; expected a new directory")
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    names = sorted(one.base_name for one in found)
+    if SUCCESS in names:
+        raise ValueError(f"--out {out} holds recommendations already; expected a new directory")
+    if names:
+        raise ValueError(
+            f"--out {out} is not empty ({len(names)} entries, such as {names[0]!r}, no {SUCCESS}: "
+            f"perhaps of a run that did not finish); expected a new directory"
+        )
+    return filesystem, path
+
+
+def recommend_with_ray(
+    state: dict[str, Any],
+    source: ParquetFiles,
+    columns: dict[str, str | None],
+    out: str,
+    *,
+    unknown: str = "error",
+    workers: Workers | None = None,
+    batch: int = BATCH,
+    **options: Any,
+) -> Result:
+    """Recommend for the users of Parquet files, into Parquet shards.
+
+    Args:
+        state: of a checkpoint.
+        source: the files.
+        columns: names of the columns 'user', 'item' and, of interactions, 'timestamp' or None;
+            without this key the files hold histories.
+        out: a directory that is not there yet, or empty; a path or a URI. On a local file system it
+            appears when all is done. Elsewhere the shards do one by one; in either case the file
+            ``_SUCCESS``, written last, lists them.
+        unknown: as in `HistoryEncoder`.
+        batch: users that a worker is handed at once.
+        options: of `BulkRecommender`.
+
+    Raises:
+        ImportError: Ray Data is not installed.
+        TypeError, ValueError: as `BulkRecommender` and `HistoryEncoder`; or `out` is not empty.
+    """
+    require_ray()
+    import ray
+
+    workers = workers or Workers()
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    filesystem, path = check_out(out)
+    # Here, not first in a worker: mistakes in the options.
+    model = checkpoint.build_model(state)
+    BulkRecommender(model, state["item_ids"], **options)
+    del model
+    local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+    target = Path(path)
+    shards = str(target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")) if local else path
+    _start()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    cluster = ray.cluster_resources()
+    room = int(cluster.get("CPU", 1) // workers.cpus)
+    if workers.gpus:
+        room = min(room, int(cluster.get("GPU", 0) / workers.gpus))
+    count = workers.count or room
+    if not 1 <= count <= room:
+        raise ValueError(
+            f"{workers.count or 'some'} workers of {workers.cpus} cpus and {workers.gpus:g} gpus "
+            f"do not fit the cluster, which has {cluster.get('CPU', 0):g} cpus and "
+            f"{cluster.get('GPU', 0):g} gpus, room for {room}"
+        )
+    counts: Any = ray.remote(num_cpus=0)(_Counts)
+    counts = counts.remote()
+    kept = ray.put({name: state[name] for name in STATE if name in state})
+    if "timestamp" in columns:
+        histories, names = _grouped(source, columns), {"user": "user", "item": "item"}
+    else:
+        names = {"user": str(columns["user"]), "item": str(columns["item"])}
+        histories = ray.data.read_parquet(
+            source.location.paths,
+            filesystem=source.location.filesystem,
+            columns=list(names.values()),
+            file_extensions=None,
+            partitioning=None,
+            num_cpus=0,  # reading waits; the cores are the workers'
+        )
+    found = histories.map_batches(
+        _Worker,
+        batch_size=batch,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={
+            "state": kept,
+            "encoder": {**names, "unknown": unknown},
+            "options": options,
+            "workers": workers,
+            "counts": counts,
+        },
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+    )
+    try:
+        found.write_parquet(
+            shards,
+            filesystem=filesystem,
+            min_rows_per_file=SHARD_ROWS,
+            ray_remote_args={"num_cpus": 0},
+        )
+        unknown_items, without = ray.get(counts.total.remote())
+        result = _publish(filesystem, shards, unknown_items, without)
+        if local:
+            os.replace(shards, target)
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
+    finally:
+        if local:
+            shutil.rmtree(shards, ignore_errors=True)
+    return result
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised, without Ray's account of where."""
+    found: BaseException | None = error
+    while found is not None:
+        cause = getattr(found, "cause", None) or found.__cause__
+        if isinstance(found, (ValueError, TypeError)) and not hasattr(found, "cause"):
+            return type(found)(str(found))
+        found = cause
+    return RuntimeError(str(error))
+
+
+def _publish(
+    filesystem: pyarrow.fs.FileSystem, path: str, unknown_items: int, users_left_out: int
+) -> Result:
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    names = sorted(one.path for one in found if one.is_file)
+    users = rows = 0
+    if names:
+        written = pyarrow.dataset.dataset(names, format="parquet", filesystem=filesystem)
+        rows = written.count_rows()
+        users = written.count_rows(filter=pyarrow.dataset.field("rank") == 1)
+    shards = [name.rpartition("/")[2] for name in names]
+    result = Result(users, rows, shards, unknown_items, users_left_out)
+    filesystem.create_dir(path)
+    with filesystem.open_output_stream(f"{path}/{SUCCESS}") as file:
+        file.write((json.dumps(asdict(result), indent=1) + "\n").encode())
+    return result
+
+
+def _grouped(source: ParquetFiles, columns: dict[str, str | None]) -> Any:
+    """Interactions as histories: users fall into buckets by their hash, a bucket is one group."""
+    import ray
+
+    found, rows = pieces(source), source.num_rows()
+    buckets = max(1, -(-rows // BUCKET_ROWS))
+    filesystem = source.location.filesystem
+
+    def read(batch: dict[str, Any]) -> pa.Table:
+        fields = zip(*(batch[name].tolist() for name in Piece._fields), strict=True)
+        tables = [
+            read_piece(
+                Piece(*one),
+                filesystem,
+                str(columns["user"]),
+                str(columns["item"]),
+                columns["timestamp"],
+            )
+            for one in fields
+        ]
+        table = pa.concat_tables(tables)
+        users = table.column("user").combine_chunks().dictionary_encode()
+        bucket = user_rows(users.dictionary.to_pylist()) % buckets
+        return table.append_column("bucket", pa.array(bucket[users.indices.to_numpy()]))
+
+    return (
+        ray.data.from_items([one._asdict() for one in found], override_num_blocks=len(found))
+        .map_batches(read, batch_size=1, num_cpus=0)
+        .groupby("bucket", num_partitions=min(buckets, 200))
+        .map_groups(group_by_user, batch_format="pyarrow", num_cpus=0)
+    )
