@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fmrec_fast.data.users import (
     filesystem_of,
     group_by_user,
     pieces,
+    read_histories_piece,
     read_piece,
 )
 
@@ -41,9 +43,8 @@ BATCH = 8192
 SHARD_ROWS = 1_000_000
 # Interactions that are grouped by user together.
 BUCKET_ROWS = 1_000_000
-# How often a batch is computed again because its worker died; workers themselves are always
-# started again.
-RETRIES = 5
+# Bytes of a block at least: smaller ones cost more than they spread.
+LEAST_BLOCK = 1 << 18
 SUCCESS = "_SUCCESS"
 # What a worker needs of a checkpoint.
 STATE = ("config", "kind", "model", "item_ids")
@@ -195,6 +196,8 @@ def recommend_with_ray(
     require_ray()
     import ray
 
+    # Ray Data restarts workers and repeats their batches without being told to (max_restarts and
+    # max_task_retries are -1).
     workers = workers or Workers()
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -209,6 +212,8 @@ def recommend_with_ray(
     _start()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
+    # A block is about a batch, or all users of a large row group would be one worker's.
+    context.target_max_block_size = max(LEAST_BLOCK, int(batch * source.row_bytes()))
     cluster = ray.cluster_resources()
     room = int(cluster.get("CPU", 1) // workers.cpus)
     if workers.gpus:
@@ -223,17 +228,20 @@ def recommend_with_ray(
     counts: Any = ray.remote(num_cpus=0)(_Counts)
     counts = counts.remote()
     kept = ray.put({name: state[name] for name in STATE if name in state})
+    # The cores are the workers'; a few processes that read and write run beside them.
+    helpers = ray.data.TaskPoolStrategy(size=max(1, count // 2))
     if "timestamp" in columns:
-        histories, names = _grouped(source, columns), {"user": "user", "item": "item"}
+        # Kept in the cluster's memory, or on its disks: a shuffle needs all before it gives any,
+        # and the cores that the workers would hold meanwhile.
+        histories = _grouped(source, columns).materialize()
+        names = {"user": "user", "item": "item"}
     else:
         names = {"user": str(columns["user"]), "item": str(columns["item"])}
-        histories = ray.data.read_parquet(
-            source.location.paths,
-            filesystem=source.location.filesystem,
-            columns=list(names.values()),
-            file_extensions=None,
-            partitioning=None,
-            num_cpus=0,  # reading waits; the cores are the workers'
+        histories = _pieces(source).map_batches(
+            _ReadHistories(source.location.filesystem, tuple(names.values())),
+            batch_size=1,
+            num_cpus=0,
+            compute=helpers,
         )
     found = histories.map_batches(
         _Worker,
@@ -249,8 +257,6 @@ def recommend_with_ray(
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=workers.cpus,
         num_gpus=workers.gpus or None,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
     )
     try:
         found.write_parquet(
@@ -258,6 +264,7 @@ def recommend_with_ray(
             filesystem=filesystem,
             min_rows_per_file=SHARD_ROWS,
             ray_remote_args={"num_cpus": 0},
+            concurrency=helpers.size,
         )
         unknown_items, without = ray.get(counts.total.remote())
         result = _publish(filesystem, shards, unknown_items, without)
@@ -300,34 +307,52 @@ def _publish(
     return result
 
 
-def _grouped(source: ParquetFiles, columns: dict[str, str | None]) -> Any:
-    """Interactions as histories: users fall into buckets by their hash, a bucket is one group."""
+def _pieces(source: ParquetFiles) -> Any:
+    """One row per row group of the files; `Piece`s."""
     import ray
 
-    found, rows = pieces(source), source.num_rows()
-    buckets = max(1, -(-rows // BUCKET_ROWS))
-    filesystem = source.location.filesystem
+    found = [one._asdict() for one in pieces(source)]
+    return ray.data.from_items(found, override_num_blocks=max(1, len(found)))
 
-    def read(batch: dict[str, Any]) -> pa.Table:
-        fields = zip(*(batch[name].tolist() for name in Piece._fields), strict=True)
-        tables = [
-            read_piece(
-                Piece(*one),
-                filesystem,
-                str(columns["user"]),
-                str(columns["item"]),
-                columns["timestamp"],
-            )
-            for one in fields
-        ]
-        table = pa.concat_tables(tables)
-        users = table.column("user").combine_chunks().dictionary_encode()
-        bucket = user_rows(users.dictionary.to_pylist()) % buckets
-        return table.append_column("bucket", pa.array(bucket[users.indices.to_numpy()]))
 
+def _pieces_of(batch: dict[str, Any]) -> Iterator[Piece]:
+    for fields in zip(*(batch[name].tolist() for name in Piece._fields), strict=True):
+        yield Piece(*fields)
+
+
+@dataclass(frozen=True)
+class _ReadHistories:
+    filesystem: pyarrow.fs.FileSystem
+    columns: tuple[str, ...]
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for piece in _pieces_of(batch):
+            yield from read_histories_piece(piece, self.filesystem, self.columns)
+
+
+@dataclass(frozen=True)
+class _ReadInteractions:
+    """Interactions with the bucket of their user."""
+
+    filesystem: pyarrow.fs.FileSystem
+    columns: tuple[str, str, str | None]
+    buckets: int
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for piece in _pieces_of(batch):
+            table = read_piece(piece, self.filesystem, *self.columns)
+            users = table.column("user").combine_chunks().dictionary_encode()
+            bucket = user_rows(users.dictionary.to_pylist()) % self.buckets
+            yield table.append_column("bucket", pa.array(bucket[users.indices.to_numpy()]))
+
+
+def _grouped(source: ParquetFiles, columns: dict[str, str | None]) -> Any:
+    """Interactions as histories: users fall into buckets by their hash, a bucket is one group."""
+    buckets = max(1, -(-source.num_rows() // BUCKET_ROWS))
+    names = (str(columns["user"]), str(columns["item"]), columns["timestamp"])
     return (
-        ray.data.from_items([one._asdict() for one in found], override_num_blocks=len(found))
-        .map_batches(read, batch_size=1, num_cpus=0)
+        _pieces(source)
+        .map_batches(_ReadInteractions(source.location.filesystem, names, buckets), batch_size=1)
         .groupby("bucket", num_partitions=min(buckets, 200))
-        .map_groups(group_by_user, batch_format="pyarrow", num_cpus=0)
+        .map_groups(group_by_user, batch_format="pyarrow")
     )

@@ -142,6 +142,12 @@ class ParquetFiles:
     def num_rows(self) -> int:
         return sum(file.metadata.num_rows for _, file in self.files())
 
+    def row_bytes(self) -> float:
+        """Bytes of a row in memory, about: by the first file."""
+        metadata = self._open(self.location.paths[0]).metadata
+        groups = (metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))
+        return sum(groups) / max(metadata.num_rows, 1)
+
     def line(self, row: int) -> str:
         """Where row `row` (0-based) of the concatenation is."""
         for path, file in self.files():
@@ -320,7 +326,7 @@ def read_histories(source: ParquetFiles, columns: tuple[str, str]) -> Iterator[p
             raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-# --- interactions that no machine can hold: read in pieces, and grouped by user ------------------
+# --- what no machine can hold is read in pieces, and interactions are grouped by user -------------
 
 
 class Piece(NamedTuple):
@@ -351,6 +357,16 @@ class _PieceSource:
 
     def line(self, row: int) -> str:
         return f"{self.path}, row {self._piece.in_file + row + 1}"
+
+
+def read_histories_piece(
+    piece: Piece, filesystem: pyarrow.fs.FileSystem, columns: tuple[str, ...]
+) -> Iterator[pa.Table]:
+    """As `read_histories`, of one row group."""
+    file = pyarrow.parquet.ParquetFile(piece.path, filesystem=filesystem)
+    groups = [piece.group]
+    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=list(columns)):
+        yield pa.Table.from_batches([batch])
 
 
 def read_piece(
