@@ -139,7 +139,9 @@ def _start() -> None:
 
     if not ray.is_initialized():
         dashboard = None if os.environ.get("RAY_ADDRESS") else False
-        ray.init(logging_level=logging.WARNING, include_dashboard=dashboard)
+        # What workers raise is raised here; the rest of what they print is in Ray's own logs.
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=dashboard)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def check_out(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
