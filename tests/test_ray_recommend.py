@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import threading
 import time
@@ -34,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     names = [f"item-{i:02}" for i in range(ITEMS)]
     state = {"config": config.replace(sample_N=2).to_dict(), "kind": "fmrec", "source": None}
     state |= {"model": model.state_dict(), "item_ids": names}
-    checkpoint.save(folder / "run", "last-0", "last", state)
+    checkpoint.save(folder / "runs/mine", "last-0", "last", state)
     lengths = torch.randint(1, 15, (USERS,)).tolist()
     histories = [[names[i] for i in torch.randint(0, ITEMS, (n,)).tolist()] for n in lengths]
     users = [f"u{at}" for at in range(USERS)]
@@ -43,14 +45,14 @@ def folder(tmp_path_factory) -> Path:
         rows = slice(100 * part, 100 * part + 100)
         table = pa.table({"user": users[rows], "history": histories[rows]})
         pa.parquet.write_table(table, folder / f"histories/{part}.parquet", row_group_size=40)
-    (folder / "interactions").mkdir()
+    (folder / "users").mkdir()
     # Shuffled over the files, with many ties, which the order of the files decides.
     rows = [(u, i, at // 3) for u, h in zip(users, histories) for at, i in enumerate(h)]
     rows = [rows[at] for at in torch.randperm(len(rows)).tolist()]
     half = len(rows) // 2
     for part, some in enumerate((rows[:half], rows[half:])):
         columns = dict(zip(("user_id", "item_id", "timestamp"), map(list, zip(*some))))
-        path = folder / f"interactions/{part}.parquet"
+        path = folder / f"users/{part}.parquet"
         pa.parquet.write_table(pa.table(columns), path, row_group_size=500)
     return folder
 
@@ -68,20 +70,40 @@ def table(path: Path) -> pa.Table:
 
 
 def call(folder: Path, users: str, out: str | Path, *flags: str) -> int:
-    command = ["recommend", str(folder / "run"), "--users", users, "--out", str(out)]
+    command = ["recommend", str(folder / "runs/mine"), "--users", users, "--out", str(out)]
     return main([*command, "-k", "5", "--device", "cpu", "--padding", "tied", *flags])
 
 
 RAY = ("--engine", "ray", "--batch", "64")
 
 
-def test_interactions_are_grouped_as_in_one_process(cluster, folder, tmp_path, capsys):
-    pattern = str(folder / "interactions" / "*.parquet")
-    assert call(folder, pattern, tmp_path / "local.parquet", "--exclude_seen") == 0
-    assert call(folder, pattern, tmp_path / "ray", "--exclude_seen", *RAY) == 0
-    expected = table(tmp_path / "local.parquet")
+def commands() -> list[list[str]]:
+    """Those that docs/scale.md shows of this subject."""
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    section = text.split("## Recommending for very many users\n")[1].split("\n## ")[0]
+    found = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return [shlex.split(line) for block in found for line in block.splitlines()]
+
+
+def test_the_documented_commands(cluster, folder, monkeypatch, capsys):
+    """Here `users` are interactions, which Ray groups as one process does."""
+    from benchmarks import index_recall
+
+    monkeypatch.chdir(folder)
+    ran = []
+    for program, *rest in commands():
+        if program == "fmrec-fast":
+            assert main(rest) == 0, capsys.readouterr().err
+            ran.append(rest[0])
+        else:
+            assert [program, *rest[:2]] == ["python", "-m", "benchmarks.index_recall"]
+            index_recall.main(rest[2:])
+            ran.append("index_recall")
+    assert ran == ["recommend", "recommend", "export-vectors", "index_recall"]
+    expected = table(folder / "recs.parquet")
     assert len(set(expected.column("user").to_pylist())) == USERS
-    assert table(tmp_path / "ray").equals(expected)
+    assert table(folder / "recs").equals(expected)
+    assert "exact" in capsys.readouterr().out
 
 
 def processes() -> dict[int, tuple[int, str]]:
