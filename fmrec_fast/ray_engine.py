@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -235,7 +236,10 @@ def recommend_with_ray(
     if "timestamp" in columns:
         # Kept in the cluster's memory, or on its disks: a shuffle needs all before it gives any,
         # and the cores that the workers would hold meanwhile.
-        histories = _grouped(source, columns).materialize()
+        try:
+            histories = _grouped(source, columns).materialize()
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from None
         names = {"user": "user", "item": "item"}
     else:
         names = {"user": str(columns["user"]), "item": str(columns["item"])}
@@ -281,14 +285,12 @@ def recommend_with_ray(
 
 
 def _cause(error: Exception) -> Exception:
-    """What a worker raised, without Ray's account of where."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None) or found.__cause__
-        if isinstance(found, (ValueError, TypeError)) and not hasattr(found, "cause"):
-            return type(found)(str(found))
-        found = cause
-    return RuntimeError(str(error))
+    """What was raised of the data, without Ray's account of where: it comes as text only."""
+    found = re.findall(r"^(ValueError|TypeError): (.*)$", str(error), re.MULTILINE)
+    if not found:
+        return RuntimeError(str(error))
+    kind, message = found[-1]
+    return {"ValueError": ValueError, "TypeError": TypeError}[kind](message)
 
 
 def _publish(

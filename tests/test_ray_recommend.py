@@ -134,7 +134,7 @@ def kill_a_worker(done: threading.Event, killed: list[int]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker in /proc")
 def test_a_killed_worker_loses_nothing(cluster, folder, tmp_path, capsys):
-    users, slow = (folder / "histories").as_uri(), ("--steps", "400", "--padding", "published")
+    users, slow = (folder / "histories").as_uri(), ("--steps", "400", "--exclude_seen")
     assert call(folder, users, tmp_path / "local.parquet", *slow) == 0
     done, killed, out = threading.Event(), [], tmp_path / "ray"
     thread = threading.Thread(target=kill_a_worker, args=(done, killed))
@@ -152,3 +152,23 @@ def test_a_killed_worker_loses_nothing(cluster, folder, tmp_path, capsys):
     assert manifest["users"] == USERS and manifest["rows"] == 5 * USERS
     assert sorted(manifest["shards"]) == sorted(p.name for p in out.glob("*.parquet"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_is_wrong_with_the_data_is_said_here(cluster, folder, tmp_path, capsys):
+    histories = [["item-01", "x"], ["x"], ["item-02"]]
+    some = pa.table({"user": ["amy", "bob", "cy"], "history": histories})
+    pa.parquet.write_table(some, tmp_path / "users.parquet")
+    users, out = str(tmp_path / "users.parquet"), tmp_path / "ray"
+    assert call(folder, users, out, *RAY) == 1
+    message = capsys.readouterr().err
+    assert "fmrec-fast: user 'amy': unknown item id 'x' (2 of the 4 ids" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+    assert call(folder, users, out, "--unknown", "skip", *RAY) == 0
+    message = capsys.readouterr().err
+    assert "left out 2 unknown items, 1 users without others" in message
+    assert "10 rows for 2 users in 1 shards" in message
+    assert call(folder, users, tmp_path / "local.parquet", "--unknown", "skip") == 0
+    assert "left out 2 unknown items, 1 users without others" in capsys.readouterr().err
+    assert table(out).equals(table(tmp_path / "local.parquet"))
+    assert call(folder, users, tmp_path / "more", "--workers", "3", *RAY) == 1
+    assert "do not fit the cluster, which has 2 cpus" in capsys.readouterr().err
