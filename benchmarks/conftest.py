@@ -122,9 +122,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = metafunc.config.stash[SUITE].sizes
     if "sampling_batch" in metafunc.fixturenames:
-        batches = metafunc.config.stash[SUITE].sizes.sampling_batches
-        metafunc.parametrize("sampling_batch", batches, ids=lambda batch: f"B{batch}")
+        metafunc.parametrize("sampling_batch", sizes.sampling_batches, ids=lambda b: f"B{b}")
+    if "ranking_case" in metafunc.fixturenames:
+        cases = sizes.ranking_cases
+        ids = [f"B{batch}-V{items}-k{k}" for batch, items, k in cases]
+        metafunc.parametrize("ranking_case", cases, ids=ids)
 
 
 @pytest.fixture(scope="session")
