@@ -101,8 +101,10 @@ class Suite:
         if not self.records or self._limits is None or self._facts is None:
             return
         what = "quick" if self.quick else "full"
-        if {record.op for record in self.records} != ALL_OPS:
-            what += "-partial"
+        timed = {record.op for record in self.records}
+        if timed != ALL_OPS:
+            # Runs of an op or two lie beside each other; one of more replaces the day's last.
+            what += "-" + ("-".join(sorted(timed)) if len(timed) <= 2 else "partial")
         what += f"-{allocator_setting()['setting']}"
         self.path = write_results(
             self.folder, what, self._facts, self.settings(), self._limits, self.records
