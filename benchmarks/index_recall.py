@@ -32,8 +32,6 @@ def build(kind: str, items: np.ndarray, effort: int) -> Any:
         lists = max(1, min(4 * math.isqrt(len(items)), len(items) // 39))
         coarse = faiss.IndexFlatIP(channels)
         index = faiss.IndexIVFFlat(coarse, channels, lists, faiss.METRIC_INNER_PRODUCT)
-        index.own_fields = False
-        index._coarse = coarse  # kept alive with it
         index.train(items)
         index.nprobe = effort
     elif kind == "hnsw":
@@ -81,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
     items = np.load(given.vectors / ITEMS)
-    queries = np.ascontiguousarray(np.load(given.vectors / QUERIES, mmap_mode="r")[: given.queries])
+    queries = np.array(np.load(given.vectors / QUERIES, mmap_mode="r")[: given.queries])
     rows = study(items, queries, given.k, given.efforts)
     print(f"{len(items)} items, {len(queries)} queries, {items.shape[1]} channels, k = {given.k}")
     for row in rows:

@@ -4,7 +4,7 @@
 
 Both read the same Parquet file of histories (lengths as Amazon Beauty's) and write Parquet; their
 rows are compared before anything is reported. Ray's time includes the start of its workers, not
-that of Ray itself. The figures go to benchmarks/results/.
+that of Ray itself. The figures go to benchmarks/results/scale/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fmrec_fast.latency import MEDIAN_LENGTH, SHORTEST, SIGMA, random_model
 from fmrec_fast.ray_engine import Workers, recommend_with_ray
 from fmrec_fast.tables import TableFile
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "scale"
 FIRST_ITEM = 100_000
 PART = 100_000
 
