@@ -473,7 +473,7 @@ def hand_on(world, folder):
 
 
 def small_benchmark(world, folder):
-    """benchmarks.sharded at a small size: a quarter of the item side, and as much sent as expected."""
+    """benchmarks.sharded at a small size: a quarter of the item side held, the expected sent."""
     from benchmarks import sharded
 
     sizes = sharded.Sizes(items=203, batch=12, length=6, width=16, hidden=8)

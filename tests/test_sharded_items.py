@@ -15,8 +15,6 @@ import sharded_checks
 import torch
 
 from fmrec_fast import checkpoint
-from fmrec_fast.data import synthetic_dataset
-from fmrec_fast.data.synthetic import write_csv
 from fmrec_fast.distributed import World
 
 # FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
@@ -130,7 +128,10 @@ def test_commands_of_the_documentation(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     assert [("benchmarks.sharded" in line) for line in lines] == [False, True, True]
-    write_csv(synthetic_dataset(60, 50, 5, 8), tmp_path / "ratings.csv")
+    data, rows = ranks.dataset(), ["user,item,timestamp"]
+    for user in range(data.num_users):
+        rows += [f"{user},{item},{at}" for at, item in enumerate(data.history(user).tolist())]
+    (tmp_path / "ratings.csv").write_text("\n".join(rows) + "\n")
     small = "--hidden_size 8 --max_len 5 --num_blocks 2 --num_heads 2 --last 1 --sample_N 2"
     small += " --decoder_dims [24,40] --batch_size 64"
     done = subprocess.run(
@@ -144,4 +145,4 @@ def test_commands_of_the_documentation(tmp_path):
     assert done.returncode == 0, done.stderr
     state = checkpoint.load(checkpoint.locate(tmp_path / "runs" / "spread", "last"))
     assert state["progress"]["epoch"] == 2
-    assert checkpoint.build_model(state).item_num == 51
+    assert checkpoint.build_model(state).item_num == data.item_num
