@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 
 from fmrec_fast import checkpoint
 from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.cli import main
 from fmrec_fast.data import Dataset, synthetic_dataset
 from fmrec_fast.distributed import World
-from fmrec_fast.distributed.world import described, own_device
+from fmrec_fast.distributed.world import described, fresh_store, own_device
 from fmrec_fast.training import Trainer
 
 MODELS = ("fmrec", "stage1", "stage2")
@@ -233,6 +235,27 @@ def test_the_environment_is_checked():
             described(whole | {name: value})
 
 
+def test_an_attempt_never_meets_the_one_before():
+    """Ranks arrive in any order at a store that holds earlier attempts, finished or cut short."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("attempt", "cut-short")
+    names = []
+    for order in ((1, 2, 0), (0, 1, 2), (2, 0, 1)):
+        with ThreadPoolExecutor(3) as pool:
+            found = []
+            for rank in order:
+                own = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
+                found.append(pool.submit(fresh_store, own, rank, 3))
+                time.sleep(0.1)
+            stores = [future.result(timeout=60) for future in found]
+        stores[0].set("who", str(order))
+        assert [each.get("who").decode() for each in stores] == [str(order)] * 3
+        names.append(store.get("attempt"))
+    assert len(set(names)) == 3
+    with pytest.raises(TimeoutError, match="rank 1 of 2 heard nothing of rank 0"):
+        fresh_store(store, 1, 2, patience=0.1)
+
+
 def test_each_rank_has_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device(torch.device("cpu"), 5) == torch.device("cpu")
@@ -293,7 +316,10 @@ def killed_once(line: str, folder: Path) -> str:
         workers = [p for p in children if "fmrec_fast" in Path(f"/proc/{p}/cmdline").read_text()]
         assert len(workers) == 2, process.communicate()[0]
         os.kill(int(workers[1]), signal.SIGKILL)
-        output, _ = process.communicate(timeout=300)
+        try:
+            output, _ = process.communicate(timeout=300)
+        finally:
+            process.terminate()
     assert process.returncode == 0, output
     return output
 

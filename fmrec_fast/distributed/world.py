@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -147,6 +150,35 @@ def own_device(device: torch.device, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def fresh_store(store: dist.Store, rank: int, size: int, patience: float = 600.0) -> dist.Store:
+    """The part of `store` that this attempt of a run alone uses.
+
+    torchrun's store outlives a restart (torch 2.13), and in it the addresses of ranks that are
+    gone. Rank 0 names the attempt; the others answer, each with a number of its own, and take the
+    name once rank 0 has repeated that number: an earlier attempt's rank 0 never does.
+
+    Raises:
+        TimeoutError: rank 0 was not heard of for `patience` seconds.
+    """
+    own, ended = uuid.uuid4().hex, time.monotonic() + patience
+    if rank == 0:
+        store.set("attempt", own)
+        answers = [store.get(f"{own}/{other}").decode() for other in range(1, size)]
+        store.set(f"{own}/all", " ".join(answers))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < ended:
+        named = store.get("attempt").decode()
+        store.set(f"{named}/{rank}", own)
+        try:
+            store.wait([f"{named}/all"], timedelta(seconds=1))
+        except dist.DistStoreError:
+            continue
+        if own in store.get(f"{named}/all").decode().split():
+            return dist.PrefixStore(named, store)
+        time.sleep(0.05)
+    raise TimeoutError(f"rank {rank} of {size} heard nothing of rank 0 for {patience:.0f} seconds")
+
+
 @contextmanager
 def joined(device: torch.device | str = "cpu") -> Iterator[World]:
     """The `World` that torchrun's environment describes, its process groups up within the block;
@@ -167,7 +199,9 @@ def joined(device: torch.device | str = "cpu") -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = fresh_store(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo"))
     finally:
