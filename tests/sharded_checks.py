@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from fmrec_fast import FMRecConfig
+from fmrec_fast import FMRecConfig, recommend
 from fmrec_fast.backend import dispatch_log, use_backend
 from fmrec_fast.config import FaveConfig
 from fmrec_fast.distributed import exchange, items
@@ -382,6 +382,24 @@ def assert_same_values(model, whole, ranks):
             assert torch.equal(parameter, expected), name
 
 
+def check_recommending(ranks):
+    """Through the sampler, with ranks that have no user or many; a piece of a batch is no more
+    collectives."""
+    config = settings(67, sample_N=2)
+    torch.manual_seed(1)
+    whole = build_recommender(config).eval()
+    torch.manual_seed(1)
+    model = items.build_sharded(config, ranks.mesh).eval()
+    for sizes in (SHARES[ranks.size][0], (70,) + (0,) * (ranks.size - 1)):
+        histories = [[1 + (7 * i + j) % 66 for j in range(1 + i % 9)] for i in range(sum(sizes))]
+        mine, rows = ranks.rows(sizes), torch.arange(sum(sizes))
+        options = {"exclude_seen": True, "seed": 2, "method": "euler"}
+        expected = recommend(whole, histories, 5, rows=rows, **options)
+        found = recommend(model, histories[mine], 5, rows=rows[mine], **options)
+        assert torch.equal(found.ids, expected.ids[mine])
+        torch.testing.assert_close(found.scores, expected.scores[mine], rtol=1e-5, atol=1e-5)
+
+
 def check_refusals(ranks):
     sharded, whole = ranks.table(torch.randn(23, 4)), torch.randn(23, 4)
     rep, target = torch.randn(2, 4), torch.tensor([1, 2])
@@ -409,6 +427,7 @@ def check_refusals(ranks):
         refused("batch_shares must be", item_cross_entropy, rep, sharded, target)
     model = items.build_sharded(settings(23), ranks.mesh)
     refused("whole item tables", items.shard_items, model, ranks.mesh)
+    refused("graph = True", recommend, model, [[1]], 2, graph=True)
     refused("whole layer", model.fm.xstart_model.decoder, torch.randn(2, 16))
     with items.whole_items(model) as inside:
         assert not items.is_sharded(inside)
