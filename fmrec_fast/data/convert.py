@@ -259,9 +259,9 @@ def _group(staged: _Staged, scratch: Path, memory_mb: int, threads: int) -> dict
             f"AS code FROM (SELECT DISTINCT {staged.cast['item']} AS id FROM {file})"
         )
         with _IdWriter(scratch / ITEM_IDS) as write:
-            for batch in connection.sql(
-                "SELECT id FROM catalogue ORDER BY code"
-            ).to_arrow_reader(ROWS):
+            for batch in connection.sql("SELECT id FROM catalogue ORDER BY code").to_arrow_reader(
+                ROWS
+            ):
                 write(batch.column(0))
         times = ", time_int, time_float" if staged.times else ""
         # A join by another name would change the order of equal users: the row decides it.
