@@ -227,7 +227,6 @@ def _stage(source: Source, columns: dict[str, int], path: Path) -> _Staged:
             rows += len(arrays["user"])
             part = pa.record_batch(stored)
             if writer is None:
-                # Ids repeat within a user's reach only; a dictionary of all would outgrow memory.
                 writer = parquet.ParquetWriter(
                     path, part.schema, compression="lz4", write_statistics=False
                 )
@@ -237,6 +236,7 @@ def _stage(source: Source, columns: dict[str, int], path: Path) -> _Staged:
             writer.close()
     if rows == 0:
         raise ValueError(f"{source.path}: no interactions; expected rows after the header")
+    pa.default_memory_pool().release_unused()  # DuckDB has an allocator of its own
     cast = {role: one.sql() for role, one in ids.items()}
     return _Staged(path, rows, cast, "timestamp" in columns, exact)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import reprlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -292,7 +292,8 @@ class _Parquet:
 
         self.path = path
         try:
-            self.file = parquet.ParquetFile(path)
+            # Buffered ahead, a file that is read in parts would stay in memory as a whole.
+            self.file = parquet.ParquetFile(path, pre_buffer=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
         self.header = self.names = list(self.file.schema_arrow.names)
@@ -357,36 +358,39 @@ class _Folder:
 
     untyped = False
 
-    def __init__(self, path: Path, parts: list[_Parquet | _Arrow]) -> None:
-        self.path, self.parts = path, parts
-        self.header = self.names = parts[0].header
+    def __init__(
+        self, path: Path, files: list[Path], open_one: Callable[[Path], _Parquet | _Arrow]
+    ) -> None:
+        self.path, self.files, self._open = path, files, open_one
+        self.header = self.names = open_one(files[0]).header
         self.types = [""] * len(self.names)
-        self._rows: list[int] = []  # of the parts that were read
+        self._rows: list[int] = []  # of the files that were read
 
     def line(self, row: int) -> str:
-        for part, rows in zip(self.parts, self._rows):
-            if row < rows:
-                return part.line(row)
-            row -= rows
-        return self.parts[len(self._rows)].line(row)
+        at = 0
+        while at < len(self._rows) and row >= self._rows[at]:
+            row -= self._rows[at]
+            at += 1
+        return self._open(self.files[at]).line(row)
 
     def batches(self, columns: list[int]) -> Generator[list[pa.ChunkedArray], None, None]:
+        names = [self.header[column] for column in columns]
         kinds: list[pa.DataType] | None = None
-        for part in self.parts:
-            names = [self.header[column] for column in columns]
-            missing = [name for name in names if name not in part.header]
+        for file in self.files:
+            part, rows = self._open(file), 0
+            missing = [name for name in names if part.header.count(name) != 1]
             if missing:
                 raise ValueError(
-                    f"{part.path}: no column {missing[0]!r}, which {self.parts[0].path} has; "
-                    f"expected the same columns in all files"
+                    f"{file}: {part.header.count(missing[0])} columns {missing[0]!r}; expected 1, "
+                    f"as in {self.files[0]}"
                 )
-            rows = 0
             for batch in part.batches([part.header.index(name) for name in names]):
                 here = [_plain(column.type) for column in batch]
                 kinds = kinds or here
                 if here != kinds:
                     raise ValueError(
-                        f"{part.path}: columns of type {here}, but {kinds} in {self.parts[0].path}"
+                        f"{file}: columns of types {list(map(str, here))}; expected "
+                        f"{list(map(str, kinds))}, as in {self.files[0]}"
                     )
                 rows += len(batch[0])
                 yield batch
@@ -440,10 +444,7 @@ def _open_folder(path: Path, format: str | None) -> _Folder:
             f"({', '.join((*kinds['parquet'], *ARROW_SUFFIXES))})"
         )
     [(kind, files)] = found.items()
-    parts: list[_Parquet | _Arrow] = []
-    for file in files:
-        parts.append(_Parquet(file) if kind == "parquet" else _Arrow(file))
-    return _Folder(path, parts)
+    return _Folder(path, files, _Parquet if kind == "parquet" else _Arrow)
 
 
 def choose_columns(source: Source, wanted: dict[str, str | None]) -> dict[str, int]:
