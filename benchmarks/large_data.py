@@ -121,7 +121,13 @@ def train(data: str, run: str, steps: int) -> None:
     dataset, listener = read_dataset(data), Watch()
     opened = _memory(Path("/proc/self/status"))
     config = FMRecConfig(
-        hidden_size=16, max_len=20, num_blocks=1, decoder_dims=(16, 16), batch_size=128, epochs=1
+        hidden_size=16,
+        max_len=20,
+        num_blocks=1,
+        last=0,
+        decoder_dims=(16, 16),
+        batch_size=128,
+        epochs=1,
     )
     trainer = OnSomeUsers(
         dataset, config, run, max_steps=steps, listener=listener, checkpoint_seconds=1e9
