@@ -667,7 +667,7 @@ def _recommend_all(model: FMRecommender, dataset: Dataset, options: Any) -> Reco
     return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
-def _write(out: str | None, users: list, best: Recommendations, item_ids: list) -> None:
+def _write(out: str | None, users: Sequence, best: Recommendations, item_ids: list) -> None:
     """One row per user and rank: user, rank, item, score."""
     k = best.ids.shape[1]
     finite = best.scores.flatten().isfinite().tolist()

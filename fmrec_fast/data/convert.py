@@ -411,28 +411,26 @@ def _write(
     internal = np.cumsum(counts > 0, dtype=np.int32)
     internal[counts == 0] = 0
     # From raw files to Arrow's, each of whose columns is one buffer, by their maps.
-    with open(scratch / "items", "wb") as items, open(scratch / "offsets", "wb") as offsets:
+    with open(scratch / "items", "wb") as item_file, open(scratch / "offsets", "wb") as ends_file:
         end = 0
-        offsets.write(np.zeros(1, np.int64).data)
+        ends_file.write(np.zeros(1, np.int64).data)
         for rows, length, codes in _users_of(scratch, lengths):
             numbers = internal[codes]
             numbers[~np.repeat(users[rows], length)] = 0
             held = np.add.reduceat(numbers > 0, np.cumsum(length) - length, dtype=np.int64)
             ends = end + np.cumsum(held[users[rows]])
-            offsets.write(ends.data)
-            items.write(numbers[numbers > 0].data)
+            ends_file.write(ends.data)
+            item_file.write(numbers[numbers > 0].data)
             end = int(ends[-1]) if len(ends) else end
     (scratch / "codes").unlink()
-    mapped = {
-        "item": (np.memmap(scratch / "items", np.int32, "r"), ITEMS),
-        "offset": (np.memmap(scratch / "offsets", np.int64, "r"), OFFSETS),
-    }
-    for column, (array, file) in mapped.items():
-        _write_column(folder / file, column, array)
+    items = np.memmap(scratch / "items", np.int32, "r")
+    offsets = np.memmap(scratch / "offsets", np.int64, "r")
+    _write_column(folder / ITEMS, "item", items)
+    _write_column(folder / OFFSETS, "offset", offsets)
     _write_ids(folder / ITEM_IDS, scratch / ITEM_IDS, counts > 0)
     _write_ids(folder / USER_IDS, scratch / USER_IDS, users)
-    found = fingerprint(mapped["offset"][0], mapped["item"][0])
-    del mapped
+    found = fingerprint(offsets, items)
+    del items, offsets
     _describe(folder, name, report, found)
 
 
