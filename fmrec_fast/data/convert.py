@@ -109,7 +109,7 @@ def convert(
             folder,
             scratch,
             facts,
-            max(min_user, 1),
+            min_user,
             min_item,
             name=source.stem,
             source=str(source),
@@ -389,7 +389,7 @@ def _write(
     lengths = np.memmap(scratch / "lengths", np.int64, "r")
     items_read = _count_ids(scratch / ITEM_IDS)
     short = sum(int((part < min(MIN_HISTORY, min_user)).sum()) for part in _parts(lengths))
-    users, counts = _filter(scratch, lengths, items_read, min_user, min_item)
+    users, counts = _filter(scratch, lengths, items_read, max(min_user, 1), min_item)
     kept = int(users.sum())
     report = ReadReport(
         users_read=len(lengths),

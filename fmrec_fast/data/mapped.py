@@ -110,11 +110,11 @@ def verify(path: str | os.PathLike[str]) -> MappedDataset:
     Raises ValueError for anything that does not hold.
     """
     path = Path(path)
-    dataset, facts = open_mapped(path), _metadata(path)
-    for name, one in facts["files"].items():
+    for name, one in _metadata(path)["files"].items():
         found = file_checksum(path / name)
         if found != one["crc32"]:
             _damaged(path, f"the CRC-32 of {name} is {found}, expected {one['crc32']}")
+    dataset = open_mapped(path)
     for first in range(0, dataset.num_users, PART):
         if np.diff(dataset.offsets[first : first + PART + 1]).min() < 1:
             _damaged(path, f"a user of rows {first} to {first + PART} has no item")
@@ -185,7 +185,7 @@ def _open(path: Path, name: str) -> pa.Table:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         _damaged(path, f"{name} is not an Arrow file ({error})")
 
 
