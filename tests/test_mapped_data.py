@@ -135,6 +135,11 @@ def test_equals_reading(tmp_path_factory, rows, mixed, timed, suffix, least):
     assert_same(verify(folder / "out"), expected)
 
 
+@pytest.mark.parametrize("name", ["it's [a]", "*?.parquet", "a b/ü"])
+def test_awkward_names_of_folders(table, tmp_path, name):
+    assert_same(convert(table, tmp_path / name), read_dataset(table))
+
+
 def test_users_that_cross_batches_of_the_sort(tmp_path):
     rows = rows_of(9000, users=5, items=2000, times=10**6)
     path = write_text(tmp_path / "data.csv", rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -253,7 +254,7 @@ def _group(staged: _Staged, scratch: Path, memory_mb: int, threads: int) -> dict
         "preserve_insertion_order": False,  # the order is asked for; kept, it costs memory
     }
     with duckdb.connect(config=options) as connection:
-        file = f"read_parquet('{_quoted(staged.path)}', file_row_number=true)"
+        file = f"read_parquet({_quoted(staged.path)}, file_row_number=true)"
         connection.execute(
             f"CREATE TABLE catalogue AS SELECT id, (row_number() OVER (ORDER BY id) - 1)::INTEGER "
             f"AS code FROM (SELECT DISTINCT {staged.cast['item']} AS id FROM {file})"
@@ -263,8 +264,8 @@ def _group(staged: _Staged, scratch: Path, memory_mb: int, threads: int) -> dict
                 ROWS
             ):
                 write(batch.column(0))
-        times = ", time_int, time_float" if staged.times else ""
-        # A join by another name would change the order of equal users: the row decides it.
+        times = ", time_int" if staged.times else ""
+        times += "" if staged.exact else ", time_float"
         batches = connection.sql(
             f"SELECT who, code{times} FROM (SELECT {staged.cast['user']} AS who, "
             f"{staged.cast['item']} AS what, file_row_number AS row_number{times} FROM {file}) "
@@ -277,7 +278,9 @@ def _group(staged: _Staged, scratch: Path, memory_mb: int, threads: int) -> dict
 
 
 def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+    """A path in SQL, where it would be a pattern."""
+    literal = re.sub(r"[*?[]", lambda at: f"[{at[0]}]", str(path)).replace("'", "''")
+    return f"'{literal}'"
 
 
 def _users(batches: Any, staged: _Staged, scratch: Path) -> dict[str, int]:
