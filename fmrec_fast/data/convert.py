@@ -32,7 +32,7 @@ from .mapped import (
     write_metadata,
 )
 from .readers import (
-    Source,
+    Stream,
     are_whole,
     as_ints,
     check_least,
@@ -175,7 +175,7 @@ class _Staged:
 class _Staging:
     """A column of ids on its way into the file: as it is, or as text that may be all ints."""
 
-    def __init__(self, source: Source, role: str) -> None:
+    def __init__(self, source: Stream, role: str) -> None:
         self.source, self.role = source, role
         self.as_int = ""  # the SQL of an int, while all ids so far may be ints written otherwise
 
@@ -206,7 +206,7 @@ class _Staging:
         return self.as_int or self.role
 
 
-def _stage(source: Source, columns: dict[str, int], path: Path) -> _Staged:
+def _stage(source: Stream, columns: dict[str, int], path: Path) -> _Staged:
     import pyarrow as pa
     from pyarrow import parquet
 

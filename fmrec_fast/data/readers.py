@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def read_dataset(
     if format == "pkl":
         return read_pickle(path, wanted, min_user, min_item)
     source = _Parquet(path) if format == "parquet" else _Text(path, format)
-    return _from_table(source, choose_columns(source, wanted), int(min_user), int(min_item))
+    return from_table(source, choose_columns(source, wanted), int(min_user), int(min_item))
 
 
 def check_least(min_user: int, min_item: int) -> None:
@@ -403,12 +403,23 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-Source = _Text | _Parquet | _Arrow | _Folder
+# What is read in parts.
+Stream = _Text | _Parquet | _Arrow | _Folder
+
+
+class Place(Protocol):
+    """The part of a source that messages name."""
+
+    path: Any
+
+    def line(self, row: int) -> str: ...
+
+
 # What only `convert` reads, beside FORMATS: a file may be larger than memory, or many.
 ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 
 
-def open_source(path: Path, format: str | None) -> Source | None:
+def open_source(path: Path, format: str | None) -> Stream | None:
     """What to convert, in parts; None is a published pickle.
 
     Raises ValueError for an unknown kind of file, or a folder that has none or several kinds.
@@ -447,7 +458,7 @@ def _open_folder(path: Path, format: str | None) -> _Folder:
     return _Folder(path, files, _Parquet if kind == "parquet" else _Arrow)
 
 
-def choose_columns(source: Source, wanted: dict[str, str | None]) -> dict[str, int]:
+def choose_columns(source: Stream, wanted: dict[str, str | None]) -> dict[str, int]:
     """The positions of the columns: 'user', 'item' and, where there is one, 'timestamp'."""
     chosen = {}
     for role, name in wanted.items():
@@ -498,7 +509,7 @@ class _Ids:
     ids: list
 
 
-def _from_table(
+def from_table(
     source: _Text | _Parquet, columns: dict[str, int], min_user: int, min_item: int
 ) -> Dataset:
     arrays = dict(zip(columns, source.read(list(columns.values())), strict=True))
@@ -519,7 +530,7 @@ def _from_table(
     )
 
 
-def valid_ids(source: Source, role: str, column: pa.ChunkedArray, first: int) -> pa.ChunkedArray:
+def valid_ids(source: Place, role: str, column: pa.ChunkedArray, first: int) -> pa.ChunkedArray:
     """The ids of rows `first` and on as text, integers, booleans or floats; none is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -548,12 +559,18 @@ def are_whole(column: pa.ChunkedArray) -> bool:
     return whole and pc.max(pc.abs(column)).as_py() <= 2**53
 
 
-def _encode(source: Source, role: str, column: pa.ChunkedArray) -> _Ids:
+def check_id_column(source: Place, role: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A whole column of valid ids, as integers where its floats are whole."""
     import pyarrow as pa
 
     column = valid_ids(source, role, column, 0)
     if pa.types.is_floating(column.type) and are_whole(column):
         column = column.cast(pa.int64())
+    return column
+
+
+def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Ids:
+    column = check_id_column(source, role, column)
     encoded = column.dictionary_encode().combine_chunks()
     codes, distinct = encoded.indices.to_numpy(), encoded.dictionary
     if is_text(distinct.type):
@@ -577,7 +594,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def check_text_ids(
-    source: Source, role: str, codes: np.ndarray, distinct: list[str], first: int
+    source: Place, role: str, codes: np.ndarray, distinct: list[str], first: int
 ) -> None:
     for code, value in enumerate(distinct):
         if not value.strip():
@@ -602,7 +619,7 @@ def as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
         return None  # 19 digits may be beyond int64
 
 
-def timestamps(source: Source, column: pa.ChunkedArray, first: int = 0) -> np.ndarray:
+def timestamps(source: Place, column: pa.ChunkedArray, first: int = 0) -> np.ndarray:
     """int64 or float64 [N], finite; `first` is the row of the first of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
