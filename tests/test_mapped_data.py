@@ -307,10 +307,14 @@ def test_damage_is_found(table, tmp_path):
         (folder / name).write_bytes(change((folder / name).read_bytes()))
         return folder
 
+    def flipped(content):
+        at = len(content) // 2
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
     for name in mapped.FILES:
         with pytest.raises(ValueError, match=rf"{name} has \d+ bytes, expected \d+; the folder is"):
             read_dataset(damaged(name, lambda content: content[:-8]))
-        middle = damaged(name, lambda c: c[: len(c) // 2] + b"\xff" + c[len(c) // 2 + 1 :])
+        middle = damaged(name, flipped)
         with pytest.raises(ValueError, match="the folder is damaged"):
             verify(middle)
     (damaged("items.arrow", lambda content: content) / "items.arrow").unlink()
