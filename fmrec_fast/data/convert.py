@@ -49,6 +49,8 @@ from .readers import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Text of an id that is worth a closer look: with nothing printable of ASCII, or a line break.
+DOUBTFUL = r"^[^!-~]*$|[\n\r]"
 MEMORY_MB = 600
 THREADS = 2
 # Rows of a batch of sorted interactions, interactions of a pass over the users, ids of a batch.
@@ -181,6 +183,7 @@ class _Staging:
 
     def __call__(self, column: pa.ChunkedArray, first: int) -> pa.Array:
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         column = valid_ids(self.source, self.role, column, first)
         kind = column.type
@@ -192,7 +195,10 @@ class _Staging:
         codes, distinct = encoded.indices, encoded.dictionary
         may_be = first == 0 or bool(self.as_int)
         if is_text(kind):
-            check_text_ids(self.source, self.role, codes.to_numpy(), distinct.to_pylist(), first)
+            if pc.any(pc.match_substring_regex(distinct, DOUBTFUL)).as_py():
+                check_text_ids(
+                    self.source, self.role, codes.to_numpy(), distinct.to_pylist(), first
+                )
             may_be = may_be and self.source.untyped and as_ints(distinct) is not None
             self.as_int = f"CAST({self.role} AS BIGINT)" if may_be else ""
             distinct = distinct.cast(pa.string())
