@@ -570,6 +570,8 @@ def check_id_column(source: Place, role: str, column: pa.ChunkedArray) -> pa.Chu
 
 
 def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Ids:
+    import pyarrow as pa
+
     column = check_id_column(source, role, column)
     encoded = column.dictionary_encode().combine_chunks()
     codes, distinct = encoded.indices.to_numpy(), encoded.dictionary
