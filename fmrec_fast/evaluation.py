@@ -71,7 +71,7 @@ def model_ranks(
     done = 0
     for index in _indices(samples, batch_size, world):
         sequence, target = samples.batch(index)
-        rows = samples.users[index.to(samples.users.device)]
+        rows = samples.user_rows(index)
         rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
         exclude = samples.seen(index) if exclude_seen else None
         ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))

@@ -154,8 +154,8 @@ def _diverges_everywhere(world: World, folder: Path) -> None:
     losses = trainer._replicas.losses
     calls = []
 
-    def poisoned(samples, index):
-        total, parts = losses(samples, index)
+    def poisoned(*arguments):
+        total, parts = losses(*arguments)
         calls.append(1)
         return total, parts * (float("nan") if world.rank == 1 and len(calls) == 4 else 1.0)
 
