@@ -47,12 +47,15 @@ def timed(world: World, step: Callable[[], object]) -> float:
 def measure(size: str, world: World, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, shared = trainer(size, World(), folder), trainer(size, world, folder)
-    index = torch.arange(BATCH)
+    share = world.share(BATCH)
+    index, own = torch.arange(BATCH), torch.arange(share.start, share.stop)
     parameters = [p for p in shared.model.parameters() if p.requires_grad]
     gradients = torch.zeros(sum(p.numel() for p in parameters))
     variants = {
-        "one rank": lambda: whole._train_step(index) if world.is_main else None,
-        f"{world.size} ranks": lambda: shared._train_step(index),
+        "one rank": lambda: (
+            whole._train_step(whole.samples.fetch(index)) if world.is_main else None
+        ),
+        f"{world.size} ranks": lambda: shared._train_step(shared.samples.fetch(own), BATCH),
         "all-reduce of P floats": lambda: dist.all_reduce(gradients),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}

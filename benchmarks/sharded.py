@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fmrec_fast import FMRecConfig, backend
 from fmrec_fast.distributed import World, items, joined
@@ -56,16 +55,6 @@ class Sizes(NamedTuple):
     def item_floats(self) -> int:
         """Parameters of the item side."""
         return self.items * (self.width + self.hidden + 1)
-
-
-class Batches:
-    """One batch a step, the same on every rank; takes the place of `TrainingSamples`."""
-
-    def __init__(self, sizes: Sizes, step: int) -> None:
-        self.sequence, self.target = make_sequences(sizes.batch, sizes.length, sizes.items, step)
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.sequence[index], self.target[index]
 
 
 def resident() -> float:
@@ -152,20 +141,20 @@ def measure(world: World, sizes: Sizes, steps: int) -> dict[str, Any]:
     replicas = None if world.alone else Replicas(model, LOSSES, world)
     seconds, losses, counts, distinct = [], [], [], []
     for step in range(steps):
-        samples, index = Batches(sizes, step), torch.arange(sizes.batch)
+        whole = make_sequences(sizes.batch, sizes.length, sizes.items, step)
         own = world.share(sizes.batch)
-        mine = torch.cat((samples.sequence, samples.target), 1)[own.start : own.stop]
-        distinct.append(len(mine.unique()))
+        sequence, target = (part[own.start : own.stop] for part in whole)
+        distinct.append(len(torch.cat((sequence, target), 1).unique()))
         with Sent() as sent:
             world.sum(torch.zeros(()))  # all start together
             sent.bytes.clear()
             began = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             if replicas is None:
-                found = training_losses(model, samples.sequence, samples.target)
+                found = training_losses(model, sequence, target)
                 total, parts = found.total, torch.stack([getattr(found, n) for n in LOSSES])
             else:
-                total, parts = replicas.losses(samples, index)  # type: ignore[arg-type]
+                total, parts = replicas.losses(sequence, target, sizes.batch)
             total.backward()
             optimizer.step()
             losses.append(float(world.sum(parts.detach().double())[0]))

@@ -72,7 +72,7 @@ def model_ranks(
     done = 0
     for index in _indices(samples, batch_size, world):
         sequence, target = samples.batch(index)
-        rows = samples.users[index.to(samples.users.device)]
+        rows = samples.user_rows(index)
         exclude = samples.seen(index) if exclude_seen else None
         with batch_shares(_sizes(samples, batch_size, world, len(ranks) - 1)):
             rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from fmrec_fast import checkpoint
 from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
-from fmrec_fast.data.dataset import HELD_OUT, Dataset
+from fmrec_fast.data.dataset import Dataset
 from fmrec_fast.distributed import items
 from fmrec_fast.distributed.checkpoints import Saver
 from fmrec_fast.distributed.data_parallel import Replicas, clip_gradients, local, sharded
@@ -233,7 +232,7 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
         self._rng = checkpoint.rng_state()
-        self._histories = zlib.crc32(dataset.items.tobytes(), zlib.crc32(dataset.offsets.tobytes()))
+        self._histories = dataset.fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
@@ -333,7 +332,11 @@ class Trainer:
         while p.step_in_epoch < self.steps_per_epoch:
             first = p.step_in_epoch * config.batch_size
             index = order[first : first + config.batch_size]
-            step(index)
+            if self.world.alone:
+                step(self.samples.fetch(index))
+            else:
+                share = self.world.share(len(index))
+                self._train_step(self.samples.fetch(index[share.start : share.stop]), len(index))
             p.step_in_epoch += 1
             p.global_step += 1
             self._report_step(len(index))
@@ -368,10 +371,13 @@ class Trainer:
     def _changed_by_a_step(self) -> list[Tensor]:
         return [*self.model.parameters(), *optimizer_tensors(self.optimizer), self.tally]
 
-    def _train_step(self, index: Tensor) -> None:
-        """Forward, backward, optimizer and the tally; nothing in it waits for the device."""
+    def _train_step(self, fetched: Tensor, batch: int | None = None) -> None:
+        """Forward, backward, optimizer and the tally; nothing in it waits for the device.
+
+        Of several ranks: with this one's rows of a batch of `batch`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        total, values = self._losses(index)
+        total, values = self._losses(fetched, batch)
         total.backward()
         if isinstance(self.config, FaveConfig):
             clip_gradients(self.model.parameters(), self.config.clip_norm)
@@ -385,11 +391,11 @@ class Trainer:
             self.bad_step.copy_(torch.where(fresh, self.steps, self.bad_step))
             self.steps += 1
 
-    def _losses(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, fetched: Tensor, batch: int | None) -> tuple[Tensor, Tensor]:
         """(the loss to differentiate, all parts of it); of several ranks, this one's shares."""
-        if self._replicas is not None:
-            return self._replicas.losses(self.samples, index)
-        sequence, target = self.samples.batch(index)
+        sequence, target = self.samples.cut(fetched)
+        if self._replicas is not None and batch is not None:
+            return self._replicas.losses(sequence, target, batch)
         losses = training_losses(self.model, sequence, target)
         parts = [getattr(losses, name).detach() for name in self.loss_names]
         return losses.total, torch.stack(parts).double()
@@ -470,8 +476,7 @@ class Trainer:
         return found
 
     def _evaluate(self, model: FMRecommender, split: str) -> Evaluation:
-        lengths = np.diff(self.dataset.offsets)
-        self.listener.evaluation_started(split, int((lengths > HELD_OUT[split] + 1).sum()))
+        self.listener.evaluation_started(split, self.dataset.evaluated_users(split))
         return evaluate(
             model,
             self.dataset,
@@ -486,7 +491,7 @@ class Trainer:
         return {
             "kind": self.config.KIND,
             "config": self.config.to_dict(),
-            "item_ids": self.dataset.item_ids,
+            "item_ids": list(self.dataset.item_ids),
             "source": self.source,
             "model": self.model.state_dict(),
             "epoch": self.progress.epoch,

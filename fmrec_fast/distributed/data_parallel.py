@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fmrec_fast import noise
-from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import World
 from fmrec_fast.losses import training_losses
@@ -84,16 +83,15 @@ class Replicas:
         )
         self.objective.register_comm_hook(None, _sum)
 
-    def losses(self, samples: TrainingSamples, index: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, sequence: Tensor, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """(the loss to differentiate, all parts as they are reported): this rank's shares of those
-        of the global batch `index`, int64 [B], the same on every rank."""
-        share = self.world.share(len(index))
-        sequence, target = samples.batch(index[share.start : share.stop])
+        of the global batch, of whose `batch` rows it has its share."""
+        share = self.world.share(batch)
         rows = torch.arange(share.start, share.stop, device=sequence.device)
         seed = noise.draw_seed(sequence.device)
-        draws = FaveDraws(cells=self._cells(sequence, seed, share, len(index)))
-        with batch_shares(self.world.shares(len(index))):
-            parts = self.objective(sequence, target, draws, seed, rows, len(index))
+        draws = FaveDraws(cells=self._cells(sequence, seed, share, batch))
+        with batch_shares(self.world.shares(batch)):
+            parts = self.objective(sequence, target, draws, seed, rows, batch)
         return parts[0], torch.stack([part.detach() for part in parts]).double()
 
     def _cells(self, sequence: Tensor, seed: Tensor, share: range, batch: int) -> Cells | None:
