@@ -30,6 +30,9 @@ ALL_OPS = {*OPS, "training_step", "recommend", "fave"}
 # What a CPU is measured by, beside test_cpu.py: ``-k cpu`` chooses these files' cases too.
 OF_A_CPU = ("test_euler_sampler.py", "test_training_step.py")
 
+# Beside it the published FMRec is timed at all of its steps, so few.
+FAVE_BATCHES = (1, 32, 512)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
@@ -125,6 +128,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "sampling_batch" in metafunc.fixturenames:
         batches = metafunc.config.stash[SUITE].sizes.sampling_batches
         metafunc.parametrize("sampling_batch", batches, ids=lambda batch: f"B{batch}")
+    if "fave_batch" in metafunc.fixturenames:
+        batches = metafunc.config.stash[SUITE].sizes.sampling_batches
+        few = [batch for batch in batches if batch in FAVE_BATCHES] or batches
+        metafunc.parametrize("fave_batch", few, ids=lambda batch: f"B{batch}")
 
 
 @pytest.fixture(scope="session")

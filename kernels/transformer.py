@@ -88,14 +88,13 @@ def high_bits(b_x):
 def norm_columns(b_x, p_weight, D: tl.constexpr, RMS: tl.constexpr):
     """Layer or RMS norm of each column of [D, T]; the layer norm's bias lies behind the weight."""
     o_d = tl.arange(0, D)
-    b_weight = tl.load(p_weight + o_d)  # [D]
     if RMS:
         b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + RMS_EPS)  # [T]
-        b_x = b_x * b_scale[None, :] * b_weight[:, None]
+        b_x = b_x * b_scale[None, :] * tl.load(p_weight + o_d)[:, None]
     else:
         b_x -= (tl.sum(b_x, 0) / D)[None, :]
         b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS)  # [T]
-        b_bias = tl.load(p_weight + D + o_d)  # [D]
+        b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
         b_x = b_x * b_scale[None, :] * b_weight[:, None] + b_bias[:, None]
     return b_x
 
@@ -301,6 +300,9 @@ def last_block(
     for head in range(H):
         o_head = head * DH + o_h
         p_w = p_matrices + o_head[:, None] * D + o_d[None, :]  # [DH, D]
+        if p_rotary is None:
+            b_wq = tl.load(p_w).to(tl.float32)
+            b_wk = tl.load(p_w + KEY * D * D).to(tl.float32)
         b_wv = tl.load(p_w + VALUE * D * D).to(tl.float32)
         p_wo = p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_head[None, :]  # [D, DH]
         b_wo = tl.load(p_wo).to(tl.float32)
@@ -310,7 +312,6 @@ def last_block(
                 D, H, T, PRECISION, INPUT,
             )  # fmt: skip
         else:
-            b_wq, b_wk = tl.load(p_w).to(tl.float32), tl.load(p_w + KEY * D * D).to(tl.float32)
             b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
             # The keys' bias adds the same to all scores of a query.
             b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
