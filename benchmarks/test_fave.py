@@ -169,8 +169,9 @@ def test_recommendation(suite, race, fave_batch):
         flops=flops,
         items=batch,
         note="from ids to the embedding of the next item; scoring is not included, but in "
-        f"{SERVER!r}, which keeps the weights packed, so are the best {BEST} items. 'published' and "
-        "'ours' are Fave in one step; each variant agrees with the published program of its model",
+        f"{SERVER!r}, which keeps the weights packed, so are the best {BEST} items. 'published' "
+        "and those of ours are Fave in one step, the others FMRec; each variant agrees with the "
+        "published program of its model",
         left_out=left_out,
         budget=50.0 if batch == 1 else 60.0 if batch > LARGE else 25.0,
         least=ROUNDS_FOR_P99 if batch == 1 else 3 if batch > LARGE else 5,

@@ -178,8 +178,6 @@ def sample(
                     padding=padding,
                 )
                 return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
-    # A model in evaluation mode is left alone: going through its modules would take longer than
-    # a step of a small batch.
     training = _training_modules(model)
     for module in training:
         module.training = False
@@ -223,8 +221,10 @@ def sample(
 
 
 def _training_modules(model: FMRecommender) -> list[torch.nn.Module]:
-    """Those in training mode; ``model.modules()`` takes five times as long, which shows at B = 1."""
-    found, waiting = [], [model]
+    """Those in training mode. ``model.modules()`` takes a tenth of a millisecond, which is much
+    of one user's recommendation."""
+    found: list[torch.nn.Module] = []
+    waiting: list[torch.nn.Module] = [model]
     while waiting:
         module = waiting.pop()
         if module.training:
