@@ -225,6 +225,17 @@ class Dataset:
         if isinstance(external_ids, np.ndarray):
             external_ids = external_ids.tolist()
         external_ids = list(external_ids)
+        found = self.look_up_items(external_ids)
+        unknown = np.flatnonzero(found == 0)
+        if len(unknown):
+            raise ValueError(
+                f"unknown item id {external_ids[unknown[0]]!r} ({len(unknown)} of {len(found)} ids "
+                f"are unknown); expected ids of the dataset, such as {self.item_ids[:3]}"
+            )
+        return found
+
+    def look_up_items(self, external_ids: list) -> np.ndarray:
+        """As `encode_items`, and 0 for an unknown id."""
         for kind in set(map(type, external_ids)):
             # Checked first: a dict finds True and 1.0 where it holds 1.
             if kind is bool or not issubclass(kind, (int, str, np.integer)):
@@ -234,12 +245,6 @@ class Dataset:
                 )
         index = self.item_index
         found = [index.get(item) or self._other_spelling(item) for item in external_ids]
-        if 0 in found:
-            unknown = external_ids[found.index(0)]
-            raise ValueError(
-                f"unknown item id {unknown!r} ({found.count(0)} of {len(found)} ids are unknown); "
-                f"expected ids of the dataset, such as {self.item_ids[:3]}"
-            )
         return np.array(found, dtype=np.int32)
 
     def _other_spelling(self, item: int | str) -> int:

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -107,8 +107,8 @@ def read_dataset(
                 f"split and numbering are fixed"
             )
         return read_published(path)
-    source = _Parquet(path) if format == "parquet" else _Text(path, format)
-    return _from_table(source, _choose_columns(source, wanted), int(min_user), int(min_item))
+    source: Source = _Parquet(path) if format == "parquet" else _Text(path, format)
+    return from_table(source, choose_columns(source, wanted), int(min_user), int(min_item))
 
 
 def _format_of(path: Path, format: str | None) -> str:
@@ -258,16 +258,37 @@ class _Parquet:
         return [table.column(name) for name in names]
 
 
-def _choose_columns(source: _Text | _Parquet, wanted: dict[str, str | None]) -> dict[str, int]:
+class Source(Protocol):
+    """What columns are read from; `line` says where a row is."""
+
+    path: Any
+    names: list[str]
+    header: list[str]
+    types: list[str]
+
+    def line(self, row: int) -> str: ...
+
+    def read(self, columns: list[int]) -> list[pa.ChunkedArray]: ...
+
+
+class Place(Protocol):
+    """The part of a `Source` that messages name."""
+
+    path: Any
+
+    def line(self, row: int) -> str: ...
+
+
+def is_conventional(role: str, column: str) -> bool:
+    return column.lower().translate(str.maketrans("", "", "_- ")) in CONVENTIONAL[role]
+
+
+def choose_columns(source: Source, wanted: dict[str, str | None]) -> dict[str, int]:
     """The positions of the columns: 'user', 'item' and, where there is one, 'timestamp'."""
     chosen = {}
     for role, name in wanted.items():
         if name is None:
-            found = [
-                at
-                for at, column in enumerate(source.names)
-                if column.lower().translate(str.maketrans("", "", "_- ")) in CONVENTIONAL[role]
-            ]
+            found = [at for at, name in enumerate(source.names) if is_conventional(role, name)]
             problem = f"no {role} column" if not found else f"several {role} columns"
         else:
             found = [
@@ -309,28 +330,33 @@ class _Ids:
     ids: list
 
 
-def _from_table(
-    source: _Text | _Parquet, columns: dict[str, int], min_user: int, min_item: int
-) -> Dataset:
+def from_table(source: Source, columns: dict[str, int], min_user: int, min_item: int) -> Dataset:
     arrays = dict(zip(columns, source.read(list(columns.values())), strict=True))
     if len(arrays["user"]) == 0:
         raise ValueError(f"{source.path}: no interactions; expected rows after the header")
     users = _encode(source, "user", arrays["user"])
     items = _encode(source, "item", arrays["item"])
-    times = _timestamps(source, arrays["timestamp"]) if "timestamp" in arrays else None
+    times = timestamps(source, arrays["timestamp"]) if "timestamp" in arrays else None
     return _assemble(
         users,
         items,
         times,
         min_user,
         min_item,
-        name=source.path.stem,
+        name=Path(source.path).stem,
         source=str(source.path),
         columns=tuple(f"{role} {source.names[at]}" for role, at in columns.items()),
     )
 
 
-def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Ids:
+def check_id_column(
+    source: Place, role: str, column: pa.Array | pa.ChunkedArray
+) -> pa.Array | pa.ChunkedArray:
+    """A column of ids without dictionaries, and as integers where its floats are whole.
+
+    Raises:
+        ValueError: an id is missing, or the type is none of ids.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -349,6 +375,13 @@ def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Id
         raise ValueError(
             f"{source.path}: the {role} column has type {kind}; expected integers or text"
         )
+    return column
+
+
+def _encode(source: Source, role: str, column: pa.ChunkedArray) -> _Ids:
+    import pyarrow as pa
+
+    column = check_id_column(source, role, column)
     encoded = column.dictionary_encode().combine_chunks()
     codes, distinct = encoded.indices.to_numpy(), encoded.dictionary
     if _is_text(distinct.type):
@@ -371,9 +404,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_text_ids(
-    source: _Text | _Parquet, role: str, codes: np.ndarray, distinct: list[str]
-) -> None:
+def _check_text_ids(source: Source, role: str, codes: np.ndarray, distinct: list[str]) -> None:
     for code, value in enumerate(distinct):
         if not value.strip():
             problem = f"the {role} id is empty ({value!r}); expected an id"
@@ -397,7 +428,7 @@ def _as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
         return None  # 19 digits may be beyond int64
 
 
-def _timestamps(source: _Text | _Parquet, column: pa.ChunkedArray) -> np.ndarray:
+def timestamps(source: Place, column: pa.ChunkedArray) -> np.ndarray:
     """int64 or float64 [N], finite"""
     import pyarrow as pa
     import pyarrow.compute as pc
