@@ -8,7 +8,7 @@ batches are, however many workers there are, and whether one of them had to star
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ def user_rows(users: Iterable) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), "<i8").astype(np.int64)
 
 
-def external_ids(ids: list) -> pa.Array:
+def external_ids(ids: Sequence) -> pa.Array:
     """Ids as an Arrow array: of integers, or of text where any is text."""
     if all(type(value) is int for value in ids):
         return pa.array(ids)

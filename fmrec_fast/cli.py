@@ -19,8 +19,11 @@ from fmrec_fast.config import PADDINGS, STAGES, FaveConfig, FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
+    convert,
     read_dataset,
+    verify,
 )
+from fmrec_fast.data.convert import MEMORY_MB
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
 from fmrec_fast.models import CONFIGS, FMRecommender
 from fmrec_fast.presets import PRESETS, preset
@@ -98,7 +101,7 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Train on a dataset into a run directory.")
-    train.add_argument("data", help=f"dataset file, or '{demo.SYNTHETIC}'")
+    train.add_argument("data", help=f"dataset file, converted folder, or '{demo.SYNTHETIC}'")
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, if any")
     train.add_argument(
@@ -132,6 +135,19 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     if choice.preset is not None:
         train.set_defaults(preset(choice.preset, stage or STAGES[0]))
     commands.add_subcommand("train", train, help="train a model")
+
+    turned = ArgumentParser(
+        description="Convert interactions of any size into a folder that is mapped, not read: give "
+        "it to the other commands as their dataset."
+    )
+    turned.add_argument("data", help="dataset file, or folder of Parquet or Arrow files")
+    turned.add_argument("out", help="folder to make")
+    _add_reading(turned, "pkl, inter, csv, tsv, parquet or arrow")
+    turned.add_argument(
+        "--memory_mb", type=int, default=MEMORY_MB, help="of the sort; some 500 MB come on top"
+    )
+    turned.add_argument("--verify", action="store_true", help="read all of the result again")
+    commands.add_subcommand("convert", turned, help="convert data larger than memory")
 
     test = ArgumentParser(description="Evaluate a run: HR, NDCG, MRR over the full ranking.")
     test.add_argument("run", help="run directory")
@@ -267,12 +283,9 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     return parser
 
 
-def _add_reading(parser: Any) -> None:
+def _add_reading(parser: Any, formats: str = "pkl, inter, csv, tsv or parquet") -> None:
     parser.add_argument(
-        "--format",
-        type=str | None,
-        default=None,
-        help="pkl, inter, csv, tsv or parquet; default: by the suffix",
+        "--format", type=str | None, default=None, help=f"{formats}; default: by the suffix"
     )
     for role in ("user", "item", "time"):
         parser.add_argument(
@@ -363,6 +376,14 @@ def _reading(options: Any, path: str) -> dict[str, Any]:
         "min_item": options.min_item,
     }
     return {"path": str(Path(path).resolve())} | {k: v for k, v in chosen.items() if v}
+
+
+def _convert(options: Any) -> None:
+    chosen = _reading(options, options.data)
+    dataset = convert(chosen.pop("path"), options.out, memory_mb=options.memory_mb, **chosen)
+    if options.verify:
+        verify(options.out)
+    _show(dataset)
 
 
 def _read(source: dict[str, Any]) -> Dataset:
@@ -803,7 +824,7 @@ def _interaction_columns(options: Any, source: Any) -> dict[str, str | None]:
     return {"timestamp": None} | names
 
 
-def _write(out: str | None, users: list, best: Recommendations, item_ids: list) -> None:
+def _write(out: str | None, users: Sequence, best: Recommendations, item_ids: list) -> None:
     """One row per user and rank: user, rank, item, score."""
     import pyarrow as pa
 
@@ -888,6 +909,7 @@ def _demo(options: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": _convert,
     "train": _train,  # once a stage
     "evaluate": _evaluate,
     "recommend": _recommend,
