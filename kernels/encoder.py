@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.config import PRECISIONS
+from fmrec_fast.kernels.launch import compile_cases, pack, rotations, settings
 from fmrec_fast.kernels.transformer import query_scale, stack
 from fmrec_fast.reference.encoder import BlockWeights
 
@@ -21,6 +22,7 @@ def encoder_kernel(
     p_mask,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_out,
     p_tapped,
     length,
@@ -45,7 +47,7 @@ def encoder_kernel(
     if p_tapped is not None:
         p_tapped += b * D
     b_last = stack(
-        b_x, b_scale, p_matrices, p_vectors, p_tapped, tap, length, num_blocks,
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, p_tapped, tap, length, num_blocks,
         D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     tl.store(p_out + b * D + o_d, b_last)
@@ -65,7 +67,8 @@ def encoder(
     batch, length = x.shape[:2]
     if batch == 0:
         return
-    tensors = (x, mask, *pack(blocks, x.shape[2], precision), out, tapped)
+    rotary = rotations(blocks, *x.shape[1:], num_heads)
+    tensors = (x, mask, *pack(blocks, x.shape[2], precision), rotary, out, tapped)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         encoder_kernel[(batch,)](
             *tensors,
@@ -76,9 +79,10 @@ def encoder(
         )
 
 
-COMPILE_CASES = compile_cases(
+CASE = (
     encoder_kernel,
     "p_x p_mask p_matrices p_vectors p_out p_tapped",
     "length num_blocks tap",
     {},
 )
+COMPILE_CASES = compile_cases(*CASE) + compile_cases(*CASE, fave=True, precisions=PRECISIONS[:1])

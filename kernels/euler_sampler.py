@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.launch import compile_cases, pack, rotations, settings
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
@@ -32,6 +32,7 @@ def euler_sampler_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -73,7 +74,7 @@ def euler_sampler_kernel(
         b_shift = b_point + tl.load(p_taus + step * D + o_d)
         b_x = fuse(p_e, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
         b_last = stack(
-            b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+            b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
             D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
         )  # fmt: skip
         b_point += (norm_row(b_last, b_weight, b_bias, D) - b_z0) / steps
@@ -103,8 +104,9 @@ def euler_sampler(
     if batch == 0:
         return
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
+    rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, z0, taus, matrices, vectors, norm, noise, rows, seed, out)
+    tensors = (e, mask, z0, taus, matrices, vectors, rotary, norm, noise, rows, seed, out)
     sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
     with torch.cuda.device_of(e):  # Triton launches on the current device
         euler_sampler_kernel[(batch,)](
@@ -115,9 +117,10 @@ def euler_sampler(
         )
 
 
-COMPILE_CASES = compile_cases(
+CASE = (
     euler_sampler_kernel,
     "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False},
 )
+COMPILE_CASES = compile_cases(*CASE) + compile_cases(*CASE, fave=True)

@@ -8,6 +8,7 @@ import triton
 from fmrec_fast.config import PRECISIONS
 from fmrec_fast.kernels.plans import THREADS, family, plan
 from fmrec_fast.reference.encoder import BlockWeights, rounded
+from fmrec_fast.reference.rotary import angles
 
 # No launch multiplies and adds in one rounding unless the kernel says tl.fma.
 OPTIONS = {"enable_fp_fusion": False}
@@ -32,7 +33,7 @@ def pack(
     wide["w1_bias"] = (4 * width,)
     for w in blocks:
         for name, tensor in w._asdict().items():
-            if name == "inv_freq" and tensor is None:  # these kernels do not rotate
+            if name == "inv_freq" or tensor is None:  # RMS norms have no bias
                 continue
             matrix = name.endswith("_weight") and not name.startswith("norm")
             expected = wide.get(name, (width, width) if matrix else (width,))
@@ -43,8 +44,9 @@ def pack(
         for w in blocks
         for name in ("query", "key", "value", "output", "w1", "w2")
     ]
+    nothing = blocks[0].norm1_weight.new_zeros(width)
     vectors = [
-        getattr(w, name).detach()
+        nothing if getattr(w, name) is None else getattr(w, name).detach()
         for w in blocks
         for name in (
             "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
@@ -54,6 +56,26 @@ def pack(
     packed = torch.cat(matrices)
     packed = packed.bfloat16() if precision == "bf16" else rounded(packed, precision)
     return packed, torch.cat(vectors)
+
+
+def rotations(
+    blocks: list[BlockWeights], length: int, width: int, num_heads: int
+) -> torch.Tensor | None:
+    """Cosines and sines of the blocks' rotary embeddings, [blocks, 2, L, D / H / 2]; None without.
+
+    Raises:
+        ValueError: `inv_freq` is not of D / H / 2 angles.
+    """
+    if blocks[0].inv_freq is None:
+        return None
+    frequencies = [w.inv_freq.detach() for w in blocks if w.inv_freq is not None]
+    expected = [(width // num_heads // 2,)] * len(blocks)
+    if [tuple(f.shape) for f in frequencies] != expected:
+        found = [None if w.inv_freq is None else tuple(w.inv_freq.shape) for w in blocks]
+        raise ValueError(f"inv_freq of the blocks must be {expected}, got {found}")
+    parts = angles(torch.stack(frequencies).flatten(), length)  # [L, blocks * D / H / 2] each
+    table = torch.stack(parts).unflatten(-1, (len(blocks), -1))
+    return table.permute(2, 0, 1, 3).contiguous()
 
 
 def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, object]:
@@ -73,16 +95,29 @@ def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, objec
     return {**found._asdict(), **constants, **options}
 
 
-def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
-    """What `budget` compiles: the paper's sizes in each precision, as planned for each target."""
+def compile_cases(
+    kernel,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    *,
+    fave: bool = False,
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> list[dict]:
+    """What `budget` compiles: the paper's sizes in each precision, as planned for each target;
+    FMRec's blocks, or Fave's."""
     types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
+    if fave:
+        types["p_rotary"] = "*fp32"
+    else:
+        constants = constants | {"p_rotary": None}
     types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
     types |= {"delta": "fp32"} if "delta" in types else {}
     cases = []
     for kind, shared in (
         ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
     ):  # fmt: skip
-        for precision in PRECISIONS:
+        for precision in precisions:
             found = plan(50, 128, 4, precision, kind, shared)
             if isinstance(found, str):
                 raise ValueError(found)
@@ -92,6 +127,7 @@ def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, obje
             cases.append(
                 {
                     "kernel": kernel,
+                    "name": kernel.__name__ + ("[fave]" if fave else ""),
                     "signature": types | {"p_matrices": matrices},
                     "constants": constants | found._asdict() | shape,
                     "threads": THREADS,

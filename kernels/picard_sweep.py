@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.launch import compile_cases, pack, rotations, settings
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
@@ -32,6 +32,7 @@ def picard_sweep_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -66,7 +67,7 @@ def picard_sweep_kernel(
     b_x = fuse(p_e + b * length * D, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
     b_scale = query_scale(p_mask, b, length, D, H, T)  # [T]
     b_last = stack(
-        b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
         D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
@@ -91,8 +92,9 @@ def picard_sweep(
     if batch * steps == 0:
         return
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
+    rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, x, taus, matrices, vectors, norm, noise, rows, seed, out)
+    tensors = (e, mask, x, taus, matrices, vectors, rotary, norm, noise, rows, seed, out)
     sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))
     with torch.cuda.device_of(e):  # Triton launches on the current device
         picard_sweep_kernel[(batch * steps,)](
