@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, scratch, settings, tiled_cases
+from fmrec_fast.config import PRECISIONS
+from fmrec_fast.kernels.launch import (
+    compile_cases,
+    pack,
+    rotations,
+    scratch,
+    settings,
+    tiled_cases,
+)
 from fmrec_fast.kernels.plans import TilePlan
 from fmrec_fast.kernels.tiles import stack_tiles
 from fmrec_fast.kernels.transformer import query_scale, stack
@@ -24,6 +32,7 @@ def encoder_kernel(
     p_mask,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_out,
     p_tapped,
     length,
@@ -48,7 +57,7 @@ def encoder_kernel(
     if p_tapped is not None:
         p_tapped += b * D
     b_last = stack(
-        b_x, b_scale, p_matrices, p_vectors, p_tapped, tap, length, num_blocks,
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, p_tapped, tap, length, num_blocks,
         D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     tl.store(p_out + b * D + o_d, b_last)
@@ -116,24 +125,30 @@ def encoder(
     if batch == 0:
         return
     plan, constants = settings(x, num_heads, precision)
-    tensors = (x, mask, *pack(blocks, x.shape[2], precision), out, tapped)
+    tensors = (x, mask, *pack(blocks, x.shape[2], precision))
     sizes = (length, len(blocks), -1 if tap is None else tap)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if isinstance(plan, TilePlan):
             programs, *memory = scratch(x, plan, batch, precision)
-            encoder_tiled_kernel[(programs,)](*tensors, *memory, batch, *sizes, **constants)
+            kernel = encoder_tiled_kernel[(programs,)]
+            kernel(*tensors, out, tapped, *memory, batch, *sizes, **constants)
         else:
-            encoder_kernel[(batch,)](*tensors, *sizes, **constants)
+            rotary = rotations(blocks, *x.shape[1:], num_heads)
+            encoder_kernel[(batch,)](*tensors, rotary, out, tapped, *sizes, **constants)
 
 
-COMPILE_CASES = compile_cases(
+CASE = (
     encoder_kernel,
     "p_x p_mask p_matrices p_vectors p_out p_tapped",
     "length num_blocks tap",
     {},
-) + tiled_cases(
+)
+TILED_CASES = tiled_cases(
     encoder_tiled_kernel,
     "p_x p_mask p_matrices p_vectors p_out p_tapped p_stream p_rest",
     "batch length num_blocks tap",
     {},
+)
+COMPILE_CASES = (
+    TILED_CASES + compile_cases(*CASE) + compile_cases(*CASE, fave=True, precisions=PRECISIONS[:1])
 )

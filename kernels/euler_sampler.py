@@ -17,7 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, scratch, settings, tiled_cases
+from fmrec_fast.kernels.launch import (
+    compile_cases,
+    pack,
+    rotations,
+    scratch,
+    settings,
+    tiled_cases,
+)
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.plans import TilePlan
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
@@ -35,6 +42,7 @@ def euler_sampler_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -76,7 +84,7 @@ def euler_sampler_kernel(
         b_shift = b_point + tl.load(p_taus + step * D + o_d)
         b_x = fuse(p_e, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
         b_last = stack(
-            b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+            b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
             D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
         )  # fmt: skip
         b_point += (norm_row(b_last, b_weight, b_bias, D) - b_z0) / steps
@@ -180,27 +188,31 @@ def euler_sampler(
     plan, constants = settings(e, weights.num_heads, precision, tied)
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, z0, taus, matrices, vectors, norm, noise, rows, seed, out)
+    inputs = (e, mask, z0, taus, matrices, vectors)
+    others = (norm, noise, rows, seed, out)
     sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
     constants["TRAJECTORY"] = out.ndim > z0.ndim
     with torch.cuda.device_of(e):  # Triton launches on the current device
         if isinstance(plan, TilePlan):
             programs, *memory = scratch(e, plan, batch, precision)
             kernel = euler_sampler_tiled_kernel[(programs,)]
-            kernel(*tensors, *memory, *sizes, TIED=tied, **constants)
+            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
         else:
-            euler_sampler_kernel[(batch,)](*tensors, *sizes, **constants)
+            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
+            euler_sampler_kernel[(batch,)](*inputs, rotary, *others, *sizes, **constants)
 
 
-COMPILE_CASES = compile_cases(
+CASE = (
     euler_sampler_kernel,
     "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False},
-) + tiled_cases(
+)
+TILED_CASES = tiled_cases(
     euler_sampler_tiled_kernel,
     "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False, "TIED": True},
     all_of_them=True,
 )
+COMPILE_CASES = TILED_CASES + compile_cases(*CASE) + compile_cases(*CASE, fave=True)

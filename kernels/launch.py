@@ -8,6 +8,7 @@ import triton
 from fmrec_fast.config import PRECISIONS
 from fmrec_fast.kernels.plans import THREADS, Plan, TilePlan, family, plan
 from fmrec_fast.reference.encoder import BlockWeights, rounded
+from fmrec_fast.reference.rotary import angles
 
 # No launch multiplies and adds in one rounding unless the kernel says tl.fma.
 OPTIONS = {"enable_fp_fusion": False}
@@ -34,7 +35,7 @@ def pack(
     wide["w1_bias"] = (4 * width,)
     for w in blocks:
         for name, tensor in w._asdict().items():
-            if name == "inv_freq" and tensor is None:  # these kernels do not rotate
+            if name == "inv_freq" or tensor is None:  # RMS norms have no bias
                 continue
             matrix = name.endswith("_weight") and not name.startswith("norm")
             expected = wide.get(name, (width, width) if matrix else (width,))
@@ -45,8 +46,9 @@ def pack(
         for w in blocks
         for name in ("query", "key", "value", "output", "w1", "w2")
     ]
+    nothing = blocks[0].norm1_weight.new_zeros(width)
     vectors = [
-        getattr(w, name).detach()
+        nothing if getattr(w, name) is None else getattr(w, name).detach()
         for w in blocks
         for name in (
             "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
@@ -56,6 +58,26 @@ def pack(
     packed = torch.cat(matrices)
     packed = packed.bfloat16() if precision == "bf16" else rounded(packed, precision)
     return packed, torch.cat(vectors)
+
+
+def rotations(
+    blocks: list[BlockWeights], length: int, width: int, num_heads: int
+) -> torch.Tensor | None:
+    """Cosines and sines of the blocks' rotary embeddings, [blocks, 2, L, D / H / 2]; None without.
+
+    Raises:
+        ValueError: `inv_freq` is not of D / H / 2 angles.
+    """
+    if blocks[0].inv_freq is None:
+        return None
+    frequencies = [w.inv_freq.detach() for w in blocks if w.inv_freq is not None]
+    expected = [(width // num_heads // 2,)] * len(blocks)
+    if [tuple(f.shape) for f in frequencies] != expected:
+        found = [None if w.inv_freq is None else tuple(w.inv_freq.shape) for w in blocks]
+        raise ValueError(f"inv_freq of the blocks must be {expected}, got {found}")
+    parts = angles(torch.stack(frequencies).flatten(), length)  # [L, blocks * D / H / 2] each
+    table = torch.stack(parts).unflatten(-1, (len(blocks), -1))
+    return table.permute(2, 0, 1, 3).contiguous()
 
 
 def settings(
@@ -97,9 +119,23 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
-    """What `budget` compiles: the paper's sizes in each precision, as planned for each target."""
-    return _cases(kernel, "", (50, 128, 4), False, pointers, scalars, constants)
+def compile_cases(
+    kernel,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    *,
+    fave: bool = False,
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> list[dict]:
+    """What `budget` compiles: the paper's sizes in each precision, as planned for each target;
+    FMRec's blocks, or Fave's."""
+    if fave:
+        pointers += " p_rotary"
+    else:
+        constants = constants | {"p_rotary": None}
+    name = "[fave]" if fave else ""
+    return _cases(kernel, name, (50, 128, 4), False, pointers, scalars, constants, precisions)
 
 
 def tiled_cases(
@@ -122,13 +158,14 @@ def _cases(
     pointers: str,
     scalars: str,
     constants: dict[str, object],
+    precisions: tuple[str, ...] = PRECISIONS,
 ) -> list[dict]:
     types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
     types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
     types |= {"delta": "fp32"} if "delta" in types else {}
     cases = []
     for kind, shared in FAMILIES:
-        for precision in PRECISIONS:
+        for precision in precisions:
             found = plan(*sizes, precision, kind, shared, tied)
             if isinstance(found, str):
                 raise ValueError(found)

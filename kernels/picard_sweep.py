@@ -17,7 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, scratch, settings, tiled_cases
+from fmrec_fast.kernels.launch import (
+    compile_cases,
+    pack,
+    rotations,
+    scratch,
+    settings,
+    tiled_cases,
+)
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.plans import TilePlan
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
@@ -35,6 +42,7 @@ def picard_sweep_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -69,7 +77,7 @@ def picard_sweep_kernel(
     b_x = fuse(p_e + b * length * D, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
     b_scale = query_scale(p_mask, b, length, D, H, T)  # [T]
     b_last = stack(
-        b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
         D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
@@ -159,15 +167,17 @@ def picard_sweep(
     plan, constants = settings(e, weights.num_heads, precision, tied)
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, x, taus, matrices, vectors, norm, noise, rows, seed, out)
+    inputs = (e, mask, x, taus, matrices, vectors)
+    others = (norm, noise, rows, seed, out)
     sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))
     with torch.cuda.device_of(e):  # Triton launches on the current device
         if isinstance(plan, TilePlan):
             programs, *memory = scratch(e, plan, batch * steps, precision)
             kernel = picard_sweep_tiled_kernel[(programs,)]
-            kernel(*tensors, *memory, *sizes, TIED=tied, **constants)
+            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
         else:
-            picard_sweep_kernel[(batch * steps,)](*tensors, *sizes, **constants)
+            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
+            picard_sweep_kernel[(batch * steps,)](*inputs, rotary, *others, *sizes, **constants)
 
 
 COMPILE_CASES = compile_cases(
@@ -175,9 +185,11 @@ COMPILE_CASES = compile_cases(
     "p_e p_mask p_x p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
     "batch length steps num_blocks delta",
     {"p_noise": None},
-) + tiled_cases(
+)
+TILED_CASES = tiled_cases(
     picard_sweep_tiled_kernel,
     "p_e p_mask p_x p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TIED": True},
 )
+COMPILE_CASES += TILED_CASES

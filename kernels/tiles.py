@@ -216,7 +216,7 @@ def block_tiles(
     p_mixed = p_queries + T * D
     for start in tl.range(0, rows, T, num_stages=1):
         o_row = start + o_t
-        b_h = norm_columns(load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D)
+        b_h = norm_columns(load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D, False)
         b_h = operand(b_h, PRECISION, INPUT)  # [D, T]
         for channel in tl.range(0, D, C, num_stages=STAGES):
             o_c = channel + tl.arange(0, C)
@@ -231,7 +231,7 @@ def block_tiles(
     tl.debug_barrier()
     for start in tl.range(0, rows, T, num_stages=1):
         o_row = start + o_t
-        b_h = norm_columns(load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D)
+        b_h = norm_columns(load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D, False)
         b_h = operand(b_h, PRECISION, INPUT)  # [D, T]
         b_scale = tl.load(p_mask + position_of(o_row, first), mask=o_row < rows, other=0.0)
         b_scale *= SCALE
@@ -253,7 +253,7 @@ def block_tiles(
             b_w = tl.load(p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_c[None, :])  # [D, C]
             b_mixed = tl.load(p_mixed + o_t[None, :] * D + o_c[:, None])  # [C, T]
             b_x = product(b_w, b_mixed, b_x, INPUT)
-        b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION, INPUT)
+        b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D, False), PRECISION, INPUT)
         b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
         for inner in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
             o_c = inner + tl.arange(0, CHUNK)
@@ -299,7 +299,9 @@ def last_block_tiles(
         most, total = float("-inf"), 0.0
         b_mixed = tl.zeros((D,), tl.float32)
         for start in tl.range(0, rows, T, num_stages=1):
-            b_h = norm_columns(load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D)  # [D, T]
+            b_h = norm_columns(
+                load_tile(p_x, start, D, T), p_vectors + NORM1 * D, D, False
+            )  # [D, T]
             b_s = tl.sum(b_h * b_seen[:, None], 0)  # [T]
             if TIED:
                 b_s += tl.where(start + o_t == 0, key_bias, 0.0)

@@ -44,7 +44,9 @@ def run(place, model, tensors, times, **options):
                for k, v in options.items()}  # fmt: skip
     published = options.get("trajectory", "straight"), options.get("target", "data")
     declines: set[Backend] = set()
-    if published != ("straight", "data") or "lam_of_step" in options:
+    if published == ("straight", "velocity"):
+        declines = {Backend.TRITON}
+    elif published != ("straight", "data") or "lam_of_step" in options:
         declines = {Backend.CPP, Backend.TRITON}
     else:
         if tensors[0].shape[2] not in WIDTHS:

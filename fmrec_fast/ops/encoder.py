@@ -233,13 +233,15 @@ def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) 
 def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
     """Why the kernel that would run here does not cover the blocks' norms or rotation; empty where
     it does."""
-    if blocks and blocks[0].norm1_bias is None and candidate(device) is Backend.TRITON:
-        return "its Triton kernel has no RMS norms and no rotary embedding"
     if not blocks:
         return ""
-    first = blocks[0].inv_freq
-    if torch.compiler.is_compiling() and (first is not None or blocks[0].norm1_bias is None):
+    first, rms = blocks[0].inv_freq, blocks[0].norm1_bias is None
+    if torch.compiler.is_compiling() and (first is not None or rms):
         return "its registered op has no RMS norms and no rotary embedding"
+    if candidate(device) is Backend.TRITON:
+        if rms != (first is not None):
+            return "its Triton kernel has RMS norms with rotary embedding, and only with it"
+        return ""
     if first is None or first.device.type != "cpu":  # looking would wait for another device
         return ""
     if any(other.inv_freq is None or not first.equal(other.inv_freq) for other in blocks[1:]):

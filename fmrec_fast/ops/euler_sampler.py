@@ -146,9 +146,14 @@ def euler_sampler(
     if noise is not None:
         tensors.append(noise)
     declined = ""
-    if (weights.attention, trajectory, target) != ("published", "straight", "data"):
+    velocity = (trajectory, target) == ("straight", "velocity")
+    able = candidate(e.device) is Backend.CPP and not torch.compiler.is_compiling()
+    if weights.attention != "published" or not (
+        (trajectory, target) == ("straight", "data") or (velocity and able)
+    ):
         declined = (
-            "its kernel has 'published' attention, 'straight' trajectory and target 'data' only, "
+            "its kernel has 'published' attention, 'straight' trajectory and target 'data' (in "
+            "C++ 'velocity' too) only, "
             f"got {weights.attention!r}, {trajectory!r} and {target!r}"
         )
     elif noise is None and lam_of_step is not None:
@@ -178,7 +183,7 @@ def euler_sampler(
         out = z0.new_empty((*points, *z0.shape))
         inputs = (e, mask, z0, taus, weights, seed, rows, noise)
         if backend is Backend.CPP:
-            return run_cpp("euler_sampler", *inputs, tied, out)
+            return run_cpp("euler_sampler", *inputs, tied, out, velocity=velocity)
         from fmrec_fast.kernels import euler_sampler as kernels
 
         return run_triton(kernels.euler_sampler, *inputs, precision, tied, out)
@@ -320,6 +325,7 @@ def run_cpp(
     noise: Tensor | None,
     tied: bool,
     out: Tensor,
+    **options: bool,
 ) -> Tensor:
     """The extension's `kernel`, which fills `out`, from z0 or the guessed points `x`."""
 
@@ -336,6 +342,7 @@ def run_cpp(
         out.numpy(),
         torch.get_num_threads(),
         tied,
+        **options,
     )
     return out
 
