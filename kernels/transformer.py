@@ -346,6 +346,41 @@ def query_scale(p_mask, b, length, D: tl.constexpr, H: tl.constexpr, T: tl.const
 
 
 @triton.jit
+def fuse_rows(
+    p_e,
+    p_noise,
+    b_shift,
+    k0,
+    k1,
+    row,
+    step,
+    delta,
+    b_position,
+    m_row,
+    D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """E = e + lam * shift at T positions of one sequence, [T, D], 0 outside m_row.
+
+    lam comes from p_noise unless that is None.
+    """
+    o_d = tl.arange(0, D)
+    o_e = b_position[:, None] * D + o_d[None, :]
+    m_e = m_row[:, None]
+    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
+    if p_noise is not None:
+        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
+    else:
+        G: tl.constexpr = D // 4
+        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
+        b_place = tl.broadcast_to(b_position.to(tl.uint32)[:, None], (T, G))
+        b_normal = four_normals(k0, k1, b_group, b_place, tl.cast(step, tl.uint32), row)
+        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
+    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
+    return tl.where(m_e, b_x, 0.0)
+
+
+@triton.jit
 def fuse(
     p_e,
     p_noise,
@@ -359,21 +394,10 @@ def fuse(
     D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """E = e + lam * shift of one sequence, [D, T]; lam from p_noise unless that is None."""
-    o_t, o_d = tl.arange(0, T), tl.arange(0, D)
-    o_e = o_t[:, None] * D + o_d[None, :]
-    m_e = (o_t < length)[:, None]
-    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
-    if p_noise is not None:
-        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
-    else:
-        G: tl.constexpr = D // 4
-        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
-        b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
-        b_normal = four_normals(k0, k1, b_group, b_position, tl.cast(step, tl.uint32), row)
-        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
-    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
-    return tl.where(m_e, b_x, 0.0).T
+    """All positions of one sequence, [D, T]."""
+    o_t = tl.arange(0, T)
+    b_x = fuse_rows(p_e, p_noise, b_shift, k0, k1, row, step, delta, o_t, o_t < length, D, T)
+    return b_x.T
 
 
 @triton.jit

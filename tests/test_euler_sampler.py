@@ -49,7 +49,7 @@ def run(place, model, tensors, times, **options):
     elif published != ("straight", "data") or "lam_of_step" in options:
         declines = {Backend.CPP, Backend.TRITON}
     else:
-        if tensors[0].shape[2] not in WIDTHS or options.get("padding") == "tied":
+        if tensors[0].shape[2] not in WIDTHS:
             declines.add(Backend.TRITON)
         if options.get("precision", "float32") != "float32":
             declines.add(Backend.CPP)

@@ -135,7 +135,7 @@ def encoder(
     declined = (
         declined
         or _declined(x, parameters, attention, drop, p)
-        or kernel_declines(x, num_heads, precision)
+        or kernel_declines(x, num_heads, precision, rotary=variant.rotary)
         or variant_declined(blocks, x.device)
     )
     if not declined and (paths is not no_paths or cross is not None):
@@ -177,25 +177,31 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
-def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
+def kernel_declines(
+    e: Tensor, num_heads: int, precision: str, *, tied: bool = False, rotary: bool = False
+) -> str:
     """Why the candidate backend's kernel has no such network; empty where it has.
 
     Args:
         e: [B, L, D]: its sizes and its device.
+        tied: whether the padding is; rotary: whether the blocks rotate.
     """
     backend = candidate(e.device)
     if backend is Backend.CPP and precision != "float32":
         return f"its kernel multiplies in float32 only, got precision {precision!r}"
     if backend is Backend.TRITON:
-        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
+        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device, tied, rotary)
     return ""
 
 
 @constant_when_compiled
-def _no_plan(length: int, width: int, num_heads: int, precision: str, device: torch.device) -> str:
+def _no_plan(
+    length: int, width: int, num_heads: int, precision: str, device: torch.device,
+    tied: bool, rotary: bool,
+) -> str:  # fmt: skip
     from fmrec_fast.kernels.plans import family, plan
 
-    found = plan(length, width, num_heads, precision, *family(device))
+    found = plan(length, width, num_heads, precision, *family(device), tied, rotary)
     return found if isinstance(found, str) else ""
 
 

@@ -186,7 +186,7 @@ def euler_sampler(
             return run_cpp("euler_sampler", *inputs, tied, out, velocity=velocity)
         from fmrec_fast.kernels import euler_sampler as kernels
 
-        return run_triton(kernels.euler_sampler, *inputs, precision, out)
+        return run_triton(kernels.euler_sampler, *inputs, precision, tied, out)
     # A compiled program is for any batch: it neither looks for padding nor cuts.
     cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
     grouped = weights.attention == "published" and not weights.variant.rotary
@@ -305,13 +305,12 @@ def network_declined(
     """Why the kernels of the sampler's network do not cover a call; empty where they do."""
     if needs_gradient(*tensors):
         return "its kernel has no backward pass, and a gradient is needed"
-    if tied and candidate(e.device) is Backend.TRITON:
-        return "its kernel computes every padded position, got padding 'tied'"
     if tied and weights.variant.rotary:
         return "its kernel has no rotary embedding with padding 'tied'"
-    return kernel_declines(e, weights.num_heads, precision) or variant_declined(
-        weights.blocks, e.device
-    )
+    rotary = weights.variant.rotary
+    return kernel_declines(
+        e, weights.num_heads, precision, tied=tied, rotary=rotary
+    ) or variant_declined(weights.blocks, e.device)
 
 
 def run_cpp(
@@ -359,12 +358,13 @@ def run_triton(
     rows: Tensor | None,
     noise: Tensor | None,
     precision: str,
+    tied: bool,
     out: Tensor,
 ) -> Tensor:
     """The Triton launcher `kernel`, likewise."""
     inputs = (t.contiguous() for t in (e, mask, x, taus))
     lam = None if noise is None else noise.contiguous()
-    kernel(*inputs, weights, lam, rows, seed, precision, out)
+    kernel(*inputs, weights, lam, rows, seed, precision, tied, out)
     return out
 
 
