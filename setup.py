@@ -19,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 
 HOST_SOURCES = [
     "csrc/bindings.cpp",
+    *sorted(str(path) for path in Path("csrc").glob("bind_*.cpp")),
     "csrc/isa.cpp",
+    "csrc/memory.cpp",
     "csrc/packed_encoder.cpp",
     "csrc/parallel.cpp",
     "csrc/ranking.cpp",

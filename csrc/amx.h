@@ -1,14 +1,14 @@
 // C = A B (+ bias) on AMX tiles of bfloat16, accurate to float32 by splitting the operands.
 //
 // A float32 number is the sum of three bfloat16: a = a0 + a1 + a2, each the remainder rounded to
-// nearest even. Of the nine products of the parts, here called planes, the six a_i b_j with
+// nearest. Of the nine products of the parts, here called planes, the six a_i b_j with
 // i + j <= 2 are kept; those dropped are below 2^-24 |a b|. With two planes (three products) the
 // result is closer than operands rounded to tf32 give; with one it is the product of the operands
 // rounded to bfloat16. The sums are float32. Numbers below 2^-126, also as planes, count as 0.
 //
 // Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
 // infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
-// infinity; the packing says whether there are any, if asked to. Rows and columns keep apart.
+// infinity. Rows and columns keep apart.
 //
 // Included by the kernel translation units of the instruction set amx only; everything here has
 // internal linkage. Every element of C is the same sum in the same order whatever tile it falls
@@ -39,28 +39,6 @@ struct TileState {
     TileState& operator=(const TileState&) = delete;
 };
 
-FMREC_INLINE __m512 widen(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-}
-
-FMREC_INLINE __m512 remainder_of(__m512 x, __m256i plane) {
-    return _mm512_sub_ps(x, widen(plane));
-}
-
-// 32 consecutive elements of a row into the planes, AMX_TILE * spacing apart.
-template <int PLANES>
-FMREC_INLINE void split_row(__m512 low, __m512 high, uint16_t* out, int64_t spacing) {
-#pragma GCC unroll 3
-    for (int p = 0; p < PLANES; ++p) {
-        const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_storeu_si512(out + p * spacing * AMX_TILE, plane);
-        if (p + 1 < PLANES) {
-            low = remainder_of(low, _mm512_castsi512_si256(plane));
-            high = remainder_of(high, _mm512_extracti64x4_epi64(plane, 1));
-        }
-    }
-}
-
 // Rows `row` and up of A's planes: where its tile of `depth_tile` begins, and how far apart its
 // planes are, in tiles. `rows` is the number of rows of all of A.
 template <int PLANES>
@@ -71,99 +49,6 @@ FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t dep
     *spacing = tiles;
     return planes + 2 * pair * depth_tiles * PLANES * AMX_TILE +
            (depth_tile * PLANES * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
-}
-
-// A [rows, depth], element (i, k) at a[i * a_row + k * a_depth], into amx_rows_size() of planes;
-// rows and depth beyond it are zeros. Whether all elements stay finite, if CHECKED.
-template <int PLANES, bool CHECKED = true>
-static inline bool amx_pack_rows(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
-                                 int64_t depth, uint16_t* planes) {
-    const int64_t depth_tiles = round_to(depth, 32) / 32;
-    const __m512 most = _mm512_set1_ps(AMX_LARGEST);
-    __mmask16 strange = 0;
-    for (int64_t i = 0; i < round_to(rows, 16); ++i) {
-        for (int64_t t = 0; t < depth_tiles; ++t) {
-            int64_t spacing;
-            uint16_t* out = row_of_planes<PLANES>(planes, rows, depth_tiles, i, t, &spacing);
-            __m512 low = _mm512_setzero_ps(), high = low;
-            if (i < rows) {
-                const int64_t left = depth - 32 * t;
-                const float* source = a + i * a_row + 32 * t * a_depth;
-                if (a_depth == 1) {
-                    const uint32_t mask = left < 32 ? (1u << left) - 1u : 0xffffffffu;
-                    low = _mm512_maskz_loadu_ps((__mmask16)mask, source);
-                    high = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), source + 16);
-                } else {
-                    alignas(64) float row[32] = {};
-                    for (int64_t k = 0; k < 32 && k < left; ++k) row[k] = source[k * a_depth];
-                    low = _mm512_load_ps(row);
-                    high = _mm512_load_ps(row + 16);
-                }
-                if (CHECKED) {  // a NaN is not less, either
-                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(low), most, _CMP_NLT_UQ) |
-                               _mm512_cmp_ps_mask(_mm512_abs_ps(high), most, _CMP_NLT_UQ);
-                }
-            }
-            split_row<PLANES>(low, high, out, spacing);
-        }
-    }
-    return strange == 0;
-}
-
-// B [depth, columns], element (k, j) at b[k * b_row + j * b_column], into amx_columns_size() of
-// planes; depth beyond it is zeros. `columns` is a multiple of 16, of which the first `present`
-// exist and the others are zeros. Whether all elements stay finite, if CHECKED.
-template <int PLANES, bool CHECKED = true>
-static inline bool amx_pack_columns(const float* b, int64_t b_row, int64_t b_column, int64_t depth,
-                                    int64_t columns, int64_t present, uint16_t* planes) {
-    const int64_t depth_tiles = round_to(depth, 32) / 32;
-    const __m512 most = _mm512_set1_ps(AMX_LARGEST);
-    __mmask16 strange = 0;
-    alignas(64) float block[32 * 16];
-    for (int64_t j = 0; j < columns; j += 16) {
-        const int64_t tiles = columns - j / 32 * 32 > 16 ? 2 : 1;
-        uint16_t* strip = planes + (j / 32 * 2 * depth_tiles * PLANES + j % 32 / 16) * AMX_TILE;
-        const int64_t wide = present - j < 0 ? 0 : present - j < 16 ? present - j : 16;
-        for (int64_t t = 0; t < depth_tiles; ++t) {
-            const int64_t deep = depth - 32 * t < 32 ? depth - 32 * t : 32;
-            if (deep < 32 || wide < 16) __builtin_memset(block, 0, sizeof block);
-            const float* source = b + 32 * t * b_row + j * b_column;
-            if (b_column == 1) {
-                const __mmask16 mask = (__mmask16)((1u << wide) - 1u);
-                for (int64_t k = 0; k < deep; ++k) {
-                    _mm512_store_ps(block + 16 * k, _mm512_maskz_loadu_ps(mask, source + k * b_row));
-                }
-            } else {
-                for (int64_t c = 0; c < wide; ++c) {
-                    for (int64_t k = 0; k < deep; ++k) {
-                        block[16 * k + c] = source[k * b_row + c * b_column];
-                    }
-                }
-            }
-            uint16_t* out = strip + t * PLANES * tiles * AMX_TILE;
-            for (int64_t k = 0; k < 16; ++k) {
-                __m512 even = _mm512_load_ps(block + 32 * k);
-                __m512 odd = _mm512_load_ps(block + 32 * k + 16);
-                if (CHECKED) {
-                    strange |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_NLT_UQ) |
-                               _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_NLT_UQ);
-                }
-#pragma GCC unroll 3
-                for (int p = 0; p < PLANES; ++p) {
-                    const __m512i plane = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-                    const __m256i evens = _mm512_castsi512_si256(plane);
-                    const __m256i odds = _mm512_extracti64x4_epi64(plane, 1);
-                    const __m512i pairs = _mm512_or_si512(
-                        _mm512_cvtepu16_epi32(evens),
-                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odds), 16));
-                    _mm512_storeu_si512(out + p * tiles * AMX_TILE + k * 32, pairs);
-                    even = remainder_of(even, evens);
-                    odd = remainder_of(odd, odds);
-                }
-            }
-        }
-    }
-    return strange == 0;
 }
 
 // The compiler does not know what a tile load reads.
@@ -286,8 +171,8 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
 
 // As gemm.h's Product.
 struct AmxProduct {
-    const uint16_t* a;   // by amx_pack_rows
-    const uint16_t* b;   // by amx_pack_columns
+    const uint16_t* a;   // by amx_split (csrc/amx_pack.h), as b
+    const uint16_t* b;
     const float* bias;   // [columns], or null
     const float* scale;  // [rows] that the rows of A B are multiplied by, or null
     bool add;            // onto C

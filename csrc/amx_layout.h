@@ -1,7 +1,8 @@
 // How the operands of csrc/amx.h lie in memory. Shared with host sources.
 //
-// A tile is 1 KiB: 16 rows of 32 bfloat16, or of B (depth by columns) 16 pairs of depth by 16
-// columns, the two of a pair next to each other. Tiles are consecutive in the order [pair of
+// A tile is 1 KiB: 16 rows or columns by 32 of the depth, of which k and k + 16 (k < 16) are a pair,
+// next to each other. Of A the 16 pairs of a row are consecutive, of B pair by pair the 16 columns.
+// Tiles are consecutive in the order [pair of
 // strips][tile of depth][plane][strip of the pair]; a strip is 16 rows of A or 16 columns of B, and
 // the last one has no partner where their number is odd. Rows and depth are padded with zeros.
 #pragma once
@@ -13,9 +14,6 @@
 namespace fmrec {
 
 constexpr int64_t AMX_TILE = 512;  // bfloat16 numbers
-
-// What rounds to infinity is not below this.
-constexpr float AMX_LARGEST = 3.3895314e38f;
 
 FMREC_INLINE constexpr int64_t round_to(int64_t size, int64_t unit) {
     return (size + unit - 1) / unit * unit;

@@ -1,7 +1,7 @@
 #include "encoder.h"
 
 #if defined(__AMX_BF16__)
-#include "amx.h"
+#include "amx_pack.h"
 #endif
 #include "gemm.h"
 #include "gelu.h"

@@ -76,8 +76,8 @@ struct EncoderKernels {
                 float* tapped, float* scratch);
     void (*run_ragged)(const Encoder*, float* x, const float* mask, const Ragged*, int64_t count,
                        float* last, float* tapped, float* scratch);
-    // Planes of the matrix whose element (k, j) is weight[k * row + j * column]; null where the
-    // instruction set has none.
+    // Planes of the matrix whose element (k, j) is weight[k * row + j * column], one of the two 1;
+    // null where the instruction set has none.
     void (*pack)(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
                  uint16_t* planes);
 };

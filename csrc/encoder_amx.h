@@ -9,8 +9,11 @@
 
 void pack_planes(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
                  uint16_t* planes) {
-    amx_pack_columns<AMX_PLANES, false>(weight, row, column, depth, round_up(columns, UNIT), columns,
-                                        planes);
+    if (column == 1) {
+        amx_split<AMX_PLANES, false, STRIPS_INSIDE>(weight, row, columns, depth, planes);
+    } else {
+        amx_split<AMX_PLANES, false, DEPTH_INSIDE>(weight, column, columns, depth, planes);
+    }
 }
 
 // c = a weight + bias, or c += ... : a is `planes`.
@@ -21,7 +24,7 @@ FMREC_INLINE void amx_linear(const uint16_t* planes, const PackedLinear* w, bool
 }
 
 FMREC_INLINE void split_rows(const Encoder* e, const float* x, int64_t rows, uint16_t* planes) {
-    amx_pack_rows<AMX_PLANES, false>(x, row_stride(e->channels), 1, rows, e->channels, planes);
+    amx_split<AMX_PLANES, true, DEPTH_INSIDE>(x, row_stride(e->channels), rows, e->channels, planes);
 }
 
 FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* x, float* out,
@@ -54,7 +57,7 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
                 const f32v low = gelu(load(sums) + load(bias + column));
                 f32v high = broadcast(0.0f);
                 if (width > 16) high = gelu(load(sums + 16) + load(bias + column + 16));
-                split_row<AMX_PLANES>((__m512)low, (__m512)high, out, spacing);
+                split_pairs<AMX_PLANES>(low, high, out, spacing);
             });
         const AmxProduct p = {inner,
                               b->outer.planes + first / INNER *

@@ -10,14 +10,6 @@
 
 namespace fmrec {
 
-Floats allocate_floats(std::int64_t count, bool zeroed) {
-    void* memory = nullptr;
-    const std::size_t size = static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(float);
-    if (posix_memalign(&memory, 64, size) != 0) throw std::bad_alloc();
-    if (zeroed) std::memset(memory, 0, size);
-    return Floats(static_cast<float*>(memory));
-}
-
 namespace {
 
 // Floats that a layer takes in panels and, for tiles, its bias alone.

@@ -2,22 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "encoder.h"
+#include "memory.h"
 
 namespace fmrec {
-
-// Memory of floats at a multiple of 64 bytes, freed with its owner. Not copyable.
-struct FreeFloats {
-    void operator()(float* memory) const { std::free(memory); }
-};
-typedef std::unique_ptr<float[], FreeFloats> Floats;
-
-// Throws std::bad_alloc.
-Floats allocate_floats(std::int64_t count, bool zeroed);
 
 // Parameters of one block as they lie in memory: Linear weights are [out, in].
 enum BlockArray {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -594,6 +594,14 @@ class FMRec(nn.Module):
         return x.reshape(z0.shape), int(solution.nfev)
 
 
+class StartingPoint(NamedTuple):
+    """Where inference starts from, as the C++ call names it: 'noise', 'anchor' or 'anchor in
+    history', whose channels are kept with chance `keep`."""
+
+    name: str
+    keep: float = 1.0
+
+
 class FMRecommender(nn.Module):
     """The joint model: item embeddings around the core (published name: ``Att_FM_model``).
 
@@ -664,6 +672,10 @@ class FMRecommender(nn.Module):
     ) -> Tensor:
         """Where inference starts from: [B, D]."""
         return source.start(self.emb_dim) if draws.z0 is None else draws.z0
+
+    def starts_from(self) -> StartingPoint:
+        """What `start` draws in evaluation."""
+        return StartingPoint("noise")
 
     def forward(
         self,

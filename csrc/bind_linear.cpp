@@ -1,0 +1,132 @@
+#include "bindings.h"
+
+#include "linear.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace fmrec {
+namespace {
+
+// Elements of work below which a second thread costs more than it brings.
+constexpr std::int64_t GRAIN = 1 << 20;
+
+// Both widths of a linear layer must be multiples of 16.
+void check_width(std::int64_t width, const char* what) {
+    if (width < 1 || width % LINEAR_WIDTH != 0) {
+        throw py::value_error(std::string(what) + " must be a positive multiple of 16, got " +
+                              std::to_string(width));
+    }
+}
+
+// out = in B + bias with element (k, j) of B at weight[k * row + j * column].
+void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
+                    std::int64_t row, std::int64_t column, const float* bias, float* out,
+                    std::int64_t rows, std::int64_t depth, std::int64_t columns,
+                    int num_threads) {
+    const Floats panels = allocate_floats(linear_packed(depth, columns), false);
+    prefer_huge_pages(out, rows * columns * 4);
+    kernels.pack(weight, row, column, depth, columns, panels.get());
+    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns};
+    parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
+                   rows * depth * columns >= GRAIN,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
+}
+
+void linear_forward(const py::object& x_, const py::object& weight_, const py::object& bias_,
+                    const py::object& out_, int num_threads) {
+    const py::array x = input<float>(x_, "x", 2), weight = input<float>(weight_, "weight", 2);
+    const py::array bias = input<float>(bias_, "bias", 1);
+    py::array out = output<float>(out_, "out", 2);
+    check_threads(num_threads);
+    const std::int64_t rows = x.shape(0), in = x.shape(1), columns = weight.shape(0);
+    check_shape(weight, "weight", "[O, I]", {columns, in});
+    check_shape(bias, "bias", "[O]", {columns});
+    check_shape(out, "out", "[M, O]", {rows, columns});
+    check_width(in, "I");
+    check_width(columns, "O");
+    check_overlap(out, "out", x, "x", false);
+    const LinearKernels& kernels = FMREC_TABLE(linear);
+    if (is_empty(out)) return;
+    float* const to = target(out);
+    py::gil_scoped_release release;
+    linear_product(kernels, data<float>(x), data<float>(weight), 1, in, data<float>(bias), to,
+                   rows, in, columns, num_threads);
+}
+
+void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
+                     const py::object& d_x_, const py::object& d_weight_,
+                     const py::object& d_bias_, int num_threads) {
+    const py::array grad = input<float>(grad_, "grad", 2), x = input<float>(x_, "x", 2);
+    const py::array weight = input<float>(weight_, "weight", 2);
+    check_threads(num_threads);
+    const std::int64_t rows = x.shape(0), in = x.shape(1), columns = weight.shape(0);
+    check_shape(weight, "weight", "[O, I]", {columns, in});
+    check_shape(grad, "grad", "[M, O]", {rows, columns});
+    check_width(in, "I");
+    check_width(columns, "O");
+    float *d_x = nullptr, *d_weight = nullptr, *d_bias = nullptr;
+    if (!d_x_.is_none()) {
+        py::array array = output<float>(d_x_, "d_x", 2);
+        check_shape(array, "d_x", "[M, I]", {rows, in});
+        d_x = target(array);
+    }
+    if (!d_weight_.is_none()) {
+        py::array array = output<float>(d_weight_, "d_weight", 2);
+        check_shape(array, "d_weight", "[O, I]", {columns, in});
+        d_weight = target(array);
+    }
+    if (!d_bias_.is_none()) {
+        py::array array = output<float>(d_bias_, "d_bias", 1);
+        check_shape(array, "d_bias", "[O]", {columns});
+        d_bias = target(array);
+    }
+    const LinearKernels& kernels = FMREC_TABLE(linear);
+    py::gil_scoped_release release;
+    if (d_x && rows > 0) {
+        linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x, rows,
+                       columns, in, num_threads);
+    }
+    if (!d_weight && !d_bias) return;
+    const bool swapped = in < columns;  // then the sums are those of the transposed gradient
+    LinearGradient g{};
+    g.a = swapped ? data<float>(x) : data<float>(grad);
+    g.b = swapped ? data<float>(grad) : data<float>(x);
+    g.grad = data<float>(grad);
+    g.rows = rows;
+    g.narrow = swapped ? in : columns;
+    g.wide = swapped ? columns : in;
+    g.width_of_grad = columns;
+    const std::int64_t size = g.narrow * g.wide;
+    const Floats partial = allocate_floats(LINEAR_PARTS * size, true);
+    const Floats sums = allocate_floats(LINEAR_PARTS * columns, true);
+    g.partial = partial.get();
+    g.sums = sums.get();
+    const Floats scratch =
+        allocate_floats(LINEAR_PARTS * linear_gradient_scratch(g.narrow, g.wide), false);
+    g.scratch = scratch.get();
+    parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
+    for (std::int64_t part = 1; part < LINEAR_PARTS; ++part) {
+        for (std::int64_t n = 0; n < size; ++n) g.partial[n] += g.partial[part * size + n];
+        for (std::int64_t n = 0; n < columns; ++n) g.sums[n] += g.sums[part * columns + n];
+    }
+    for (std::int64_t o = 0; d_weight && o < columns; ++o) {
+        for (std::int64_t i = 0; i < in; ++i) {
+            d_weight[o * in + i] = g.partial[swapped ? i * columns + o : o * in + i];
+        }
+    }
+    for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = g.sums[o];
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+    m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
+          py::arg("out"), py::arg("num_threads"), "out = x @ weight.T + bias.");
+    m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
+          py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
+          py::arg("num_threads"),
+          "d_x = grad @ weight, d_weight = grad.T @ x, d_bias = grad.sum(0), each unless None.");
+}
+
+}  // namespace fmrec

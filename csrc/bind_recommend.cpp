@@ -1,0 +1,197 @@
+#include <cmath>
+#include <vector>
+
+#include "bind_encoder.h"
+#include "bind_item_ranking.h"
+#include "euler_sampler.h"
+#include "memory.h"
+#include "picard_sweep.h"
+#include "recommend.h"
+#include "sequence_groups.h"
+
+namespace fmrec {
+namespace {
+
+// All steps at once, as fmrec_fast/picard.py: from the straight way to the first step's prediction,
+// sweeps over all points of a row's trajectory until its residual is at most `tolerance`.
+void picard(const EulerSampler& a, const PicardSweepKernels& kernels, double tolerance, bool tied,
+            int num_threads) {
+    const std::int64_t channels = a.encoder.channels, steps = a.steps, size = a.batch * channels;
+    const Floats memory = allocate_floats(2 * steps * size, false);
+    float* const points = memory.get();  // [B, q, D]
+    float* const predictions = points + steps * size;
+    PicardSweep sweep{};
+    static_cast<SamplerNetwork&>(sweep) = a;
+    sweep.x = a.z0;
+    sweep.out = predictions;
+    sweep.steps = 1;
+    run_sequences(kernels, sweep, 1, tied, num_threads);
+    std::vector<double> before(static_cast<std::size_t>(a.batch));
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+        double squares = 0.0;
+        for (std::int64_t j = 0; j < channels; ++j) {
+            const std::int64_t at = b * channels + j;
+            const float z0 = a.z0[at], velocity = predictions[at] - z0;
+            for (std::int64_t i = 0; i < steps; ++i) {
+                points[(b * steps + i) * channels + j] =
+                    z0 + velocity * (static_cast<float>(i) / static_cast<float>(steps));
+            }
+            a.out[at] = z0 + velocity;
+            squares += static_cast<double>(velocity) * velocity;
+        }
+        before[static_cast<std::size_t>(b)] = std::sqrt(squares);
+    }
+    sweep.x = points;
+    sweep.steps = steps;
+    std::vector<bool> settled(static_cast<std::size_t>(a.batch), false);
+    bool all = false;
+    // After q - 1 sweeps the result is exact.
+    for (std::int64_t n = 1; n < steps && !all; ++n) {
+        run_sequences(kernels, sweep, steps, tied, num_threads);
+        all = true;
+        for (std::int64_t b = 0; b < a.batch; ++b) {
+            const std::size_t row = static_cast<std::size_t>(b);
+            if (settled[row]) continue;
+            double squares = 0.0, moved = 0.0;
+            for (std::int64_t j = 0; j < channels; ++j) {
+                const std::int64_t at = b * channels + j;
+                const float z0 = a.z0[at];
+                float sum = 0.0f;
+                for (std::int64_t i = 0; i < steps; ++i) {
+                    const std::int64_t p = (b * steps + i) * channels + j;
+                    points[p] = z0 + sum / static_cast<float>(steps);
+                    sum += predictions[p] - z0;
+                }
+                const float end = z0 + sum / static_cast<float>(steps);
+                moved += static_cast<double>(end - a.out[at]) * (end - a.out[at]);
+                squares += static_cast<double>(end) * end;
+                a.out[at] = end;
+            }
+            const double change = std::sqrt(moved);
+            const double residual = moved / (before[row] * std::sqrt(squares));
+            before[row] = change;
+            // Not so where it is NaN: then sweeps go on, as many as there are.
+            settled[row] = change == 0.0 || residual <= tolerance;
+            all = all && settled[row];
+        }
+    }
+}
+
+Start read_start(const std::string& name) {
+    if (name == "noise") return Start::NOISE;
+    if (name == "anchor") return Start::ANCHOR;
+    if (name == "anchor in history") return Start::ANCHOR_IN_HISTORY;
+    throw py::value_error("start must be 'noise', 'anchor' or 'anchor in history', got '" + name +
+                          "'");
+}
+
+// From ids to the best items: embedding, start, sampler and ranking in one call. A tolerance above
+// 0 chooses the sampler that takes all steps at once.
+void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
+               const py::object& norm_bias_, const py::object& items_,
+               const py::object& embedded_weight_, const py::object& embedded_bias_,
+               const py::object& ids_, const py::object& taus_, const py::object& rows_,
+               const py::object& seed, const py::object& start_seed, double delta,
+               const py::object& exclude, const py::object& scores_, const py::object& best_,
+               int num_threads, bool tied, double tolerance, const std::string& start,
+               double keep, bool velocity) {
+    const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
+                    norm_bias = input<float>(norm_bias_, "norm_bias", 1),
+                    items = input<float>(items_, "items", 2),
+                    embedded_weight = input<float>(embedded_weight_, "embedded_weight", 1),
+                    embedded_bias = input<float>(embedded_bias_, "embedded_bias", 1),
+                    ids = input<std::int64_t>(ids_, "ids", 2),
+                    taus = input<float>(taus_, "taus", 2),
+                    rows = input<std::int64_t>(rows_, "rows", 1);
+    py::array scores = output<float>(scores_, "scores", 2);
+    py::array best = output<std::int64_t>(best_, "best", 2);
+    check_threads(num_threads);
+    const std::int64_t channels = packed.channels(), batch = ids.shape(0), length = ids.shape(1);
+    EulerSampler a{};
+    a.encoder = make_encoder(packed, length);
+    a.batch = batch;
+    a.steps = taus.shape(0);
+    if (a.steps < 1) throw py::value_error("there must be at least one step, got q = 0");
+    check_shape(norm_weight, "norm_weight", "[D]", {channels});
+    check_shape(norm_bias, "norm_bias", "[D]", {channels});
+    check_shape(items, "items", "[V, D]", {items.shape(0), channels});
+    check_shape(embedded_weight, "embedded_weight", "[D]", {channels});
+    check_shape(embedded_bias, "embedded_bias", "[D]", {channels});
+    check_shape(taus, "taus", "[q, D]", {a.steps, channels});
+    check_shape(rows, "rows", "[B]", {batch});
+    const std::int64_t k = scores.shape(1);
+    check_shape(scores, "scores", "[B, k]", {batch, k});
+    check_shape(best, "best", "[B, k]", {batch, k});
+    if (k > items.shape(0)) {
+        throw py::value_error("k must be at most V = " + std::to_string(items.shape(0)) +
+                              ", got " + std::to_string(k));
+    }
+    if (velocity && tolerance > 0.0) {
+        throw py::value_error("all steps at once are for a network that predicts the end");
+    }
+    const std::int64_t* const id = data<std::int64_t>(ids);
+    for (std::int64_t i = 0; i < batch * length; ++i) {
+        if (id[i] < 0 || id[i] >= items.shape(0)) {
+            throw py::value_error("ids must be in 0 .. " + std::to_string(items.shape(0) - 1) +
+                                  ", got " + std::to_string(id[i]));
+        }
+    }
+    a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
+    a.delta = static_cast<float>(delta);
+    a.norm_weight = data<float>(norm_weight);
+    a.norm_bias = data<float>(norm_bias);
+    a.rows = data<std::int64_t>(rows);
+    a.taus = data<float>(taus);
+    Recommend r{};
+    r.items = data<float>(items);
+    r.norm_weight = data<float>(embedded_weight);
+    r.norm_bias = data<float>(embedded_bias);
+    r.ids = id;
+    r.rows = a.rows;
+    r.seed = static_cast<std::uint64_t>(read_int64(start_seed, "start_seed"));
+    r.start = read_start(start);
+    r.keep = static_cast<float>(keep);
+    a.velocity = velocity;
+    r.batch = batch;
+    r.length = length;
+    r.channels = channels;
+    py::array_t<float> rep({batch, channels});
+    const RankingCall ranking =
+        ranking_call(rep, items, py::none(), py::none(), exclude, num_threads);
+    const RecommendKernels& kernels = FMREC_TABLE(recommend);
+    const EulerSamplerKernels& sampler = FMREC_TABLE(euler_sampler);
+    if (is_empty(scores)) return;
+    float* const to = target(scores);
+    std::int64_t* const to_ids = static_cast<std::int64_t*>(best.mutable_data());
+    a.out = rep.mutable_data();
+    py::gil_scoped_release release;
+    const Floats memory = allocate_floats(
+        batch * length * (channels + 1) + batch * channels + kernels.scratch(&r), false);
+    r.e = memory.get();
+    r.mask = r.e + batch * length * channels;
+    r.z0 = r.mask + batch * length;
+    kernels.prepare(&r, r.z0 + batch * channels);
+    a.e = r.e;
+    a.mask = r.mask;
+    a.z0 = r.z0;
+    if (tolerance > 0.0) {
+        picard(a, FMREC_TABLE(picard_sweep), tolerance, tied, num_threads);
+    } else {
+        run_sequences(sampler, a, 1, tied, num_threads);
+    }
+    rank_best(ranking, nullptr, 0, false, k, to, to_ids);
+}
+
+}  // namespace
+
+void bind_recommend(py::module_& m) {
+    m.def("recommend", &recommend, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
+          py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
+          py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
+          py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
+          py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
+          py::arg("start") = "noise", py::arg("keep") = 1.0, py::arg("velocity") = false,
+          "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
+}
+
+}  // namespace fmrec
