@@ -127,6 +127,8 @@ def test_commands_of_the_documentation(tmp_path):
     section = text.split("\n## Item tables over ranks\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(compile(block, "docs/scale.md", "exec"), {})
     assert [("benchmarks.sharded" in line) for line in lines] == [False, True, True]
     data, rows = ranks.dataset(), ["user,item,timestamp"]
     for user in range(data.num_users):
