@@ -27,6 +27,7 @@ from fmrec_fast.ops.euler_sampler import SamplerWeights
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
+from fmrec_fast.reference.history_loss import Cells
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,13 +38,13 @@ INTEGRATORS = ("euler", "parallel", "auto")
 class TrainingDraws:
     """Explicit random numbers of one training step; what is None is drawn.
 
-    `cells` are (row, column) pairs of drawn zero cells [N, 2].
+    `cells` are (row, column) pairs of drawn zero cells [N, 2], or all cells of the loss.
     """
 
     z0: Tensor | None = None
     t: Tensor | None = None
     noise: Tensor | None = None
-    cells: Tensor | None = None
+    cells: Tensor | Cells | None = None
 
 
 class XStartModel(nn.Module):
