@@ -97,18 +97,25 @@ void item_topk(const py::object& rep_, const py::object& weight_, const py::obje
 
 void target_rank(const py::object& rep_, const py::object& weight_, const py::object& bias,
                  const py::object& target_, const py::object& exclude, const py::object& ranks_,
-                 int num_threads) {
+                 int num_threads, const py::object& of_target_) {
     const py::array rep = input<float>(rep_, "rep", 2), weight = item_table(weight_);
     const RankingCall call = ranking_call(rep, weight, py::none(), bias, exclude, num_threads);
     const py::array wanted = input<std::int64_t>(target_, "target", 1);
     py::array ranks = output<std::int64_t>(ranks_, "ranks", 1);
     check_shape(wanted, "target", "[B]", {call.rows});
-    check_items(wanted, "target", 0, call.items);
+    const float* of_target = nullptr;
+    if (of_target_.is_none()) {
+        check_items(wanted, "target", 0, call.items);
+    } else {
+        const py::array given = input<float>(of_target_, "of_target", 1);
+        check_shape(given, "of_target", "[B]", {call.rows});
+        of_target = data<float>(given);
+    }
     check_shape(ranks, "ranks", "[B]", {call.rows});
     if (is_empty(ranks)) return;
     std::int64_t* const to = static_cast<std::int64_t*>(ranks.mutable_data());
     py::gil_scoped_release release;
-    rank_targets(call, data<std::int64_t>(wanted), to);
+    rank_targets(call, data<std::int64_t>(wanted), of_target, to);
 }
 
 }  // namespace
@@ -122,8 +129,9 @@ void bind_item_ranking(py::module_& m) {
           "weight is float32, bfloat16 (as uint16) or int8.");
     m.def("target_rank", &target_rank, py::arg("rep"), py::arg("weight"),
           py::arg("bias").none(true), py::arg("target"), py::arg("exclude").none(true),
-          py::arg("ranks"), py::arg("num_threads"),
-          "ranks = 1 + number of items ahead of the target.");
+          py::arg("ranks"), py::arg("num_threads"), py::arg("of_target") = py::none(),
+          "ranks = 1 + number of items ahead of the target, whose score may be given: then it need "
+          "not be an item of this table, and target is where it would be.");
 }
 
 }  // namespace fmrec

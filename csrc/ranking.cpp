@@ -230,7 +230,8 @@ void rank_best(const RankingCall& call, const std::int64_t* candidates, std::int
     }
 }
 
-void rank_targets(const RankingCall& call, const std::int64_t* target, std::int64_t* ranks) {
+void rank_targets(const RankingCall& call, const std::int64_t* target, const float* given,
+                  std::int64_t* ranks) {
     const ItemRankingKernels& kernels = FMREC_TABLE(item_ranking);
     const std::int64_t scratch_size = (RANKING_SCRATCH(call.a.depth) + 15) / 16 * 16;
     const std::int64_t chunks = (call.items + CHUNK - 1) / CHUNK;
@@ -251,7 +252,8 @@ void rank_targets(const RankingCall& call, const std::int64_t* target, std::int6
         std::vector<float> of_target(static_cast<std::size_t>(rows));
         ItemRanking targets = a;
         targets.items = target + start;
-        kernels.diagonal(&targets, 0, rows, of_target.data(), scratch.get());
+        if (given) std::copy(given + start, given + start + rows, of_target.begin());
+        else kernels.diagonal(&targets, 0, rows, of_target.data(), scratch.get());
         std::atomic<std::int64_t> next_chunk{0}, next_thread{0};
         parallel_items(static_cast<int>(threads), threads, threads > 1,
                        [&](std::int64_t, std::int64_t) {

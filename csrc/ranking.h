@@ -20,7 +20,9 @@ struct RankingCall {
 void rank_best(const RankingCall& call, const std::int64_t* candidates, std::int64_t count,
                bool per_row, std::int64_t k, float* scores, std::int64_t* ids);
 
-// 1 + the items ahead of each row's target.
-void rank_targets(const RankingCall& call, const std::int64_t* target, std::int64_t* ranks);
+// 1 + the items ahead of each row's target. With the targets' scores `of_target`, a target may be an
+// item of another table, below 0 or beyond `items`; null: they are items of this one.
+void rank_targets(const RankingCall& call, const std::int64_t* target, const float* of_target,
+                  std::int64_t* ranks);
 
 }  // namespace fmrec

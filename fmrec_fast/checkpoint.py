@@ -306,18 +306,24 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     return model.to(device).eval()
 
 
-def starting_weights(path: str | Path) -> dict[str, Tensor]:
+def starting_weights(path: str | Path, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights that a stage 2 starts from.
 
     Args:
         path: a run directory (its best checkpoint), a checkpoint's directory, or a file that
             ``torch.save`` wrote of a published model's state dict.
+        into: as of `load`.
 
     Raises:
         CheckpointError: it is none of these.
     """
     path = Path(path)
     if path.is_file():
+        if into:
+            raise CheckpointError(
+                f"{path}: tables over ranks start from a run or a checkpoint's directory, got a "
+                "file"
+            )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -326,7 +332,7 @@ def starting_weights(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: expected a state dict, got {type(state).__name__}")
         return state
     directory = path if (path / STATE).is_file() else locate(path)
-    state = load(directory)
+    state = load(directory, into)
     if "model" not in state:
         raise CheckpointError(f"{directory} has no 'model'; it holds {sorted(state)}")
     return state["model"]

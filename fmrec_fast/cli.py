@@ -129,6 +129,13 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
         default=None,
         help="steps of whole batches as one CUDA graph; default: on cuda",
     )
+    train.add_argument(
+        "--shard_items",
+        "--shard-items",
+        action="store_true",
+        help="under torchrun: spread items, the decoder's last layer and their optimizer states "
+        "over the ranks",
+    )
     train.add_argument("--max_steps", type=int | None, default=None, help="stop after so many")
     train.add_argument(
         "--config", action="config", help="YAML file of the settings below; flags after it win"
@@ -530,6 +537,7 @@ def _train(options: Any, choice: Choice, stage: str | None, world: World) -> Non
         source=source,
         listener=console,
         world=world,
+        shard_items=options.shard_items,
     )
     try:
         result = trainer.fit(resume=options.resume)

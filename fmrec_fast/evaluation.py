@@ -11,6 +11,7 @@ from torch import Tensor
 from fmrec_fast import noise
 from fmrec_fast.data.batches import EvaluationSamples
 from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import ALONE, World
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import target_rank
@@ -72,13 +73,20 @@ def model_ranks(
     for index in _indices(samples, batch_size, world):
         sequence, target = samples.batch(index)
         rows = samples.user_rows(index)
-        rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
         exclude = samples.seen(index) if exclude_seen else None
-        ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
+        with batch_shares(_sizes(samples, batch_size, world, len(ranks) - 1)):
+            rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
+            ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
         if progress is not None:
             before, done = done, done + len(index)
             progress(_of_all(done, samples, world) - _of_all(before, samples, world))
     return world.gather(torch.cat(ranks), len(samples))
+
+
+def _sizes(samples: EvaluationSamples, batch_size: int, world: World, batch: int) -> list[int]:
+    """How many users each rank has in a batch of `_indices`."""
+    first = batch * batch_size
+    return [min(max(size - first, 0), batch_size) for size in world.shares(len(samples))]
 
 
 def _of_all(done: int, samples: EvaluationSamples, world: World) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fmrec_fast import noise, serving
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import item_topk
+from fmrec_fast.ops._checks import is_sharded
 from fmrec_fast.request import PADDING, Recommendations, check_k, read_request
 from fmrec_fast.sampler import sample
 
@@ -85,7 +86,12 @@ def recommend(
         from fmrec_fast import graphs  # which imports this module
 
         device = request.sequences.device
-        if graph or (graphs.by_default(device) and not graphs.obstacle(method, seed)):
+        sharded = is_sharded(model.item_embeddings.weight)
+        if graph and sharded:
+            raise ValueError("graph = True: items over ranks have none")
+        if graph or (
+            graphs.by_default(device) and not graphs.obstacle(method, seed) and not sharded
+        ):
             graphed = graphs.shared_sampler(
                 model, steps=steps, method=method, precision=precision, padding=padding, k=k
             )

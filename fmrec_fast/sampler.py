@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
-from fmrec_fast.ops._checks import check_padding, check_shape
+from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded
 from fmrec_fast.randomness import random_source
 
 METHODS = (*INTEGRATORS, "rk45")
@@ -166,6 +166,8 @@ def sample(
             reason = graphs.obstacle(
                 method, seed, noise=noise, sweeps=sweeps, tol=tol, return_residual=return_residual
             )
+            if is_sharded(model.item_embeddings.weight):
+                reason = "items over ranks have none, since ranks exchange numbers of ids"
             if reason and graph:
                 raise ValueError(f"graph = True: {reason}")
             if not reason:
@@ -186,6 +188,8 @@ def sample(
         # The published draws come in the order of the whole batch, so it is not cut.
         # A compiled program is for any batch, and for one piece.
         whole = device.type != "cpu" or not source.prunes or torch.compiler.is_compiling()
+        # Lookups in a table over ranks are collectives: once a call, however many rows there are.
+        whole = whole or is_sharded(model.item_embeddings.weight)
         out = torch.empty(batch, width, device=device)
         residual = torch.zeros(batch, device=device)
         starts = [0] if whole else range(0, batch, CPU_ROWS)

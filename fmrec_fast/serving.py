@@ -15,6 +15,7 @@ from torch import Tensor
 from fmrec_fast import extension, flow, noise
 from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
 from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.ops._checks import is_sharded
 from fmrec_fast.ops.encoder import pack, variant_declined
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
@@ -37,6 +38,8 @@ def obstacle(
     if current_backend() not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {current_backend().value!r}"
     weight, core = model.item_embeddings.weight, model.fm
+    if is_sharded(weight):
+        return "its items are over ranks"
     missing = availability(Backend.CPP, weight.device)
     if missing:
         return missing

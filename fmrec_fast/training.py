@@ -18,6 +18,7 @@ from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.distributed import items
 from fmrec_fast.distributed.checkpoints import Saver
 from fmrec_fast.distributed.data_parallel import Replicas, clip_gradients, local, sharded
 from fmrec_fast.distributed.world import ALONE, World
@@ -80,7 +81,7 @@ def build_optimizer(
     # One kernel updates a group, and takes tensors of one kind.
     spread = [parameter for parameter in parameters if sharded(parameter)]
     whole = [parameter for parameter in parameters if not sharded(parameter)]
-    groups = [{"params": group} for group in (whole, spread) if group]
+    groups: list[dict[str, Any]] = [{"params": group} for group in (whole, spread) if group]
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "weight_decay": config.weight_decay,
@@ -90,6 +91,8 @@ def build_optimizer(
         options["momentum"] = config.momentum or 0.0
     else:
         options["capturable"] = _on_cuda(parameters)
+    if spread and config.optimizer == "SGD":  # torch has no fused one for these
+        groups[-1] |= {"fused": False, "foreach": True}
     optimizer = getattr(torch.optim, config.optimizer)(groups, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
     return optimizer, scheduler
@@ -120,7 +123,8 @@ def load_optimizer_state(
     groups, first = [], 0
     for group in optimizer.param_groups:
         last = first + len(group["params"])
-        groups.append(options | {"params": list(range(first, last))})
+        kernels = {key: group[key] for key in ("fused", "foreach") if key in group}
+        groups.append(options | kernels | {"params": list(range(first, last))})
         first = last
     held = state["state"]
     held = {i: held[number] for i, number in enumerate(numbers) if number in held}
@@ -151,6 +155,9 @@ class Trainer:
             a step is one of the global batch of ``config.batch_size``, of which each rank computes
             its rows. Losses and parameters are those of one rank to rounding. Rank 0 alone writes
             (but for its part of a checkpoint) and tells the listener.
+        shard_items: each rank of `world` holds the rows of some items only, of the item table, the
+            decoder's last layer and their optimizer states (`distributed.items`). One rank holds
+            them all.
 
     `fit` may be called on a directory that holds an earlier part of the same run with
     ``resume=True``; it then ends with the same numbers as if it had never been interrupted.
@@ -170,6 +177,7 @@ class Trainer:
         source: dict[str, Any] | None = None,
         listener: Listener | None = None,
         world: World = ALONE,
+        shard_items: bool = False,
     ) -> None:
         self.dataset, self.run, self.world = dataset, Path(run), world
         self.device = torch.device(device) if world.alone else world.device
@@ -191,7 +199,11 @@ class Trainer:
                 f"{dataset.num_interactions} interactions)"
             )
         torch.manual_seed(self.config.random_seed)
-        self.model = build_recommender(self.config).to(self.device)
+        self.shard_items = shard_items and not world.alone
+        if self.shard_items:
+            self.model = items.build_sharded(self.config, world.mesh()).to(self.device)
+        else:
+            self.model = build_recommender(self.config).to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.model, self.config)
         self.progress = Progress()
         # Sums over the epoch so far, the first step whose loss was not finite (or -1), and the
@@ -257,10 +269,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._saver.wait()
         role = "best" if self.progress.evaluations else "last"
-        tested = checkpoint.build_model(
-            checkpoint.load(checkpoint.locate(self.run, role)), self.device
-        )
-        result = self._evaluate(tested, "test")
+        result = self._evaluate(self._trained(role), "test")
         self._write(
             "result.json",
             json.dumps(
@@ -277,13 +286,25 @@ class Trainer:
         self.listener.finished()
         return result
 
+    def _trained(self, role: str) -> FMRecommender:
+        """The model of a checkpoint; over ranks it takes the place of the one in training, which
+        'last' is anyway."""
+        directory = checkpoint.locate(self.run, role)
+        if not self.shard_items:
+            return checkpoint.build_model(checkpoint.load(directory), self.device)
+        if role == "best":
+            state = checkpoint.load(directory, items.own_parts(self.model))
+            self.model.load_state_dict(state["model"])
+        return self.model.eval()
+
     def _start(self) -> None:
         """Fave's stage 2 starts from stage 1's weights, where `ckpt_path` says where they are."""
         config = self.config
         if not isinstance(config, FaveConfig) or config.ckpt_path is None:
             return
+        into = items.own_parts(self.model) if self.shard_items else None
         try:
-            self.model.load_state_dict(checkpoint.starting_weights(config.ckpt_path))
+            self.model.load_state_dict(checkpoint.starting_weights(config.ckpt_path, into))
         except RuntimeError as error:
             raise checkpoint.CheckpointError(
                 f"the weights in {config.ckpt_path} do not fit the settings: {error}"
@@ -503,7 +524,10 @@ class Trainer:
             )
 
     def _restore(self) -> None:
-        state = checkpoint.load(checkpoint.locate(self.run, "last"))
+        into = None
+        if self.shard_items:
+            into = items.own_parts(self.model) | items.own_moments(self.model, self.optimizer)
+        state = checkpoint.load(checkpoint.locate(self.run, "last"), into)
         then_ids, now_ids = state["item_ids"], self.dataset.item_ids
         if then_ids != now_ids:
             new, gone = set(now_ids) - set(then_ids), set(then_ids) - set(now_ids)

@@ -224,9 +224,31 @@ def best_kernel(
         tl.store(p_keys + o_keys[:, None] + o_at[None, :], b_key, mask=m_key)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def own_kernel(
+    p_rep, p_weight, p_bias, p_target, p_own, rows,
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The targets' own scores [rows], by the products that the others get. Grid (row tiles)."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < rows
+    # The targets as a tile of items; row i's is on the diagonal. ITEMS >= ROWS.
+    o_lane = tl.arange(0, ITEMS)
+    o_owner = tl.program_id(0) * ROWS + o_lane
+    m_owner = (o_lane < ROWS) & (o_owner < rows)
+    o_wanted = tl.load(p_target + o_owner, mask=m_owner, other=0)
+    b_score = scores_of(
+        p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_wanted, m_owner,
+        D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
+    )  # fmt: skip
+    m_own = tl.arange(0, ROWS)[:, None] == o_lane[None, :]
+    tl.store(p_own + o_row, tl.sum(tl.where(m_own, b_score, 0.0), axis=1), mask=m_row)
+
+
 @triton.jit(do_not_specialize=_RANK)
 def rank_kernel(
-    p_rep, p_weight, p_bias, p_target, p_excluded, p_cursor, p_ahead,
+    p_rep, p_weight, p_bias, p_target, p_own, p_excluded, p_cursor, p_ahead,
     rows, items, stretch, width, slices,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS: tl.constexpr,
     ITEMS: tl.constexpr, DEPTH: tl.constexpr,
@@ -235,17 +257,7 @@ def rank_kernel(
     piece = tl.program_id(0)
     o_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
-    # The targets as a tile of items; row i's is on the diagonal. ITEMS >= ROWS.
-    o_lane = tl.arange(0, ITEMS)
-    o_owner = tl.program_id(1) * ROWS + o_lane
-    m_owner = (o_lane < ROWS) & (o_owner < rows)
-    o_wanted = tl.load(p_target + o_owner, mask=m_owner, other=0)
-    b_score = scores_of(
-        p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_wanted, m_owner,
-        D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
-    )  # fmt: skip
-    m_own = tl.arange(0, ROWS)[:, None] == o_lane[None, :]
-    b_own = tl.sum(tl.where(m_own, b_score, 0.0), axis=1)
+    b_own = tl.load(p_own + o_row, mask=m_row, other=0.0)
     b_target = tl.load(p_target + o_row, mask=m_row, other=0)
     b_ahead = tl.zeros((ROWS,), tl.int32)
     if HAS_EXCLUDED:
@@ -348,25 +360,53 @@ def target_rank(
     *,
     bias: torch.Tensor | None = None,
     exclude: torch.Tensor | None = None,
+    of_target: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """int64 [B], as the definition."""
     (rows, depth), items = rep.shape, weight.shape[0]
     if rows == 0:
         return torch.empty_like(target)
     rep, weight, target = rep.contiguous(), weight.contiguous(), target.contiguous()
+    if of_target is None:
+        of_target = target_scores(rep, weight, target, bias=bias)
     slices, stretch = _slices(rep, items, rows * 4)
     ahead = rep.new_empty(rows, slices, dtype=torch.int32)
     excluded, cursor, width = _exclusions(exclude, slices, stretch, by_place=True)
     _launch(
         _rank(),
         lambda meta: (slices, triton.cdiv(rows, meta["ROWS"])),
-        *(rep, weight, _or(bias, ahead), target, _or(excluded, ahead), _or(cursor, ahead)),
+        *(rep, weight, _or(bias, ahead), target, of_target.contiguous()),
+        *(_or(excluded, ahead), _or(cursor, ahead)),
         *(ahead, rows, items, stretch, width, slices),
         D=depth,
         HAS_BIAS=bias is not None,
         HAS_EXCLUDED=excluded is not None,
     )
     return ahead.sum(1) + 1
+
+
+def target_scores(
+    rep: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 [B], as the definition."""
+    rows, depth = rep.shape
+    own = rep.new_empty(rows)
+    if rows:
+        rep, weight, target = rep.contiguous(), weight.contiguous(), target.contiguous()
+        with torch.cuda.device_of(rep):
+            own_kernel[(triton.cdiv(rows, CONSTANTS["ROWS"]),)](
+                *(rep, weight, _or(bias, own), target, own, rows),
+                D=depth,
+                HAS_BIAS=bias is not None,
+                num_warps=THREADS // WARP,
+                **CONSTANTS,
+                **OPTIONS,
+            )
+    return own
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
@@ -428,7 +468,7 @@ def _compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
     """What `budget` compiles: {dtype} stands for the element type of the table."""
     types = {"p_rep": "*fp32", "p_weight": "*{dtype}", "p_scale": "*fp32", "p_bias": "*fp32"}
     types |= {"p_order": "*i32", "p_ids": "*i32", "p_cursor": "*i32", "p_ahead": "*i32"}
-    types |= {"p_scores": "*fp32"}
+    types |= {"p_scores": "*fp32", "p_own": "*fp32"}
     signature = {name: types.get(name, "*i64") for name in pointers.split()}
     return {
         "kernel": kernel,
@@ -449,9 +489,15 @@ COMPILE_CASES = [
     ),
     _compile_case(
         rank_kernel,
-        "p_rep p_weight p_bias p_target p_excluded p_cursor p_ahead",
+        "p_rep p_weight p_bias p_target p_own p_excluded p_cursor p_ahead",
         " ".join(_RANK),
         {"HAS_BIAS": True, "HAS_EXCLUDED": True} | CONSTANTS,
+    ),
+    _compile_case(
+        own_kernel,
+        "p_rep p_weight p_bias p_target p_own",
+        "rows",
+        {"HAS_BIAS": True} | CONSTANTS,
     ),
     _compile_case(listed_kernel, "p_rep p_weight p_items p_scores", "count", LISTED),
 ]

@@ -379,7 +379,11 @@ def target_rank(call: Call) -> None:
                 array = call.arrays[name].array
                 call._place(name, array[:0].copy(), "input")
         b = 0
-    call.integers("target", b, limit=v)
+    # A target whose score is given may be an item of another table.
+    given = call.maybe("of_target")
+    if given:
+        call.floats("of_target", b)
+    call.integers("target", b, limit=None if given else v)
     call.integer_output("ranks", b)
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fmrec_fast import noise
+from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import World
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models.fave import FaveDraws
@@ -89,7 +90,8 @@ class Replicas:
         rows = torch.arange(share.start, share.stop, device=sequence.device)
         seed = noise.draw_seed(sequence.device)
         draws = FaveDraws(cells=self._cells(sequence, seed, share, batch))
-        parts = self.objective(sequence, target, draws, seed, rows, batch)
+        with batch_shares(self.world.shares(batch)):
+            parts = self.objective(sequence, target, draws, seed, rows, batch)
         return parts[0], torch.stack([part.detach() for part in parts]).double()
 
     def _cells(self, sequence: Tensor, seed: Tensor, share: range, batch: int) -> Cells | None:

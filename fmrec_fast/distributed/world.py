@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 # What torchrun sets for every process that it starts.
@@ -79,6 +80,14 @@ class World:
         parts = [torch.empty_like(equal) for _ in range(self.size)]
         dist.all_gather(parts, equal)
         return torch.cat([part[: len(self.share(total, rank))] for rank, part in enumerate(parts)])
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in one row, for what is spread over them."""
+        return init_device_mesh(self.device.type, (self.size,))
+
+    def shares(self, total: int) -> list[int]:
+        """The sizes of all ranks' `share`."""
+        return [len(self.share(total, rank)) for rank in range(self.size)]
 
     def decide(self, value: T) -> T:
         """What rank 0 says, whatever the others were given."""

@@ -152,31 +152,6 @@ class TransformerStack(nn.Module):
         )
 
 
-class _LookUp(torch.autograd.Function):
-    """Two lookups in one table, with one dense gradient: of a large table each takes much memory,
-    and as long to fill with zeros and to add up."""
-
-    @staticmethod
-    def forward(ctx, table, first, second):
-        ctx.save_for_backward(first, second)
-        ctx.rows = len(table)
-        return nn.functional.embedding(first, table), nn.functional.embedding(second, table)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_first, of_second):
-        first, second = ctx.saved_tensors
-        ids = torch.cat((first.flatten(), second.flatten()))
-        gradients = torch.cat((of_first.flatten(0, -2), of_second.flatten(0, -2)))
-        dense = torch.ops.aten.embedding_dense_backward(gradients, ids, ctx.rows, -1, False)
-        return dense, None, None
-
-
-def look_up(table: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """``(F.embedding(first, table), F.embedding(second, table))``."""
-    return _LookUp.apply(table, first, second)
-
-
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """concat(cos(t f), sin(t f)), f_j = exp(-ln(10000) j / (D/2)): [B] -> [B, D]."""
     half = width // 2

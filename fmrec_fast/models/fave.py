@@ -19,6 +19,7 @@ from fmrec_fast.models.fmrec import (
     TrainingDraws,
     XStartModel,
 )
+from fmrec_fast.models.tables import look_up
 from fmrec_fast.ops import history_loss
 from fmrec_fast.randomness import RandomSource, random_source
 from fmrec_fast.reference.encoder import (
@@ -472,8 +473,8 @@ class FaveRecommender(FMRecommender):
         if draws is None or not isinstance(draws, FaveDraws):
             draws = FaveDraws(**vars(draws or TrainingDraws()))
         drop: Drop = source.dropout() if self.training else no_drop
-        e, mask = self.embed(sequence, drop)
-        item_tag = self.item_embeddings(tag[:, 0])
+        history, item_tag = look_up(self.item_embeddings.weight, sequence, tag[:, 0])
+        e, mask = self._prepare(history, sequence, drop)
         straight = None
         if self.stage == PRETRAIN:
             prediction, decoded_from, *_ = self.fave.flow_step(e, item_tag, mask, source, draws)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fmrec_fast import flow, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, look_up, sinusoid
+from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.models.tables import ItemEmbedding, ItemLinear, look_up
 from fmrec_fast.ops import (
     euler_sampler,
     history_loss,
@@ -71,7 +72,7 @@ class XStartModel(nn.Module):
             nn.Tanh(),
             nn.Linear(first, second),
             nn.Tanh(),
-            nn.Linear(second, config.item_num),
+            ItemLinear(second, config.item_num),
         )
 
     def make_time_embedding(self, width: int) -> None:
@@ -621,7 +622,7 @@ class FMRecommender(nn.Module):
         self.item_num = config.item_num
         self.emb_dim = config.hidden_size
         self.loss_recon_mask_ratio = config.mask_ratio
-        self.item_embeddings = nn.Embedding(config.item_num, config.hidden_size)
+        self.item_embeddings = ItemEmbedding(config.item_num, config.hidden_size)
         self.embed_dropout = nn.Dropout(config.emb_dropout)
         self.position_embeddings = nn.Embedding(config.max_len, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size)

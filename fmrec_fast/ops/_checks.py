@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -56,6 +57,12 @@ def check_float(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is {tensor.dtype}, {first_name} is {first.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}")
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor, whose module is not imported for the question."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_padding(padding: str) -> None:

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from fmrec_fast import extension, noise
 from fmrec_fast.backend import Backend, Rng, choose, current_rng
-from fmrec_fast.ops._checks import check_float, check_integer, check_range, check_shape
+from fmrec_fast.ops._checks import (
+    check_float,
+    check_integer,
+    check_range,
+    check_shape,
+    is_sharded,
+)
 from fmrec_fast.reference import history_loss as reference
 from fmrec_fast.reference.history_loss import Cells
 
@@ -55,6 +61,10 @@ def history_loss(
         Scalar; differentiable in `hidden`, `weight` and `bias`. The kernels add in a fixed order:
         gradients are the same to the bit each time.
 
+    `weight` and `bias` may be DTensors over ranks (`distributed.items`), each of which calls with
+    its samples, the same `seed`, and `cells` of these samples. B is then that of all ranks, and
+    the result this rank's share of the loss.
+
     Raises:
         TypeError, ValueError: dtypes, shapes, a negative ratio, or (on CPU) an id out of range.
         BackendError: a named backend cannot run.
@@ -74,9 +84,22 @@ def history_loss(
         check_integer("cells", cells)
         check_range("rows of cells", cells[:, 0], 0, sizes["B"])
         check_range("columns of cells", cells[:, 1], 0, sizes["V"])
+    published = seed is None and current_rng() is Rng.PUBLISHED
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (is_sharded(weight) or is_sharded(bias)):
+        from fmrec_fast.distributed.history_loss import history_loss as sharded
+
+        if sparse_grad or published or isinstance(cells, Cells):
+            raise ValueError(
+                "weight over ranks takes sparse_grad False, draws of the stream and drawn cells "
+                f"[N, 2], got sparse_grad = {sparse_grad}, rng {current_rng().value!r} and cells "
+                f"{type(cells).__name__}"
+            )
+        return sharded(
+            hidden, weight, bias, sequence, mask_ratio=mask_ratio, cells=cells, seed=seed
+        )
     if sequence.numel() == 0:
         return (hidden.sum() + weight.sum() + bias.sum()) * 0.0
-    published = seed is None and current_rng() is Rng.PUBLISHED
     if isinstance(cells, Cells):
         used = cells
     else:
@@ -88,15 +111,22 @@ def history_loss(
             seed=None if published else noise.as_seed(seed, sequence.device),
             published=published,
         )
-    if torch.compiler.is_compiling():
+    if compiling:
         if sparse_grad:
             raise ValueError("sparse_grad must be False under torch.compile, got True")
         return torch.ops.fmrec_fast.history_loss(hidden, weight, bias, *used)[0]
-    if sequence.device.type == "cpu":  # looking at `use` waits for nothing here
+    return at_cells(hidden, weight, bias, used, sparse_grad)
+
+
+def at_cells(
+    hidden: Tensor, weight: Tensor, bias: Tensor, used: Cells, sparse_grad: bool = False
+) -> Tensor:
+    """The loss at given cells: sum of squared residuals / (B V)."""
+    if hidden.device.type == "cpu":  # looking at `use` waits for nothing here
         used = Cells(*(part[used.use] for part in used))
     backend = choose("history_loss", hidden, weight, bias)
     if backend is Backend.REFERENCE:
-        return reference.history_loss(hidden, weight, bias, used, sizes["V"], sparse_grad)
+        return reference.history_loss(hidden, weight, bias, used, len(weight), sparse_grad)
     return _HistoryLoss.apply(hidden, weight, bias, used, backend, sparse_grad)
 
 

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
-from fmrec_fast.ops._checks import check_float, check_integer, check_range, check_shape
+from fmrec_fast.ops._checks import (
+    check_float,
+    check_integer,
+    check_range,
+    check_shape,
+    is_sharded,
+)
 from fmrec_fast.reference import item_cross_entropy as reference
-from fmrec_fast.reference.item_cross_entropy import Terms
+from fmrec_fast.reference.item_cross_entropy import LN_2, Terms
 
 REDUCTIONS = ("mean", "sum", "none")
 # What the Triton kernels take, and the largest D of it.
@@ -22,7 +28,6 @@ TRITON_DTYPES = tuple(WIDEST_TRITON)
 # The C++ kernels keep scores for the backward pass if they are at most this many floats (32 MB):
 # then nothing is computed twice. Beyond it they keep 32 bytes a row.
 CACHED_SCORES = 1 << 23
-LN_2 = math.log(2)
 
 
 @overload
@@ -108,6 +113,10 @@ def item_cross_entropy(
         Differentiable in `rep`, `item_weight` and `bias`, once. For one number of threads, or on
         one GPU, the results are the same to the bit each time.
 
+    `item_weight` and `bias` may be DTensors over ranks (`distributed.items`), `weight` one or
+    whole on every rank. Each rank calls with its rows of the global batch: 'mean' divides by what
+    all ranks count, so that the ranks' results add up to the mean over the global batch.
+
     Raises:
         TypeError, ValueError: dtypes, shapes, an option out of its range, or a target out of range
             on a CPU. On a GPU such a target makes the loss and the gradients NaN, since looking
@@ -162,14 +171,27 @@ def item_cross_entropy(
         )
     compiling = torch.compiler.is_compiling()
     if not compiling:
+        if is_sharded(item_weight):
+            from fmrec_fast.distributed.item_cross_entropy import item_cross_entropy as sharded
+
+            return sharded(
+                rep,
+                item_weight,
+                target,
+                bias=bias,
+                weight=weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                logit_scale=logit_scale,
+                return_lse=return_lse,
+                filter_eps=filter_eps,
+            )
         check_range("target", target, 0, sizes["V"], {ignore_index: "ignore_index"})
     weight = None if weight is None else weight.detach()
-    widest = WIDEST_TRITON.get(rep.dtype, 0) if rep.is_cuda else sizes["D"]
-    declined = ""
-    if not 0 < sizes["D"] <= widest:
-        declined = f"its kernels take 1 .. {widest} channels of {rep.dtype}, got D = {sizes['D']}"
     tensors = (rep, item_weight) if bias is None else (rep, item_weight, bias)
-    backend = choose("item_cross_entropy", *tensors, declined=declined, dtypes=TRITON_DTYPES)
+    backend = choose_backend(*tensors)
     smooth = label_smoothing > 0
     if backend is Backend.REFERENCE:
         row = reference.terms(
@@ -215,6 +237,17 @@ def item_cross_entropy(
         z_loss=z_loss,
     )
     return (loss, row.lse) if return_lse else loss
+
+
+def choose_backend(rep: Tensor, *others: Tensor) -> Backend:
+    """Where the op runs on these tensors; rep [B, D] first."""
+    width = rep.shape[1]
+    widest = WIDEST_TRITON.get(rep.dtype, 0) if rep.is_cuda else width
+    declined = ""
+    if not 0 < width <= widest:
+        declined = f"its kernels take 1 .. {widest} channels of {rep.dtype}, got D = {width}"
+    tensors = (rep, *others)
+    return choose("item_cross_entropy", *tensors, declined=declined, dtypes=TRITON_DTYPES)
 
 
 def _statistics(

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fmrec_fast import extension
 from fmrec_fast.backend import Backend, choose
-from fmrec_fast.ops._checks import check_float, check_integer, check_range, check_shape
+from fmrec_fast.ops._checks import (
+    check_float,
+    check_integer,
+    check_range,
+    check_shape,
+    is_sharded,
+)
 from fmrec_fast.reference import item_ranking as reference
 
 INDEX_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
@@ -36,6 +42,8 @@ def prepare_items(item_weight: Tensor, dtype: str = "bf16") -> ItemIndex:
     """
     check_shape("item_weight", item_weight, "V D", {})
     check_float(item_weight=item_weight)
+    if not torch.compiler.is_compiling() and is_sharded(item_weight):
+        raise ValueError("item_weight must be a whole table, got one over ranks")
     if dtype not in INDEX_DTYPES:
         raise ValueError(f"dtype must be one of {tuple(INDEX_DTYPES)}, got {dtype!r}")
     if dtype == "bf16":
@@ -108,6 +116,7 @@ def item_topk(
         BackendError: a named backend cannot run.
     """
     sizes = _check(rep, item_weight, bias, exclude)
+    sharded = not torch.compiler.is_compiling() and is_sharded(item_weight)
     most, what = sizes["V"], "V"
     if candidates is not None:
         check_shape("candidates", candidates, "C" if candidates.ndim == 1 else "B C", sizes)
@@ -115,6 +124,12 @@ def item_topk(
         most, what = sizes["C"], "C"
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
         raise ValueError(f"k must be in 1 .. {what} = {most}, got {k}")
+    if sharded:
+        from fmrec_fast.distributed import item_ranking
+
+        if index is not None:
+            raise ValueError("index is of a whole table, got an item_weight over ranks")
+        return item_ranking.item_topk(rep, item_weight, k, bias, exclude, candidates)
     if index is not None:
         if candidates is not None:
             raise ValueError("index takes no candidates: it is there to find them")
@@ -164,6 +179,10 @@ def target_rank(
     check_integer("target", target)
     if torch.compiler.is_compiling():
         return torch.ops.fmrec_fast.target_rank(rep, item_weight, target, bias, exclude)
+    if is_sharded(item_weight):
+        from fmrec_fast.distributed import item_ranking
+
+        return item_ranking.target_rank(rep, item_weight, target, bias, exclude)
     return _target_rank(rep, item_weight, target, bias, exclude)
 
 
@@ -225,8 +244,10 @@ def _target_rank(
     target: Tensor,
     bias: Tensor | None,
     exclude: Tensor | None,
+    of_target: Tensor | None = None,
 ) -> Tensor:
-    check_range("target", target, 0, table.shape[0])
+    if of_target is None:
+        check_range("target", target, 0, table.shape[0])
     if exclude is not None:
         check_range("exclude", exclude, 0, table.shape[0], {-1: "no item"})
     rep, bias = rep.float(), None if bias is None else bias.float()
@@ -237,13 +258,29 @@ def _target_rank(
             *(_numpy(tensor) for tensor in (rep, table, bias, target, exclude)),
             ranks.numpy(),
             torch.get_num_threads(),
+            _numpy(of_target),
         )
         return ranks
+    given = {"bias": bias, "exclude": exclude, "of_target": of_target}
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import item_ranking as kernels
 
-        return kernels.target_rank(rep, table, target, bias=bias, exclude=exclude)
-    return reference.target_rank(rep, table, target, bias=bias, exclude=exclude)
+        return kernels.target_rank(rep, table, target, **given)
+    return reference.target_rank(rep, table, target, **given)
+
+
+@torch.no_grad()
+def _target_scores(rep: Tensor, table: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+    """The targets' scores, to the bit those that they are ranked by: float32 [B]."""
+    rep, bias = rep.float(), None if bias is None else bias.float()
+    backend = _choose(rep, table)
+    if backend is Backend.CPP:
+        return _item_topk(rep, table, 1, None, bias, None, target[:, None])[0][:, 0]
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import item_ranking as kernels
+
+        return kernels.target_scores(rep, table, target, bias=bias)
+    return reference.target_scores(rep, table, target, bias=bias)
 
 
 # What torch.compile and export see; called eagerly, the functions above go straight ahead.

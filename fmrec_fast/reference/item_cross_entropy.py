@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LN_2 = math.log(2)
+# Below every score, but so that its difference to minus infinity is no NaN.
+LOWEST = -3.0e38
 
 
 class Terms(NamedTuple):
@@ -32,10 +37,8 @@ def terms(
     bfloat16 and float16 are multiplied and summed in float32. A target that is no item has the
     nll of item 0, which `reduce` does not use. Without `smooth` that term is None.
     """
-    dtype = accumulator(rep.dtype)
-    scores = logit_scale * (rep.to(dtype) @ item_weight.to(dtype).T)
-    if bias is not None:
-        scores = scores + bias.to(dtype)
+    scores = _scores(rep, item_weight, bias, logit_scale)
+    dtype = scores.dtype
     log_p = F.log_softmax(scores, 1)
     inside = (target >= 0) & (target < item_weight.shape[0])
     nll = -log_p.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
@@ -43,6 +46,57 @@ def terms(
     if not smooth:
         return Terms(nll, lse, None)
     return Terms(nll, lse, -(log_p if weight is None else log_p * weight.to(dtype)).sum(1))
+
+
+def statistics(
+    rep: Tensor,
+    item_weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    smoothing: Tensor | None,
+    logit_scale: float,
+) -> Tensor:
+    """What the kernels keep of the scores x, in base 2: [4, B] of max x, sum of 2^(x - max),
+    max - x of the target (max where it is no item), sum of smoothing * (x - max)."""
+    x = _scores(rep, item_weight, bias, logit_scale) / LN_2
+    largest = x.amax(1).clamp(min=LOWEST)
+    inside = (target >= 0) & (target < len(item_weight))
+    of_target = x.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
+    below = x - largest[:, None]
+    dot = torch.zeros_like(largest) if smoothing is None else below @ smoothing.to(x.dtype)
+    gap = largest - torch.where(inside, of_target, 0)
+    return torch.stack((largest, below.exp2().sum(1), gap, dot))
+
+
+def gradients(
+    rows: Tensor,
+    rep: Tensor,
+    item_weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    smoothing: Tensor | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rep, item_weight and bias, from the gradient of each score,
+    ``coefficient * 2^(x - max) + smooth * smoothing - nll * [is target]``, for rows [4, B] of
+    max x, coefficient, smooth and nll."""
+    largest, coefficient, smooth, nll = rows[:, :, None]
+    x = _scores(rep, item_weight, bias, logit_scale) / LN_2
+    g = coefficient * (x - largest).exp2()
+    if smoothing is not None:
+        g = g + smooth * smoothing.to(g.dtype)
+    inside = (target >= 0) & (target < len(item_weight))
+    at = torch.where(inside, target, 0)[:, None]
+    g = g.scatter_add(1, at, -nll * inside[:, None])
+    d_rep = logit_scale * (g @ item_weight.to(g.dtype))
+    d_weight = logit_scale * (g.T @ rep.to(g.dtype))
+    return d_rep.to(rep.dtype), d_weight.to(rep.dtype), g.sum(0).to(rep.dtype)
+
+
+def _scores(rep: Tensor, item_weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
+    dtype = accumulator(rep.dtype)
+    scores = logit_scale * (rep.to(dtype) @ item_weight.to(dtype).T)
+    return scores if bias is None else scores + bias.to(dtype)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -60,14 +114,22 @@ def reduce(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    of_target: Tensor | None = None,
+    divisor: Tensor | None = None,
 ) -> Tensor:
-    """The loss [B] or scalar: ignored rows are 0, a row without a valid target is NaN."""
+    """The loss [B] or scalar: ignored rows are 0, a row without a valid target is NaN.
+
+    `of_target` [B] are the weights of the targets where `weight` is not at hand, and `divisor` is
+    the mean's where these are not all rows.
+    """
     valid = target != ignore_index
     inside = (target >= 0) & (target < items)
     losses = row.nll
     counts = valid
     if weight is not None:
-        of_target = weight.to(losses.dtype)[torch.where(inside, target, 0)]
+        of_target = weight[torch.where(inside, target, 0)]
+    if of_target is not None:
+        of_target = of_target.to(losses.dtype)
         losses = losses * of_target
         counts = torch.where(valid, of_target, 0)
     if label_smoothing and row.smooth is not None:
@@ -81,7 +143,7 @@ def reduce(
         return losses
     if reduction == "sum":
         return losses.sum()
-    count = counts.sum()
+    count = counts.sum() if divisor is None else divisor
     return losses.sum() / torch.where(count == 0, 1, count)
 
 

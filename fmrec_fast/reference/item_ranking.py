@@ -179,35 +179,53 @@ def target_rank(
     *,
     bias: Tensor | None = None,
     exclude: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> Tensor:
     """1 + number of items before the target, in the order of `item_topk`.
 
     What does not compare (NaN) counts as before, so that a broken model does not rank well.
+    `of_target` [B] are the targets' scores, where these may be items of another table: then
+    `target` is where they would be beside these, below 0 or beyond V.
     """
     rows, items = rep.shape[0], item_weight.shape[0]
     width = _width(rows, items)
-
-    def scores_of(at: Tensor | slice) -> Tensor:
-        scores = _product(rep, item_weight[at], None, width)
-        return scores if bias is None else scores + bias[at]
-
-    # By products of the same shape as the others, so that equal items get equal scores.
-    whole = scores_of(slice(0, items)) if items <= width else None
-    if whole is None:
-        starts = range(0, rows, width)
-        own = [scores_of(target[row : row + width]).diagonal(-row) for row in starts]
-        of_target = torch.cat(own)[:, None] if own else rep.new_empty(0, 1)
-    else:
-        of_target = whole.gather(1, target[:, None])
+    if of_target is None:
+        of_target = target_scores(rep, item_weight, target, bias=bias)
     ranks = torch.ones_like(target)
     for first in range(0, items, width):
         part = slice(first, min(first + width, items))
-        scores = scores_of(part) if whole is None else whole
+        scores = _scores_of(rep, item_weight, bias, part, width)
         ids = torch.arange(part.start, part.stop, device=rep.device)
         ties_ahead = ids < target[:, None]
-        ahead = torch.where(ties_ahead, ~(scores < of_target), ~(scores <= of_target))
+        wanted = of_target[:, None]
+        ahead = torch.where(ties_ahead, ~(scores < wanted), ~(scores <= wanted))
         ahead &= ids != target[:, None]
         if exclude is not None:
             ahead &= ~_excluded(exclude, first, scores.shape[1])
         ranks += ahead.sum(1)
     return ranks
+
+
+def target_scores(
+    rep: Tensor, item_weight: Tensor, target: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """The score of each row's target: [B]."""
+    rows, items = rep.shape[0], item_weight.shape[0]
+    width = _width(rows, items)
+    # By products of the same shape as the others, so that equal items get equal scores.
+    if items <= width:
+        whole = _scores_of(rep, item_weight, bias, slice(0, items), width)
+        return whole.gather(1, target[:, None])[:, 0]
+    starts = range(0, rows, width)
+    own = [
+        _scores_of(rep, item_weight, bias, target[row : row + width], width).diagonal(-row)
+        for row in starts
+    ]
+    return torch.cat(own) if own else rep.new_empty(0)
+
+
+def _scores_of(
+    rep: Tensor, item_weight: Tensor, bias: Tensor | None, at: Tensor | slice, width: int
+) -> Tensor:
+    scores = _product(rep, item_weight[at], None, width)
+    return scores if bias is None else scores + bias[at]
