@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, tangents
+from fmrec_fast import extension, memory, tangents
 from fmrec_fast.backend import Backend, choose, current_backend, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
@@ -130,7 +130,7 @@ def _forward(
     num_heads: int,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
-    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    out = memory.empty(*qkv.shape[:2], qkv.shape[2] // 3)
     extension.load().attention_forward(
         qkv.detach().numpy(),
         query_scale.numpy(),
@@ -154,7 +154,7 @@ def _backward(
     num_heads: int,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
-    d_qkv = torch.empty_like(qkv)
+    d_qkv = memory.empty(*qkv.shape)
     extension.load().attention_backward(
         grad.contiguous().numpy(),
         qkv.detach().numpy(),
