@@ -101,8 +101,10 @@ class Suite:
         if not self.records or self._limits is None or self._facts is None:
             return
         what = "quick" if self.quick else "full"
-        if {record.op for record in self.records} != ALL_OPS:
-            what += "-partial"
+        timed = {record.op for record in self.records}
+        if timed != ALL_OPS:
+            # Runs of an op or two lie beside each other; one of more replaces the day's last.
+            what += "-" + ("-".join(sorted(timed)) if len(timed) <= 2 else "partial")
         what += f"-{allocator_setting()['setting']}"
         self.path = write_results(
             self.folder, what, self._facts, self.settings(), self._limits, self.records
@@ -122,9 +124,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = metafunc.config.stash[SUITE].sizes
     if "sampling_batch" in metafunc.fixturenames:
-        batches = metafunc.config.stash[SUITE].sizes.sampling_batches
-        metafunc.parametrize("sampling_batch", batches, ids=lambda batch: f"B{batch}")
+        metafunc.parametrize("sampling_batch", sizes.sampling_batches, ids=lambda b: f"B{b}")
+    if "ranking_case" in metafunc.fixturenames:
+        cases = sizes.ranking_cases
+        ids = [f"B{batch}-V{items}-k{k}" for batch, items, k in cases]
+        metafunc.parametrize("ranking_case", cases, ids=ids)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ class Sizes:
     sampling_batches: tuple[int, ...]
     batch: int
     small_batch: int
+    # (B, V, k) of item_ranking
+    ranking_cases: tuple[tuple[int, int, int], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -39,9 +41,32 @@ class Sizes:
 
 
 FULL = Sizes(
-    50, 128, 12102, 30, 4, (512, 2048), (1, 8, 32, 64, 512, 4096), batch=512, small_batch=32
+    length=50,
+    width=128,
+    items=12102,
+    steps=30,
+    blocks=4,
+    decoder=(512, 2048),
+    sampling_batches=(1, 8, 32, 64, 512, 4096),
+    batch=512,
+    small_batch=32,
+    ranking_cases=(
+        *((512, 12_102, 20), (512, 100_000, 100)),
+        *((512, 1_000_000, 100), (1, 1_000_000, 100)),
+    ),
 )
-QUICK = Sizes(20, 32, 500, 4, 2, (64, 128), (8,), batch=8, small_batch=8)
+QUICK = Sizes(
+    length=20,
+    width=32,
+    items=500,
+    steps=4,
+    blocks=2,
+    decoder=(64, 128),
+    sampling_batches=(8,),
+    batch=8,
+    small_batch=8,
+    ranking_cases=((8, 500, 20), (64, 12_102, 20)),
+)
 
 
 def config_of(sizes: Sizes, **changes: Any) -> FMRecConfig:

@@ -142,20 +142,28 @@ def ops(results: dict[str, Any]) -> str:
     return grid(header, rows) if rows else ""
 
 
+def newest(files: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every end-to-end case of these files with the file of its newest measurement, in order."""
+    found = {}
+    for results in sorted(files, key=lambda results: results["date"]):
+        for record in results["records"]:
+            if record["op"] in END_TO_END:
+                found[record["op"], record["case"]] = (record, results)
+    pairs = list(found.values())
+    return sorted(pairs, key=lambda p: (END_TO_END.index(p[0]["op"]), p[0]["sizes"].get("B", 0)))
+
+
 def readme_table(folder: Path = RESULTS) -> str:
-    """The README's table: the newest full record of each allocator setting in `folder`."""
-    newest: dict[str, dict[str, Any]] = {}
+    """The README's table: the newest full measurement of each case, by allocator setting."""
+    by_setting: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-full-*.json")):
         results = read_results(path)
-        if any(record["op"] in END_TO_END for record in results["records"]):
-            newest[results["machine"]["allocator"]["setting"]] = results
+        by_setting.setdefault(results["machine"]["allocator"]["setting"], []).append(results)
     parts = []
-    for setting, results in sorted(newest.items()):
+    for setting, files in sorted(by_setting.items()):
         names = ("published", "tuned", "compiled", "ours")
-        rows = []
-        for record in results["records"]:
-            if record["op"] not in END_TO_END:
-                continue
+        rows, used = [], []
+        for record, results in newest(files):
             if record["op"] == "euler_sampler" and record["sizes"]["B"] not in README_BATCHES:
                 continue
             found = record["variants"]
@@ -165,14 +173,18 @@ def readme_table(folder: Path = RESULTS) -> str:
                 for n in ("published", "compiled")
             ]
             rows.append([record["case"], *medians, *ratios])
+            used.append(results)
+        if not rows:
+            continue
         header = ("", "published", "tuned eager", "torch.compile", "fmrec_fast")
         table = grid([*header, "vs published", "vs torch.compile"], rows)
-        machine = results["machine"]
+        machine = used[-1]["machine"]
         where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        days = sorted({results["date"][:10] for results in used})
         parts.append(
             f"Median seconds, {where}, torch {machine['versions']['torch']}, "
-            f"V = {results['settings']['sizes']['items']:,}, allocator settings {setting} "
-            f"({results['date'][:10]}):\n\n{table}"
+            f"V = {used[-1]['settings']['sizes']['items']:,}, allocator settings {setting} "
+            f"({' to '.join(sorted({days[0], days[-1]}))}):\n\n{table}"
         )
     return "\n\n".join(parts)
 

@@ -24,21 +24,7 @@ from benchmarks.harness import (
 from benchmarks.inputs import normal
 from fmrec_fast.ops import item_topk, prepare_items, target_rank
 
-# (B, V, k); the first of a quick run are the quick sizes' own.
-FULL_CASES = [(512, 12_102, 20), (512, 100_000, 100), (512, 1_000_000, 100), (1, 1_000_000, 100)]
-QUICK_CASES = [(8, 500, 20), (64, 12_102, 20)]
 NO_FAISS = "the package faiss-cpu is not installed"
-
-
-def cases(suite):
-    return QUICK_CASES if suite.quick else FULL_CASES
-
-
-def pick(suite, number):
-    """The case of this number, or skip: a quick run has fewer."""
-    if number >= len(cases(suite)):
-        pytest.skip("a case of the full run")
-    return cases(suite)[number]
 
 
 def work(batch, items, width, outputs):
@@ -54,9 +40,8 @@ def comparable(rep, weight, result):
     return {"scores": scores, "at_ids": exact}
 
 
-@pytest.mark.parametrize("number", range(len(FULL_CASES)))
-def test_topk(suite, race, number):
-    batch, items, k = pick(suite, number)
+def test_topk(suite, race, ranking_case):
+    batch, items, k = ranking_case
     width, device = suite.sizes.width, suite.device
     rep = normal(batch, width, device=device)
     weight = normal(items, width, device=device, seed=1)
@@ -123,9 +108,8 @@ def test_topk(suite, race, number):
     )
 
 
-@pytest.mark.parametrize("number", range(len(FULL_CASES)))
-def test_rank(suite, race, number):
-    batch, items, _ = pick(suite, number)
+def test_rank(suite, race, ranking_case):
+    batch, items, _ = ranking_case
     width, device = suite.sizes.width, suite.device
     rep = normal(batch, width, device=device)
     weight = normal(items, width, device=device, seed=1)

@@ -50,7 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         loaded = Path(extension.load().__file__)
         if Path(folder).resolve() not in loaded.parents:
             raise pytest.UsageError(f"fmrec_fast._C must be loaded from {folder}, got {loaded}")
-    config.addinivalue_line("markers", "op(name): the op whose backends `place` goes through")
+    config.addinivalue_line(
+        "markers", "op(name, backends=all): the op whose backends `place` goes through"
+    )
     # The deterministic mode is on for its filled memory, not for its verdicts.
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic impl")
 
@@ -101,13 +103,16 @@ class Place(NamedTuple):
         return tuple(tensor.to(self.device) for tensor in tensors)
 
 
-def places(op: str) -> list:
+BACKENDS = (Backend.REFERENCE, Backend.CPP, Backend.TRITON)
+
+
+def places(op: str, *, backends: Collection[Backend] = BACKENDS) -> list:
     """Where `op` can run here: its definition, and every backend that is not in `MISSING`."""
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     devices = ("cpu", "cuda") if CUDA else ("cpu",)
     found = []
-    for backend in (Backend.REFERENCE, Backend.CPP, Backend.TRITON):
+    for backend in backends:
         if (op, backend) in MISSING:
             continue
         reasons = {device: availability(backend, device) for device in devices}
@@ -125,7 +130,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         mark = metafunc.definition.get_closest_marker("op")
         if mark is None:
             raise pytest.UsageError(f"{metafunc.definition.nodeid} needs pytest.mark.op(name)")
-        metafunc.parametrize("place", places(*mark.args))
+        metafunc.parametrize("place", places(*mark.args, **mark.kwargs))
 
 
 class Golden(NamedTuple):

@@ -193,9 +193,9 @@ def test_equal_items_tie_wherever_they_lie(place, batch, width):
     assert ranks.tolist() == expected
 
 
+# The definition's products are PyTorch's, and so is their rounding.
+@pytest.mark.op("item_ranking", backends=(Backend.CPP, Backend.TRITON))
 def test_results_do_not_depend_on_the_batch(place):
-    if place.backend is Backend.REFERENCE:
-        pytest.skip("the definition's products are PyTorch's, whose rounding is its own affair")
     rep, weight = place.put(*floats(7, 96, 200, 8))
     target = torch.arange(7, device=rep.device)
     with place.forced("item_ranking"):
@@ -308,10 +308,9 @@ def test_other_dtypes_are_scored_in_float32(dtype):
     assert target_rank(rep, weight, ids[:, 2].contiguous()).tolist() == [3, 3, 3]
 
 
+@pytest.mark.op("item_ranking", backends=(Backend.CPP,))
 def test_many_threads_and_chunks_give_the_same(place):
     """Enough items for several chunks, rows for several blocks, on more threads than cores."""
-    if place.backend is not Backend.CPP:
-        pytest.skip("threads are the C++ kernel's")
     rep, weight = integers(300, 4, 5000, 11)
     threads = torch.get_num_threads()
     results = []
