@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,tensorboard,ode,bench,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,data,tensorboard,ode,bench,dist,dev]'
 	touch $@
 
 demo: setup

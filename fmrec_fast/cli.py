@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, noise, training
+from fmrec_fast import __version__, backend, checkpoint, demo, environment, latency, training
 from fmrec_fast import steps as step_study
 from fmrec_fast.config import PADDINGS, STAGES, FaveConfig, FMRecConfig
 from fmrec_fast.data import (
     Dataset,
     EvaluationSamples,
-    LatestHistories,
+    convert,
     read_dataset,
+    verify,
 )
+from fmrec_fast.data.convert import MEMORY_MB
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
 from fmrec_fast.models import CONFIGS, FMRecommender
 from fmrec_fast.presets import PRESETS, preset
-from fmrec_fast.recommend import BATCH, Recommendations, rank_items, recommend
-from fmrec_fast.sampler import sample
+from fmrec_fast.recommend import Recommendations, recommend
 
-OUTPUTS = (".parquet", ".csv", ".jsonl")
 PLOTS = (".png", ".pdf", ".svg")
 
 
@@ -101,7 +101,7 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Train on a dataset into a run directory.")
-    train.add_argument("data", help=f"dataset file, or '{demo.SYNTHETIC}'")
+    train.add_argument("data", help=f"dataset file, converted folder, or '{demo.SYNTHETIC}'")
     train.add_argument("--out", required=True, help="run directory")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, if any")
     train.add_argument(
@@ -136,6 +136,19 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
         train.set_defaults(preset(choice.preset, stage or STAGES[0]))
     commands.add_subcommand("train", train, help="train a model")
 
+    turned = ArgumentParser(
+        description="Convert interactions of any size into a folder that is mapped, not read: give "
+        "it to the other commands as their dataset."
+    )
+    turned.add_argument("data", help="dataset file, or folder of Parquet or Arrow files")
+    turned.add_argument("out", help="folder to make")
+    _add_reading(turned, "pkl, inter, csv, tsv, parquet or arrow")
+    turned.add_argument(
+        "--memory_mb", type=int, default=MEMORY_MB, help="of the sort; some 500 MB come on top"
+    )
+    turned.add_argument("--verify", action="store_true", help="read all of the result again")
+    commands.add_subcommand("convert", turned, help="convert data larger than memory")
+
     test = ArgumentParser(description="Evaluate a run: HR, NDCG, MRR over the full ranking.")
     test.add_argument("run", help="run directory")
     test.add_argument("data", nargs="?", default=None, help="dataset; default: the run's own")
@@ -163,7 +176,12 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     best.add_argument("run", help="run directory")
     whom = best.add_mutually_exclusive_group(required=True)
     whom.add_argument("--history", default=None, help="item ids, oldest first: 12,45,7")
-    whom.add_argument("--users", default=None, help="file of interactions of any users")
+    whom.add_argument(
+        "--users",
+        default=None,
+        help="file of interactions of any users; or Parquet files, as a path, directory, pattern "
+        "or URI, of interactions or of histories (a user id and a list of item ids a row)",
+    )
     whom.add_argument("--all", action="store_true", help="all users of the run's dataset")
     _add_reading(best)
     _add_device(best)
@@ -171,8 +189,41 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     best.add_argument("-k", type=int, default=10, help="items per user")
     best.add_argument("--exclude_seen", action="store_true", help="leave out seen items")
     best.add_argument("--seed", type=int, default=0, help="sampling seed")
-    best.add_argument("--out", default=None, help="file .parquet, .csv or .jsonl; default: print")
+    best.add_argument(
+        "--out",
+        default=None,
+        help="file .parquet, .csv or .jsonl (default: print); of --engine ray a directory or URI",
+    )
+    _add_unknown(best)
+    best.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="'ray': Ray Data, from Parquet files into Parquet shards (extra [dist])",
+    )
+    best.add_argument(
+        "--workers", type=int | None, default=None, help="of ray; default: as many as there is room"
+    )
+    best.add_argument("--worker_cpus", type=int, default=1, help="cores of each worker")
+    best.add_argument("--worker_gpus", type=float, default=0.0, help="GPUs of each worker")
+    best.add_argument(
+        "--batch", type=int, default=8192, help="users that a worker is handed at once"
+    )
     commands.add_subcommand("recommend", best, help="recommend from a run")
+
+    vectors = ArgumentParser(
+        description="Write item vectors, and query vectors of users, whose inner products are the "
+        "scores: for an approximate index over a large catalogue."
+    )
+    vectors.add_argument("run", help="run directory")
+    vectors.add_argument("--out", required=True, help="directory, new or empty")
+    vectors.add_argument("--users", default=None, help="as of recommend; default: items only")
+    _add_reading(vectors)
+    _add_device(vectors)
+    _add_checkpoint(vectors)
+    vectors.add_argument("--seed", type=int, default=0, help="sampling seed")
+    _add_unknown(vectors)
+    commands.add_subcommand("export-vectors", vectors, help="vectors for an approximate index")
 
     fewer = ArgumentParser(
         description="Compare numbers of sampling steps: metrics, overlap of the top items with the "
@@ -232,12 +283,9 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     return parser
 
 
-def _add_reading(parser: Any) -> None:
+def _add_reading(parser: Any, formats: str = "pkl, inter, csv, tsv or parquet") -> None:
     parser.add_argument(
-        "--format",
-        type=str | None,
-        default=None,
-        help="pkl, inter, csv, tsv or parquet; default: by the suffix",
+        "--format", type=str | None, default=None, help=f"{formats}; default: by the suffix"
     )
     for role in ("user", "item", "time"):
         parser.add_argument(
@@ -255,6 +303,16 @@ def _add_reading(parser: Any) -> None:
 def _add_device(parser: Any) -> None:
     parser.add_argument(
         "--device", type=str | None, default=None, help="cpu, cuda, ...; default: cuda if there"
+    )
+
+
+def _add_unknown(parser: Any) -> None:
+    parser.add_argument(
+        "--unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="items of --users that the run does not know; 'skip' leaves them out, and users who "
+        "have no other, and counts them",
     )
 
 
@@ -318,6 +376,14 @@ def _reading(options: Any, path: str) -> dict[str, Any]:
         "min_item": options.min_item,
     }
     return {"path": str(Path(path).resolve())} | {k: v for k, v in chosen.items() if v}
+
+
+def _convert(options: Any) -> None:
+    chosen = _reading(options, options.data)
+    dataset = convert(chosen.pop("path"), options.out, memory_mb=options.memory_mb, **chosen)
+    if options.verify:
+        verify(options.out)
+    _show(dataset)
 
 
 def _read(source: dict[str, Any]) -> Dataset:
@@ -470,7 +536,7 @@ def with_items(dataset: Dataset, item_ids: list) -> Dataset:
     """
     if dataset.item_ids == item_ids:
         return dataset
-    catalogue = Dataset.from_histories([[1, 1]], item_ids=item_ids)
+    catalogue = Dataset.from_histories([], item_ids=item_ids)
     numbers = catalogue.encode_items(dataset.item_ids)
     return Dataset(
         items=numbers[dataset.items - 1],
@@ -591,12 +657,18 @@ def _print_metrics(columns: dict[str, dict[str, float]]) -> None:
 
 
 def _recommend(options: Any) -> None:
-    if options.out is not None and Path(options.out).suffix not in OUTPUTS:
-        raise UserError(f"--out must end in one of {OUTPUTS}, got {options.out!r}")
+    if options.engine == "ray":
+        _recommend_with_ray(options)
+        return
+    from fmrec_fast.bulk import BulkRecommender
+    from fmrec_fast.tables import SUFFIXES, TableFile
+
+    if options.out is not None and Path(options.out).suffix not in SUFFIXES:
+        raise UserError(f"--out must end in one of {SUFFIXES}, got {options.out!r}")
     model, state = _load(options)
     item_ids = state["item_ids"]
     if options.history is not None:
-        catalogue = Dataset.from_histories([[1, 1]], item_ids=item_ids)
+        catalogue = Dataset.from_histories([], item_ids=item_ids)
         given = [part.strip() for part in options.history.split(",") if part.strip()]
         if not given:
             raise UserError(f"--history must list item ids, got {options.history!r}")
@@ -611,78 +683,177 @@ def _recommend(options: Any) -> None:
         )
         _write(options.out, ["history"], best, item_ids)
         return
-    if options.all:
-        dataset = _run_dataset(state)
-    else:
-        source = {"min_user": 1} | _reading(options, options.users)
-        dataset = with_items(_read(source), item_ids)
-    _show(dataset)
-    best = _recommend_all(model, dataset, options)
-    _write(options.out, dataset.user_ids, best, item_ids)
+    recommender = BulkRecommender(model, item_ids, **_bulk_options(options))
+    users = _Users(options, state)
+    with TableFile(None if options.out is None else Path(options.out)) as file:
+        for part in users.batches():
+            file.write(recommender(part))
+    if options.out is not None:
+        print(f"{file.rows} rows for {users.count} users in {options.out}", file=sys.stderr)
 
 
-def _recommend_all(model: FMRecommender, dataset: Dataset, options: Any) -> Recommendations:
-    device = model.item_embeddings.weight.device
-    histories = LatestHistories(dataset, model.config.max_len, device)
-    seed = noise.as_seed(options.seed, device)
-    parts = []
-    with _bar(len(histories), "recommend") as progress:
-        for first in range(0, len(histories), BATCH):
-            index = torch.arange(first, min(first + BATCH, len(histories)))
-            rep = sample(
-                model,
-                histories.batch(index),
-                steps=options.steps,
-                seed=seed,
-                rows=index.to(device),
-                padding=options.padding,
+def _bulk_options(options: Any) -> dict[str, Any]:
+    names = ("k", "exclude_seen", "steps", "seed", "padding")
+    return {name: options[name] for name in names if name in options}
+
+
+class _Users:
+    """The users of --users or --all, in batches, with a progress bar; then how many there were."""
+
+    def __init__(self, options: Any, state: dict[str, Any]) -> None:
+        self.options, self.item_ids = options, state["item_ids"]
+        self.count = 0
+        self._dataset: Dataset | None = None
+        if options.users is None:
+            self._dataset = _run_dataset(state)
+        else:
+            source, columns = _parquet_source(options)
+            if columns is None:
+                self._dataset = self._interactions(source)
+            else:
+                from fmrec_fast.data.users import HistoryEncoder
+
+                self._source = source
+                self._columns = columns["user"], columns["item"]
+                self._encode = HistoryEncoder(self.item_ids, *self._columns, options.unknown)
+        if self._dataset is not None:
+            _show(self._dataset)
+
+    def _interactions(self, source: Any) -> Dataset:
+        options = self.options
+        if options.unknown != "error":
+            raise UserError(
+                f"--unknown {options.unknown} is for Parquet files of histories and for --engine "
+                f"ray, and {options.users} holds interactions"
             )
-            exclude = torch.empty(len(index), 0, dtype=torch.int64, device=device)
-            if options.exclude_seen:
-                exclude = histories.seen(index)
-            best = rank_items(model, rep, options.k, exclude)
-            parts.append(Recommendations(best.ids.cpu(), best.scores.cpu()))
-            progress(len(index))
-    return Recommendations(*(torch.cat(same) for same in zip(*parts, strict=True)))
+        chosen = {"min_user": 1} | _reading(options, options.users)
+        if source is None:
+            dataset = _read(chosen)
+        else:
+            from fmrec_fast.data.users import read_interactions
+
+            del chosen["path"]
+            chosen.pop("format", None)
+            dataset = read_interactions(source, **chosen)
+        return with_items(dataset, self.item_ids)
+
+    def batches(self) -> Any:
+        from fmrec_fast.bulk import batches
+        from fmrec_fast.data.users import read_histories
+
+        if self._dataset is not None:
+            total, parts = self._dataset.num_users, batches(self._dataset)
+        else:
+            total = self._source.num_rows()
+            parts = map(self._encode, read_histories(self._source, self._columns))
+        unknown = without = 0
+        with _bar(total, "recommend") as progress:
+            for part in parts:
+                yield part
+                self.count += len(part.users)
+                unknown, without = unknown + part.unknown, without + part.without
+                progress(len(part.users) + part.without)
+        _report_skipped(unknown, without)
 
 
-def _write(out: str | None, users: list, best: Recommendations, item_ids: list) -> None:
+def _report_skipped(unknown: int, without: int) -> None:
+    if unknown or without:
+        print(f"left out {unknown} unknown items, {without} users without others", file=sys.stderr)
+
+
+def _parquet_source(options: Any) -> tuple[Any, dict[str, str] | None]:
+    """Parquet files of --users, None for a file of another format; and the columns of histories,
+    None where it holds interactions."""
+    from fmrec_fast.data.users import ParquetFiles, history_columns, locate
+
+    location = locate(options.users)
+    parquet = location.is_parquet if options.format is None else options.format == "parquet"
+    if not parquet:
+        if len(location.paths) > 1 or "://" in options.users:
+            raise UserError(
+                f"--users {options.users}: expected Parquet files, or one file of another format; "
+                f"got {location.paths[0]} among {len(location.paths)}"
+            )
+        return None, None
+    source = ParquetFiles(location)
+    found = history_columns(source, options.user_column, options.item_column)
+    return source, None if found is None else dict(zip(("user", "item"), found, strict=True))
+
+
+def _recommend_with_ray(options: Any) -> None:
+    from fmrec_fast import ray_engine
+
+    if options.users is None or options.out is None:
+        raise UserError("--engine ray takes --users and --out")
+    ray_engine.require_ray()
+    ray_engine.check_out(options.out)
+    state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
+    source, columns = _parquet_source(options)
+    if source is None:
+        raise UserError(f"--engine ray reads Parquet files, got {options.users}")
+    chosen: dict[str, str | None] | None = None if columns is None else dict(columns)
+    if chosen is None:
+        chosen = _interaction_columns(options, source)
+    result = ray_engine.recommend_with_ray(
+        state,
+        source,
+        chosen,
+        options.out,
+        unknown=options.unknown,
+        workers=ray_engine.Workers(options.workers, options.worker_cpus, options.worker_gpus),
+        batch=options.batch,
+        **_bulk_options(options),
+    )
+    _report_skipped(result.unknown_items, result.users_left_out)
+    print(
+        f"{result.rows} rows for {result.users} users in {len(result.shards)} shards in "
+        f"{options.out}",
+        file=sys.stderr,
+    )
+
+
+def _interaction_columns(options: Any, source: Any) -> dict[str, str | None]:
+    from fmrec_fast.data.readers import choose_columns
+
+    for name in ("min_user", "min_item"):
+        if options[name] is not None:
+            raise UserError(f"--{name} is not for --engine ray, got {options[name]}")
+    wanted = {"user": options.user_column, "item": options.item_column}
+    found = choose_columns(source, wanted | {"timestamp": options.time_column})
+    names: dict[str, str | None] = {role: source.names[at] for role, at in found.items()}
+    return {"timestamp": None} | names
+
+
+def _write(out: str | None, users: Sequence, best: Recommendations, item_ids: list) -> None:
     """One row per user and rank: user, rank, item, score."""
-    k = best.ids.shape[1]
-    finite = best.scores.flatten().isfinite().tolist()
-    columns = {
-        "user": [user for user in users for _ in range(k)],
-        "rank": [rank + 1 for _ in users for rank in range(k)],
-        "item": [item_ids[i - 1] if i > 0 else None for i in best.ids.flatten().tolist()],
-        "score": best.scores.flatten().tolist(),
-    }
-    columns = {
-        name: [value for value, keep in zip(column, finite, strict=True) if keep]
-        for name, column in columns.items()
-    }
-    if out is None:
-        for row in zip(*columns.values(), strict=True):
-            print("{}\t{}\t{}\t{:.6f}".format(*row))
-        return
     import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
 
-    path = Path(out)
-    writers: dict[str, Callable[[pa.Table, Path], None]] = {
-        ".parquet": pyarrow.parquet.write_table,
-        ".csv": pyarrow.csv.write_csv,
-        ".jsonl": _write_json_lines,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    writers[path.suffix](pa.table(columns), temporary)
-    temporary.replace(path)
-    print(f"{len(columns['user'])} rows for {len(users)} users in {path}", file=sys.stderr)
+    from fmrec_fast.bulk import external_ids, ranked_table
+    from fmrec_fast.tables import TableFile
+
+    path = None if out is None else Path(out)
+    table = ranked_table(
+        pa.array(users), best.scores.cpu().numpy(), best.ids.cpu().numpy(), external_ids(item_ids)
+    )
+    with TableFile(path) as file:
+        file.write(table)
+    if path is not None:
+        print(f"{file.rows} rows for {len(users)} users in {path}", file=sys.stderr)
 
 
-def _write_json_lines(table: Any, path: Path) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+def _export_vectors(options: Any) -> None:
+    from fmrec_fast.bulk import BulkRecommender
+    from fmrec_fast.vectors import export
+
+    model, state = _load(options)
+    recommender = BulkRecommender(
+        model, state["item_ids"], 1, **{k: v for k, v in _bulk_options(options).items() if k != "k"}
+    )
+    users = None if options.users is None else _Users(options, state)
+    found = export(
+        recommender, state["item_ids"], options.out, None if users is None else users.batches()
+    )
+    print(f"{found} in {options.out}", file=sys.stderr)
 
 
 def _env(options: Any) -> None:
@@ -738,9 +909,11 @@ def _demo(options: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": _convert,
     "train": _train,  # once a stage
     "evaluate": _evaluate,
     "recommend": _recommend,
+    "export-vectors": _export_vectors,
     "steps": _steps,
     "bench": _bench,
     "env": _env,

@@ -65,7 +65,7 @@ def model_ranks(
     ranks = [torch.empty(0, dtype=torch.int64, device=device)]
     for index in _indices(samples, batch_size):
         sequence, target = samples.batch(index)
-        rows = samples.users[index.to(samples.users.device)]
+        rows = samples.user_rows(index)
         rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
         exclude = samples.seen(index) if exclude_seen else None
         ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))

@@ -26,17 +26,20 @@ class Recommendations(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """`sequences` [B, L] and `rows` [B] int64, on the model's device; `excluded` ids per row."""
+    """`sequences` [B, L] and `rows` [B] int64, on the model's device; `excluded` ids per row, as
+    lists or already as `exclude` gives them."""
 
     sequences: Tensor
     rows: Tensor
-    excluded: list[list[int]]
+    excluded: list[list[int]] | Tensor
     k: int
     steps: int
     padding: str
 
     def exclude(self, part: slice) -> Tensor:
         """Excluded ids of some rows as int64 [B, E], padding among them, -1 in short rows."""
+        if isinstance(self.excluded, Tensor):
+            return self.excluded[part]
         lists = [[PADDING, *row] for row in self.excluded[part]]
         width = max((len(row) for row in lists), default=1)
         return torch.tensor(

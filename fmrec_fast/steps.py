@@ -163,7 +163,7 @@ def _recommended(
     ids = [torch.empty(0, top, dtype=torch.int64, device=device)]
     for index in users.split(BATCH):
         sequence, target = samples.batch(index)
-        rows = samples.users[index.to(samples.users.device)]
+        rows = samples.user_rows(index)
         rep = sample(model, sequence, steps=steps, seed=at, rows=rows)
         ranks.append(target_rank(rep, model.item_embeddings.weight, target))
         ids.append(rank_items(model, rep, top, _nothing(rep)).ids)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from fmrec_fast import checkpoint, memory
 from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
-from fmrec_fast.data.dataset import HELD_OUT, Dataset
+from fmrec_fast.data.dataset import Dataset
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models import FMRecommender, build_recommender
@@ -159,7 +157,7 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
         self._rng = checkpoint.rng_state()
-        self._histories = zlib.crc32(dataset.items.tobytes(), zlib.crc32(dataset.offsets.tobytes()))
+        self._histories = dataset.fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
@@ -250,7 +248,7 @@ class Trainer:
         while p.step_in_epoch < self.steps_per_epoch:
             first = p.step_in_epoch * config.batch_size
             index = order[first : first + config.batch_size]
-            step(index)
+            step(self.samples.fetch(index))
             p.step_in_epoch += 1
             p.global_step += 1
             self._report_step(len(index))
@@ -277,9 +275,9 @@ class Trainer:
     def _changed_by_a_step(self) -> list[Tensor]:
         return [*self.model.parameters(), *optimizer_tensors(self.optimizer), self.tally]
 
-    def _train_step(self, index: Tensor) -> None:
+    def _train_step(self, fetched: Tensor) -> None:
         """Forward, backward, optimizer and the tally; nothing in it waits for the device."""
-        sequence, target = self.samples.batch(index)
+        sequence, target = self.samples.cut(fetched)
         self.optimizer.zero_grad(set_to_none=True)
         losses = training_losses(self.model, sequence, target)
         losses.total.backward()
@@ -365,8 +363,7 @@ class Trainer:
         return found
 
     def _evaluate(self, model: FMRecommender, split: str) -> Evaluation:
-        lengths = np.diff(self.dataset.offsets)
-        self.listener.evaluation_started(split, int((lengths > HELD_OUT[split] + 1).sum()))
+        self.listener.evaluation_started(split, self.dataset.evaluated_users(split))
         return evaluate(
             model,
             self.dataset,
@@ -380,7 +377,7 @@ class Trainer:
         return {
             "kind": self.config.KIND,
             "config": self.config.to_dict(),
-            "item_ids": self.dataset.item_ids,
+            "item_ids": list(self.dataset.item_ids),
             "source": self.source,
             "model": self.model.state_dict(),
             "epoch": self.progress.epoch,

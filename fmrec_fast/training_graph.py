@@ -16,7 +16,7 @@ class GraphedStep:
 
     Equivalent PyTorch::
 
-        step(index)
+        step(fetched)
 
     The first batch is run eagerly, since it makes the optimizer's state; before the second the
     step is captured. Seeds are drawn inside, so every replay has its own noise, dropout and
@@ -24,7 +24,7 @@ class GraphedStep:
     static buffer.
 
     Args:
-        step: one training step on the samples `index`; may not wait for the device.
+        step: one training step on what `TrainingSamples.fetch` gave; may not wait for the device.
         batch_size: of the graph.
         changes: lists the tensors that a step changes; asked once there is an optimizer's state.
         device: where the step runs.
@@ -38,7 +38,8 @@ class GraphedStep:
         device: torch.device,
     ) -> None:
         self.step, self.changes, self.device = step, changes, device
-        self.index = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.batch_size = batch_size
+        self.fetched = torch.empty(0)
         self.capture: Capture | None = None
         self._warm = False
 
@@ -46,21 +47,22 @@ class GraphedStep:
         """Forget the graph, because a tensor that it reads or writes has been replaced."""
         self.capture, self._warm = None, False
 
-    def __call__(self, index: Tensor) -> None:
-        if len(index) != len(self.index) or not self._warm:
+    def __call__(self, fetched: Tensor) -> None:
+        if len(fetched) != self.batch_size or not self._warm:
             self._warm = True
-            self.step(index)
+            self.step(fetched)
             return
-        self.index.copy_(index)
         if self.capture is None:
+            self.fetched = fetched.clone()
             # One run is enough of a warm-up: kernels were compiled in the eager step.
             self.capture = Capture(
                 self._on_buffer, Pool(self.device), warmups=1, changes=list(self.changes())
             )
+        self.fetched.copy_(fetched)
         self.capture.replay()
 
     def _on_buffer(self) -> tuple[Tensor, ...]:
-        self.step(self.index)
+        self.step(self.fetched)
         return ()
 
 

@@ -14,6 +14,7 @@ import torch
 
 import fmrec_fast
 from fmrec_fast import FMRecConfig, checkpoint, cli, demo, recommend
+from fmrec_fast.bulk import user_rows
 from fmrec_fast.cli import main
 from fmrec_fast.data import Dataset, read_dataset, synthetic_dataset
 from fmrec_fast.evaluation import evaluate
@@ -446,7 +447,8 @@ def test_recommend_for_all_users(run, data, model, tmp_path, capsys, suffix):
         found = rows(out)
     dataset = read_dataset(data)
     histories = [dataset.history(row).tolist() for row in range(60)]
-    expected = recommend(model, histories, 4, seed=3)
+    rows_of_users = torch.from_numpy(user_rows(dataset.user_ids))
+    expected = recommend(model, histories, 4, seed=3, rows=rows_of_users)
     assert [row["user"] for row in found] == [f"u{u:03}" for u in range(60) for _ in range(4)]
     assert [row["rank"] for row in found] == [1, 2, 3, 4] * 60
     items = [dataset.item_ids[i - 1] for i in expected.ids.flatten().tolist()]
@@ -501,7 +503,7 @@ def test_recommend_for_users_of_a_file(run, data, model, tmp_path, capsys):
     dataset = read_dataset(data)
     in_file = {user: [item for who, item in lines if who == user] for user in histories}
     encoded = [dataset.encode_items(items).tolist() for items in in_file.values()]
-    expected = recommend(model, encoded, 2, seed=0)
+    expected = recommend(model, encoded, 2, seed=0, rows=torch.from_numpy(user_rows(in_file)))
     found = rows(out)
     assert [row["user"] for row in found] == ["amy", "amy", "u001", "u001", "zoe", "zoe"]
     items = [dataset.item_ids[i - 1] for i in expected.ids.flatten().tolist()]

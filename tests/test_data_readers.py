@@ -328,7 +328,9 @@ def test_unreadable_parquet(tmp_path):
 def test_files_and_formats(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv: no such file"):
         read_dataset(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match="not a directory"):
+    with pytest.raises(
+        ValueError, match="expected a file or a folder that `fmrec-fast convert` wrote"
+    ):
         read_dataset(tmp_path)
     path = csv_file(tmp_path, "user,item\nu,a\nu,b\n", "data.dat")
     with pytest.raises(ValueError, match=r"unknown suffix '\.dat'; expected one of .*format="):

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 import reprlib
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
+
+from .ids import Ids
 
 MIN_HISTORY = 2
 ID_TYPES = {int, str}
@@ -24,6 +27,8 @@ INT_TYPES = (int, np.integer)
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")
 # How many of a history's last items lie after the end of each part.
 HELD_OUT = {"train": 2, "val": 1, "test": 0}
+# How many values are looked at in one go where all of a dataset are, whose arrays may be mapped.
+PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,17 @@ class Dataset:
 
     items: int32 [N], internal ids 1..V-1, the users one after another, each in time order.
     offsets: int64 [U + 1]; user row u has `items[offsets[u]:offsets[u + 1]]`, at least 1 of them.
-    item_ids: the external id (int or str) of internal item i is `item_ids[i - 1]`.
-    user_ids: the external id of each user row.
+    item_ids: the external id (int or str) of internal item i is `item_ids[i - 1]`. A list; of a
+        mapped dataset (see `mapped`) a sequence that stays in its file.
+    user_ids: the external id of each user row, likewise.
 
     Raises TypeError for a wrong type or dtype, ValueError for a value that breaks the above.
     """
 
     items: np.ndarray
     offsets: np.ndarray
-    item_ids: list
-    user_ids: list
+    item_ids: Sequence
+    user_ids: Sequence
     name: str = ""
     report: ReadReport = NO_REPORT
 
@@ -225,6 +231,17 @@ class Dataset:
         if isinstance(external_ids, np.ndarray):
             external_ids = external_ids.tolist()
         external_ids = list(external_ids)
+        found = self.look_up_items(external_ids)
+        unknown = np.flatnonzero(found == 0)
+        if len(unknown):
+            raise ValueError(
+                f"unknown item id {external_ids[unknown[0]]!r} ({len(unknown)} of {len(found)} ids "
+                f"are unknown); expected ids of the dataset, such as {self.item_ids[:3]}"
+            )
+        return found
+
+    def look_up_items(self, external_ids: list) -> np.ndarray:
+        """As `encode_items`, and 0 for an unknown id."""
         for kind in set(map(type, external_ids)):
             # Checked first: a dict finds True and 1.0 where it holds 1.
             if kind is bool or not issubclass(kind, (int, str, np.integer)):
@@ -234,12 +251,6 @@ class Dataset:
                 )
         index = self.item_index
         found = [index.get(item) or self._other_spelling(item) for item in external_ids]
-        if 0 in found:
-            unknown = external_ids[found.index(0)]
-            raise ValueError(
-                f"unknown item id {unknown!r} ({found.count(0)} of {len(found)} ids are unknown); "
-                f"expected ids of the dataset, such as {self.item_ids[:3]}"
-            )
         return np.array(found, dtype=np.int32)
 
     def _other_spelling(self, item: int | str) -> int:
@@ -256,10 +267,30 @@ class Dataset:
         """
         if split_end not in HELD_OUT:
             raise ValueError(f"split_end={split_end!r}; expected one of {sorted(HELD_OUT)}")
-        counted = np.ones(self.num_interactions, dtype=bool)
-        for back in range(1, HELD_OUT[split_end] + 1):
-            counted[self.offsets[1:] - back] = False
-        return np.bincount(self.items[counted], minlength=self.item_num)
+        counts = np.zeros(self.item_num, dtype=np.int64)
+        part = max(PART, self.item_num)
+        for first in range(0, self.num_interactions, part):
+            counts += np.bincount(self.items[first : first + part], minlength=self.item_num)
+        for offsets in self.offset_parts(part):
+            for back in range(1, HELD_OUT[split_end] + 1):
+                held_out = offsets[1:][np.diff(offsets) >= back] - back
+                counts -= np.bincount(self.items[held_out], minlength=self.item_num)
+        return counts
+
+    def offset_parts(self, users: int = PART) -> Iterator[np.ndarray]:
+        """The offsets of so many users at a time, with where the last one ends."""
+        for first in range(0, self.num_users, users):
+            yield self.offsets[first : first + users + 1]
+
+    def evaluated_users(self, split: str) -> int:
+        """How many users have a nonempty input before the held-out item of 'val' or 'test'."""
+        held_out = HELD_OUT[split] + 1
+        return sum(int((np.diff(part) > held_out).sum()) for part in self.offset_parts())
+
+    @property
+    def fingerprint(self) -> int:
+        """CRC-32 of the histories: that of `items`, continuing that of `offsets`."""
+        return fingerprint(self.offsets, self.items)
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type) -> None:
@@ -286,8 +317,10 @@ def _check_offsets(offsets: np.ndarray, total: int) -> None:
         )
 
 
-def check_ids(name: str, ids: list) -> None:
-    """Raise unless `ids` is a list of distinct ints and strs."""
+def check_ids(name: str, ids: Sequence) -> None:
+    """Raise unless `ids` is a list of distinct ints and strs; `Ids` were checked in converting."""
+    if isinstance(ids, Ids):
+        return
     if not isinstance(ids, list):
         raise TypeError(f"{name} is a {type(ids).__name__}; expected a list of int or str")
     if not set(map(type, ids)) <= ID_TYPES:
@@ -324,6 +357,15 @@ def flat_int64(rows: Iterable[Iterable[int]], total: int, what: str) -> np.ndarr
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """int64 [n + 1] where runs of these lengths begin and end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def fingerprint(offsets: np.ndarray, items: np.ndarray) -> int:
+    """CRC-32 of both arrays, one after the other."""
+    found = 0
+    for array in (offsets, items):
+        for first in range(0, len(array), PART):
+            found = zlib.crc32(np.ascontiguousarray(array[first : first + PART]).data, found)
+    return found
 
 
 def count_repeats(users: np.ndarray, items: np.ndarray) -> int:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import csv
 import os
 import reprlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
 from .dataset import MIN_HISTORY, Dataset, ReadReport, count_repeats, offsets_of
+from .mapped import METADATA, is_mapped, open_mapped
 from .published import read_published
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ CONVENTIONAL = {
     },
 }
 INTEGER = r"^(?:0|-?[1-9][0-9]{0,18})$"
+# How much of a file is held at a time where it is read in parts: bytes of text, rows of a table.
+BLOCK, ROWS = 1 << 23, 1 << 18
 NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
 
 
@@ -65,6 +68,9 @@ def read_dataset(
     min_item: int = 0,
 ) -> Dataset:
     """Read the interactions of a file into a Dataset; `dataset.report` says what was dropped.
+
+    A folder that `convert` wrote is mapped instead, and takes none of the arguments below; see
+    `fmrec_fast.data.mapped`.
 
     format: 'pkl', 'inter', 'csv', 'tsv' or 'parquet'; by default from the file's suffix.
     user, item, timestamp: names of columns; by default the conventional ones. Without a
@@ -84,31 +90,51 @@ def read_dataset(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    check_least(min_user, min_item)
+    wanted = {"user": user, "item": item, "timestamp": timestamp}
+    if is_mapped(path):
+        _refuse(path, "converted folder", {"format": format, **wanted}, min_user, min_item)
+        return open_mapped(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file, not a directory")
+        raise ValueError(
+            f"{path}: expected a file or a folder that `fmrec-fast convert` wrote, not a directory "
+            f"without {METADATA}"
+        )
     format = _format_of(path, format)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+    if format == "pkl":
+        return read_pickle(path, wanted, min_user, min_item)
+    source = _Parquet(path) if format == "parquet" else _Text(path, format)
+    return from_table(source, choose_columns(source, wanted), int(min_user), int(min_item))
+
+
+def check_least(min_user: int, min_item: int) -> None:
     for name, least in (("min_user", min_user), ("min_item", min_item)):
         if isinstance(least, bool) or not isinstance(least, (int, np.integer)):
             raise TypeError(f"{name}={least!r}; expected an integer")
         if least < 0:
             raise ValueError(f"{name}={least}; expected 0 or more")
-    wanted = {"user": user, "item": item, "timestamp": timestamp}
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
 
-    if format == "pkl":
-        given = {**wanted, "min_item": min_item or None}
-        refused = [name for name, value in given.items() if value is not None]
-        if min_user > MIN_HISTORY:
-            refused.append("min_user")
-        if refused:
-            raise ValueError(
-                f"{path}: {', '.join(refused)} given for a published pickle; expected none: its "
-                f"split and numbering are fixed"
-            )
-        return read_published(path)
-    source = _Parquet(path) if format == "parquet" else _Text(path, format)
-    return _from_table(source, _choose_columns(source, wanted), int(min_user), int(min_item))
+
+def read_pickle(path: Path, wanted: dict[str, str | None], min_user: int, min_item: int) -> Dataset:
+    _refuse(path, "published pickle", wanted, min_user, min_item)
+    return read_published(path)
+
+
+def _refuse(
+    path: Path, what: str, given: dict[str, str | None], min_user: int, min_item: int
+) -> None:
+    given = {**given, "min_item": min_item or None}  # type: ignore[dict-item]
+    refused = [name for name, value in given.items() if value is not None]
+    if min_user > MIN_HISTORY:
+        refused.append("min_user")
+    if refused:
+        raise ValueError(
+            f"{path}: {', '.join(refused)} given for a {what}; expected none: its split and "
+            f"numbering are fixed"
+        )
 
 
 def _format_of(path: Path, format: str | None) -> str:
@@ -139,6 +165,8 @@ def _import_pyarrow() -> None:
 
 class _Text:
     """A delimited text file whose first line that is not blank is the header."""
+
+    untyped = True  # text may stand for ints
 
     def __init__(self, path: Path, format: str) -> None:
         _import_pyarrow()
@@ -186,21 +214,45 @@ class _Text:
 
         names = [self.header[column] for column in columns]
         try:
-            table = arrow_csv.read_csv(
-                self.path,
-                parse_options=arrow_csv.ParseOptions(
-                    delimiter=self.delimiter, newlines_in_values=True
-                ),
-                convert_options=arrow_csv.ConvertOptions(
-                    include_columns=names,
-                    column_types=dict.fromkeys(names, pa.string()),
-                    strings_can_be_null=False,
-                ),
-            )
+            table = arrow_csv.read_csv(self.path, **self._options(names))
         except pa.ArrowInvalid as error:
             self._explain(error)
         self._check_quotes(table.num_rows)
         return [table.column(name) for name in names]
+
+    def batches(self, columns: list[int]) -> Generator[list[pa.ChunkedArray], None, None]:
+        """These columns as strings, a block of the file at a time."""
+        import pyarrow as pa
+        from pyarrow import csv as arrow_csv
+
+        names, rows = [self.header[column] for column in columns], 0
+        try:
+            with arrow_csv.open_csv(
+                self.path,
+                read_options=arrow_csv.ReadOptions(block_size=BLOCK),
+                **self._options(names),
+            ) as reader:
+                for batch in reader:
+                    rows += batch.num_rows
+                    yield [pa.chunked_array([batch.column(name)]) for name in names]
+        except pa.ArrowInvalid as error:
+            self._explain(error)
+        self._check_quotes(rows)
+
+    def _options(self, names: list[str]) -> dict[str, Any]:
+        import pyarrow as pa
+        from pyarrow import csv as arrow_csv
+
+        return {
+            "parse_options": arrow_csv.ParseOptions(
+                delimiter=self.delimiter, newlines_in_values=True
+            ),
+            "convert_options": arrow_csv.ConvertOptions(
+                include_columns=names,
+                column_types=dict.fromkeys(names, pa.string()),
+                strings_can_be_null=False,
+            ),
+        }
 
     def _explain(self, error: Exception) -> NoReturn:
         for line, record in self._records():
@@ -231,6 +283,8 @@ class _Text:
 
 
 class _Parquet:
+    untyped = False
+
     def __init__(self, path: Path) -> None:
         _import_pyarrow()
         import pyarrow as pa
@@ -238,7 +292,8 @@ class _Parquet:
 
         self.path = path
         try:
-            self.file = parquet.ParquetFile(path)
+            # Buffered ahead, a file that is read in parts would stay in memory as a whole.
+            self.file = parquet.ParquetFile(path, pre_buffer=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
         self.header = self.names = list(self.file.schema_arrow.names)
@@ -257,17 +312,175 @@ class _Parquet:
             raise ValueError(f"{self.path}: not a readable Parquet file: {error}") from error
         return [table.column(name) for name in names]
 
+    def batches(self, columns: list[int]) -> Generator[list[pa.ChunkedArray], None, None]:
+        import pyarrow as pa
 
-def _choose_columns(source: _Text | _Parquet, wanted: dict[str, str | None]) -> dict[str, int]:
+        names = [self.header[column] for column in columns]
+        try:
+            for batch in self.file.iter_batches(ROWS, columns=names):
+                yield [pa.chunked_array([batch.column(name)]) for name in names]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.path}: not a readable Parquet file: {error}") from error
+
+
+class _Arrow:
+    """An Arrow IPC file (or Feather, version 2), read through a map."""
+
+    untyped = False
+
+    def __init__(self, path: Path) -> None:
+        _import_pyarrow()
+        import pyarrow as pa
+
+        self.path = path
+        try:
+            self.file = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not a readable Arrow file: {error}") from error
+        self.header = self.names = list(self.file.schema.names)
+        self.types = [""] * len(self.names)
+
+    def line(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def batches(self, columns: list[int]) -> Generator[list[pa.ChunkedArray], None, None]:
+        import pyarrow as pa
+
+        for at in range(self.file.num_record_batches):
+            batch = self.file.get_batch(at)
+            for first in range(0, batch.num_rows, ROWS):
+                part = batch.slice(first, ROWS)
+                yield [pa.chunked_array([part.column(column)]) for column in columns]
+
+
+class _Folder:
+    """Files of one kind and the same columns, one after another in the order of their names."""
+
+    untyped = False
+
+    def __init__(
+        self, path: Path, files: list[Path], open_one: Callable[[Path], _Parquet | _Arrow]
+    ) -> None:
+        self.path, self.files, self._open = path, files, open_one
+        self.header = self.names = open_one(files[0]).header
+        self.types = [""] * len(self.names)
+        self._rows: list[int] = []  # of the files that were read
+
+    def line(self, row: int) -> str:
+        at = 0
+        while at < len(self._rows) and row >= self._rows[at]:
+            row -= self._rows[at]
+            at += 1
+        return self._open(self.files[at]).line(row)
+
+    def batches(self, columns: list[int]) -> Generator[list[pa.ChunkedArray], None, None]:
+        names = [self.header[column] for column in columns]
+        kinds: list[pa.DataType] | None = None
+        for file in self.files:
+            part, rows = self._open(file), 0
+            missing = [name for name in names if part.header.count(name) != 1]
+            if missing:
+                raise ValueError(
+                    f"{file}: {part.header.count(missing[0])} columns {missing[0]!r}; expected 1, "
+                    f"as in {self.files[0]}"
+                )
+            for batch in part.batches([part.header.index(name) for name in names]):
+                here = [_plain(column.type) for column in batch]
+                kinds = kinds or here
+                if here != kinds:
+                    raise ValueError(
+                        f"{file}: columns of types {list(map(str, here))}; expected "
+                        f"{list(map(str, kinds))}, as in {self.files[0]}"
+                    )
+                rows += len(batch[0])
+                yield batch
+            self._rows.append(rows)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+# What is read in parts.
+Stream = _Text | _Parquet | _Arrow | _Folder
+
+
+class Source(Protocol):
+    """What columns are read from; `line` says where a row is."""
+
+    path: Any
+    names: list[str]
+    header: list[str]
+    types: list[str]
+
+    def line(self, row: int) -> str: ...
+
+    def read(self, columns: list[int]) -> list[pa.ChunkedArray]: ...
+
+
+class Place(Protocol):
+    """The part of a source that messages name."""
+
+    path: Any
+
+    def line(self, row: int) -> str: ...
+
+
+# What only `convert` reads, beside FORMATS: a file may be larger than memory, or many.
+ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
+
+
+def open_source(path: Path, format: str | None) -> Stream | None:
+    """What to convert, in parts; None is a published pickle.
+
+    Raises ValueError for an unknown kind of file, or a folder that has none or several kinds.
+    """
+    if path.is_dir():
+        return _open_folder(path, format)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if format == "arrow" or (format is None and path.suffix.lower() in ARROW_SUFFIXES):
+        return _Arrow(path)
+    format = _format_of(path, format)
+    if format == "pkl":
+        return None
+    return _Parquet(path) if format == "parquet" else _Text(path, format)
+
+
+def _open_folder(path: Path, format: str | None) -> _Folder:
+    kinds: dict[str, tuple[str, ...]] = {"parquet": (".parquet", ".pq"), "arrow": ARROW_SUFFIXES}
+    if format is not None and format not in kinds:
+        raise ValueError(f"format={format!r} for the folder {path}; expected one of {list(kinds)}")
+    if is_mapped(path):
+        raise ValueError(f"{path} is a converted dataset; expected data to convert")
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        for kind, suffixes in kinds.items():
+            if format in (None, kind) and file.suffix.lower() in suffixes and not hidden:
+                found.setdefault(kind, []).append(file)
+    if len(found) != 1:
+        what = f"files of {sorted(found)}" if found else "no such file"
+        raise ValueError(
+            f"{path}: {what}; expected a folder of either Parquet or Arrow files "
+            f"({', '.join((*kinds['parquet'], *ARROW_SUFFIXES))})"
+        )
+    [(kind, files)] = found.items()
+    return _Folder(path, files, _Parquet if kind == "parquet" else _Arrow)
+
+
+def is_conventional(role: str, column: str) -> bool:
+    return column.lower().translate(str.maketrans("", "", "_- ")) in CONVENTIONAL[role]
+
+
+def choose_columns(source: Stream | Source, wanted: dict[str, str | None]) -> dict[str, int]:
     """The positions of the columns: 'user', 'item' and, where there is one, 'timestamp'."""
     chosen = {}
     for role, name in wanted.items():
         if name is None:
-            found = [
-                at
-                for at, column in enumerate(source.names)
-                if column.lower().translate(str.maketrans("", "", "_- ")) in CONVENTIONAL[role]
-            ]
+            found = [at for at, name in enumerate(source.names) if is_conventional(role, name)]
             problem = f"no {role} column" if not found else f"several {role} columns"
         else:
             found = [
@@ -309,28 +522,27 @@ class _Ids:
     ids: list
 
 
-def _from_table(
-    source: _Text | _Parquet, columns: dict[str, int], min_user: int, min_item: int
-) -> Dataset:
+def from_table(source: Source, columns: dict[str, int], min_user: int, min_item: int) -> Dataset:
     arrays = dict(zip(columns, source.read(list(columns.values())), strict=True))
     if len(arrays["user"]) == 0:
         raise ValueError(f"{source.path}: no interactions; expected rows after the header")
     users = _encode(source, "user", arrays["user"])
     items = _encode(source, "item", arrays["item"])
-    times = _timestamps(source, arrays["timestamp"]) if "timestamp" in arrays else None
+    times = timestamps(source, arrays["timestamp"]) if "timestamp" in arrays else None
     return _assemble(
         users,
         items,
         times,
         min_user,
         min_item,
-        name=source.path.stem,
+        name=Path(source.path).stem,
         source=str(source.path),
         columns=tuple(f"{role} {source.names[at]}" for role, at in columns.items()),
     )
 
 
-def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Ids:
+def valid_ids(source: Place, role: str, column: pa.ChunkedArray, first: int) -> pa.ChunkedArray:
+    """The ids of rows `first` and on as text, integers, booleans or floats; none is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -339,21 +551,44 @@ def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Id
     kind = column.type
     missing = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
     if missing >= 0:
-        raise ValueError(f"{source.line(missing)}: the {role} id is missing; expected an id")
-    if pa.types.is_floating(kind):
-        # What a table of ints becomes in passing through pandas with a missing value.
-        whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
-        if whole and pc.max(pc.abs(column)).as_py() <= 2**53:
-            column = column.cast(pa.int64())
-    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(
+            f"{source.line(first + missing)}: the {role} id is missing; expected an id"
+        )
+    simple = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, is_text)
+    if not any(is_kind(kind) for is_kind in simple):
         raise ValueError(
             f"{source.path}: the {role} column has type {kind}; expected integers or text"
         )
+    return column
+
+
+def are_whole(column: pa.ChunkedArray) -> bool:
+    """Whether floats are what a table of ints becomes in passing through pandas with a gap."""
+    import pyarrow.compute as pc
+
+    whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
+    return whole and pc.max(pc.abs(column)).as_py() <= 2**53
+
+
+def check_id_column(source: Place, role: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A whole column of valid ids, as integers where its floats are whole."""
+    import pyarrow as pa
+
+    column = valid_ids(source, role, column, 0)
+    if pa.types.is_floating(column.type) and are_whole(column):
+        column = column.cast(pa.int64())
+    return column
+
+
+def _encode(source: Source, role: str, column: pa.ChunkedArray) -> _Ids:
+    import pyarrow as pa
+
+    column = check_id_column(source, role, column)
     encoded = column.dictionary_encode().combine_chunks()
     codes, distinct = encoded.indices.to_numpy(), encoded.dictionary
-    if _is_text(distinct.type):
-        _check_text_ids(source, role, codes, distinct.to_pylist())
-        values = _as_ints(distinct) if isinstance(source, _Text) else None
+    if is_text(distinct.type):
+        check_text_ids(source, role, codes, distinct.to_pylist(), 0)
+        values = as_ints(distinct) if isinstance(source, _Text) else None
         ids = distinct.to_pylist() if values is None else values.tolist()
     else:
         ids = distinct.to_pylist()
@@ -365,14 +600,14 @@ def _encode(source: _Text | _Parquet, role: str, column: pa.ChunkedArray) -> _Id
     return _Ids(rank[codes], [ids[at] for at in order])
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_text_ids(
-    source: _Text | _Parquet, role: str, codes: np.ndarray, distinct: list[str]
+def check_text_ids(
+    source: Place, role: str, codes: np.ndarray, distinct: list[str], first: int
 ) -> None:
     for code, value in enumerate(distinct):
         if not value.strip():
@@ -381,10 +616,10 @@ def _check_text_ids(
             problem = f"the {role} id {reprlib.repr(value)} has a line break (an open quote?)"
         else:
             continue
-        raise ValueError(f"{source.line(int(np.argmax(codes == code)))}: {problem}")
+        raise ValueError(f"{source.line(first + int(np.argmax(codes == code)))}: {problem}")
 
 
-def _as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
+def as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
     """int64 values of strings that all are ints as Python prints them, else None."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -397,8 +632,8 @@ def _as_ints(strings: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
         return None  # 19 digits may be beyond int64
 
 
-def _timestamps(source: _Text | _Parquet, column: pa.ChunkedArray) -> np.ndarray:
-    """int64 or float64 [N], finite"""
+def timestamps(source: Place, column: pa.ChunkedArray, first: int = 0) -> np.ndarray:
+    """int64 or float64 [N], finite; `first` is the row of the first of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -407,20 +642,20 @@ def _timestamps(source: _Text | _Parquet, column: pa.ChunkedArray) -> np.ndarray
     kind = column.type
     row = pc.index(column.is_null(), True).as_py()
     if row >= 0:
-        raise ValueError(f"{source.line(row)}: the timestamp is missing; expected a number")
+        raise ValueError(f"{source.line(first + row)}: the timestamp is missing; expected a number")
     if pa.types.is_date32(kind):
         return column.cast(pa.int32()).to_numpy().astype(np.int64)
     if pa.types.is_timestamp(kind) or pa.types.is_date64(kind) or pa.types.is_int64(kind):
         return column.cast(pa.int64()).to_numpy()
-    if _is_text(kind):
-        values = _as_ints(column)
+    if is_text(kind):
+        values = as_ints(column)
         if values is not None:
             return values
         row = pc.index(pc.match_substring_regex(column, NUMBER), False).as_py()
         if row >= 0:
             raise ValueError(
-                f"{source.line(row)}: timestamp {reprlib.repr(column[row].as_py())}; expected a "
-                f"number"
+                f"{source.line(first + row)}: timestamp {reprlib.repr(column[row].as_py())}; "
+                f"expected a number"
             )
     elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
         raise ValueError(
@@ -430,7 +665,7 @@ def _timestamps(source: _Text | _Parquet, column: pa.ChunkedArray) -> np.ndarray
     if not np.isfinite(times).all():
         row = int(np.argmin(np.isfinite(times)))
         raise ValueError(
-            f"{source.line(row)}: timestamp {column[row].as_py()}; expected a finite number"
+            f"{source.line(first + row)}: timestamp {column[row].as_py()}; expected a finite number"
         )
     return times
 
@@ -453,15 +688,8 @@ def _assemble(
     # Sorted before it is filtered: a filter keeps the order.
     order = np.argsort(user, kind="stable")
     if times is not None:
-        by_user, in_file = user[order], times[order]
-        same_user = by_user[1:] == by_user[:-1]
-        facts["out_of_order"] = int((same_user & (in_file[1:] < in_file[:-1])).sum())
-        if facts["out_of_order"]:
-            order = np.lexsort((times, user))
-        # Either order has the users ascending, so `same_user` is about both.
-        sorted_times = times[order]
-        tied = same_user & (sorted_times[1:] == sorted_times[:-1])
-        facts["tied_timestamps"] = int(tied.sum())
+        within, found = in_time_order(user[order], times[order])
+        order, facts = order if within is None else order[within], facts | found
     user, item = _filter(user[order], item[order], max(min_user, 1), min_item)
     user_counts, item_counts = np.bincount(user), np.bincount(item)
     kept_users, kept_items = np.flatnonzero(user_counts), np.flatnonzero(item_counts)
@@ -492,6 +720,20 @@ def _assemble(
         name=name,
         report=report,
     )
+
+
+def in_time_order(user: np.ndarray, times: np.ndarray) -> tuple[np.ndarray | None, dict[str, int]]:
+    """The order by user and time (None: as it is) of interactions by user in file order, and facts.
+
+    Equal times keep the file's order.
+    """
+    same_user = user[1:] == user[:-1]
+    earlier = int((same_user & (times[1:] < times[:-1])).sum())
+    order = np.lexsort((times, user)) if earlier else None
+    # Either order has the users ascending, so `same_user` is about both.
+    in_order = times if order is None else times[order]
+    tied = int((same_user & (in_order[1:] == in_order[:-1])).sum())
+    return order, {"out_of_order": earlier, "tied_timestamps": tied}
 
 
 def _filter(
