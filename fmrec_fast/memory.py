@@ -23,12 +23,8 @@ def empty(*shape: int) -> Tensor:
     if math.prod(shape) < FEWEST:
         return torch.empty(shape)
     out = torch.from_numpy(extension.load().floats(shape))
-    if (
-        torch.utils.deterministic.fill_uninitialized_memory
-        and torch.are_deterministic_algorithms_enabled()
-    ):
-        out.fill_(torch.nan)
-    return out
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return out.fill_(torch.nan) if filled and torch.are_deterministic_algorithms_enabled() else out
 
 
 def zeros(*shape: int) -> Tensor:
