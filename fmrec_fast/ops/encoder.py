@@ -260,13 +260,9 @@ def _attend(drop: Drop, p: float) -> Attend | None:
 
 def _folds(x: Tensor, linear_precision: str) -> bool:
     """Whether keys and values of the last block are left out: on a CPU, in float32."""
-    return (
-        current_backend() is not Backend.REFERENCE
-        and x.device.type == "cpu"
-        and linear_precision == "float32"
-        and not is_wrapped(x)
-        and not is_dual(x)
-    )
+    if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
+        return False
+    return torch.compiler.is_compiling() or not (is_wrapped(x) or is_dual(x))
 
 
 def _attend_last(
