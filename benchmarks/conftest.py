@@ -30,6 +30,9 @@ ALL_OPS = {*OPS, "training_step", "recommend", "fave"}
 # What a CPU is measured by, beside test_cpu.py: ``-k cpu`` chooses these files' cases too.
 OF_A_CPU = ("test_euler_sampler.py", "test_training_step.py")
 
+# Beside it the published FMRec is timed at all of its steps, so few.
+FAVE_BATCHES = (1, 32, 512)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
@@ -127,6 +130,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     sizes = metafunc.config.stash[SUITE].sizes
     if "sampling_batch" in metafunc.fixturenames:
         metafunc.parametrize("sampling_batch", sizes.sampling_batches, ids=lambda b: f"B{b}")
+    if "fave_batch" in metafunc.fixturenames:
+        batches = sizes.sampling_batches
+        few = [batch for batch in batches if batch in FAVE_BATCHES] or batches
+        metafunc.parametrize("fave_batch", few, ids=lambda b: f"B{b}")
     if "ranking_case" in metafunc.fixturenames:
         cases = sizes.ranking_cases
         ids = [f"B{batch}-V{items}-k{k}" for batch, items, k in cases]

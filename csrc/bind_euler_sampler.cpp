@@ -9,7 +9,7 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
                    const py::object& norm_bias, const py::object& e, const py::object& mask,
                    const py::object& z0_, const py::object& taus, const py::object& noise,
                    const py::object& rows, const py::object& seed, double delta,
-                   const py::object& out_, int num_threads, bool tied) {
+                   const py::object& out_, int num_threads, bool tied, bool velocity) {
     check_threads(num_threads);
     EulerSampler a{};
     // All points, or the last one, by the number of dimensions.
@@ -30,6 +30,7 @@ void euler_sampler(const PackedEncoder& packed, const py::object& norm_weight,
     if (is_empty(out)) return;
     a.z0 = data<float>(z0);
     a.out = target(out);
+    a.velocity = velocity;
     py::gil_scoped_release release;
     run_sequences(kernels, a, 1, tied, num_threads);
 }
@@ -41,6 +42,7 @@ void bind_euler_sampler(py::module_& m) {
           py::arg("norm_bias"), py::arg("e"), py::arg("mask"), py::arg("z0"), py::arg("taus"),
           py::arg("noise").none(true), py::arg("rows").none(true), py::arg("seed").none(true),
           py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
+          py::arg("velocity") = false,
           "q Euler steps from z0: the last point [B, D] or all of them [q + 1, B, D].");
 }
 

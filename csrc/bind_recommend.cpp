@@ -77,6 +77,14 @@ void picard(const EulerSampler& a, const PicardSweepKernels& kernels, double tol
     }
 }
 
+Start read_start(const std::string& name) {
+    if (name == "noise") return Start::NOISE;
+    if (name == "anchor") return Start::ANCHOR;
+    if (name == "anchor in history") return Start::ANCHOR_IN_HISTORY;
+    throw py::value_error("start must be 'noise', 'anchor' or 'anchor in history', got '" + name +
+                          "'");
+}
+
 // From ids to the best items: embedding, start, sampler and ranking in one call. A tolerance above
 // 0 chooses the sampler that takes all steps at once.
 void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
@@ -85,7 +93,8 @@ void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
                const py::object& ids_, const py::object& taus_, const py::object& rows_,
                const py::object& seed, const py::object& start_seed, double delta,
                const py::object& exclude, const py::object& scores_, const py::object& best_,
-               int num_threads, bool tied, double tolerance) {
+               int num_threads, bool tied, double tolerance, const std::string& start,
+               double keep, bool velocity) {
     const py::array norm_weight = input<float>(norm_weight_, "norm_weight", 1),
                     norm_bias = input<float>(norm_bias_, "norm_bias", 1),
                     items = input<float>(items_, "items", 2),
@@ -117,6 +126,9 @@ void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
         throw py::value_error("k must be at most V = " + std::to_string(items.shape(0)) +
                               ", got " + std::to_string(k));
     }
+    if (velocity && tolerance > 0.0) {
+        throw py::value_error("all steps at once are for a network that predicts the end");
+    }
     const std::int64_t* const id = data<std::int64_t>(ids);
     for (std::int64_t i = 0; i < batch * length; ++i) {
         if (id[i] < 0 || id[i] >= items.shape(0)) {
@@ -137,6 +149,9 @@ void recommend(const PackedEncoder& packed, const py::object& norm_weight_,
     r.ids = id;
     r.rows = a.rows;
     r.seed = static_cast<std::uint64_t>(read_int64(start_seed, "start_seed"));
+    r.start = read_start(start);
+    r.keep = static_cast<float>(keep);
+    a.velocity = velocity;
     r.batch = batch;
     r.length = length;
     r.channels = channels;
@@ -175,6 +190,7 @@ void bind_recommend(py::module_& m) {
           py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
           py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
           py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
+          py::arg("start") = "noise", py::arg("keep") = 1.0, py::arg("velocity") = false,
           "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
 }
 

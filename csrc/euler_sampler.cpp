@@ -43,7 +43,8 @@ void run(const EulerSampler* a, int64_t begin, int64_t end, float* memory) {
             float* z = state + s * stride;
             // As published: the difference from the start, not from where the flow has come to.
             for (int64_t j = 0; j < channels; ++j) {
-                z[j] += (step.prediction[j] - z0[j]) / (float)a->steps;
+                const float from = a->velocity ? 0.0f : z0[j];
+                z[j] += (step.prediction[j] - from) / (float)a->steps;
             }
             if (a->trajectory || i + 1 == a->steps) {
                 for (int64_t j = 0; j < channels; ++j) out[(begin + s) * channels + j] = z[j];

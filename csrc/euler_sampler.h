@@ -11,6 +11,7 @@ struct EulerSampler : SamplerNetwork {
     const float* z0;  // [B, D]
     float* out;       // [B, D], or the trajectory [q + 1, B, D]
     bool trajectory;
+    bool velocity;    // the network predicts the velocity, not the end
 };
 
 // Works on the sequences [begin, end), together: see EncoderKernels.

@@ -53,10 +53,8 @@ OPS = (
     "item_ranking",
 )
 
-_NO_KERNEL = "has no such kernel yet; its definition runs"
 MISSING: dict[tuple[str, Backend], str] = {
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
-    ("attention", Backend.TRITON): _NO_KERNEL,
 }
 
 

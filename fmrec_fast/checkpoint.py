@@ -8,6 +8,9 @@ A run directory holds::
         state.json               configuration, item ids, position in the run, and the tree in
                                  which the tensors hang
 
+Several ranks write another form (`distributed.checkpoints`), which `load` reads as well. Nothing is
+unpickled in either.
+
 A checkpoint is written under a temporary name, flushed to disk, renamed, and only then named by
 `last.json`: a run killed at any moment leaves a whole checkpoint behind.
 """
@@ -22,15 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fmrec_fast.models import CONFIGS, FMRecommender, build_recommender
 
 FORMAT = "fmrec_fast checkpoint"
 VERSION = 1
-TENSORS, STATE = "tensors.safetensors", "state.json"
+SHARDED = 2  # the version of what several ranks wrote
+TENSORS, STATE, SHARDS = "tensors.safetensors", "state.json", "shards"
+UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
 # Where a run in stages keeps each: its run directories, first to last.
 STAGE_DIRECTORIES = ("stage1", "stage2")
 _TENSOR_KEY, _DICT_KEY = "$tensor", "$dict"
@@ -45,7 +52,7 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         while path in tensors:  # {0: ..., "0": ...} and {"a/b": ...} beside {"a": {"b": ...}}
             path += "'"
-        tensors[path] = tree.detach().contiguous().cpu()
+        tensors[path] = tree.detach()
         return {_TENSOR_KEY: path}
     if isinstance(tree, dict):
         # JSON keys are strings, an optimizer's are parameter numbers: both are kept as pairs.
@@ -70,6 +77,11 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_join(value, tensors) for value in tree]
     return tree
+
+
+def split(state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What `STATE` holds of `state`; its tensors go to `tensors`, by path."""
+    return {"format": FORMAT, "version": VERSION, "state": _split(state, "", tensors)}
 
 
 def _flush(path: Path) -> None:
@@ -100,19 +112,29 @@ def save(run: str | Path, name: str, role: str, state: dict[str, Any]) -> Path:
         role: 'last' or 'best'; the role's earlier checkpoint is removed afterwards.
     """
     run = Path(run)
+    temporary = run / "checkpoints" / f".{name}.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    tree = split(state, tensors)
+    tensors = {path: tensor.contiguous().cpu() for path, tensor in tensors.items()}
+    save_file(tensors, temporary / TENSORS)
+    return publish(run, temporary, name, role, tree)
+
+
+def publish(run: Path, temporary: Path, name: str, role: str, tree: dict[str, Any]) -> Path:
+    """Make the tensors in the directory `temporary` a checkpoint of this name and the run's `role`,
+    with `tree` beside them."""
     target, again = run / "checkpoints" / name, 0
     while target.exists():  # it may be the run's only good one, so it stays until this one is
         again += 1
         target = target.with_name(f"{name}.{again}")
-    temporary = target.with_name(f".{name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = {"format": FORMAT, "version": VERSION, "state": _split(state, "", tensors)}
-    save_file(tensors, temporary / TENSORS)
+    if "files" in tree:
+        tree["version"] = SHARDED
     (temporary / STATE).write_text(json.dumps(tree))
-    for part in (temporary / TENSORS, temporary / STATE, temporary):
+    for part in sorted(temporary.rglob("*")):
         _flush(part)
+    _flush(temporary)
     os.replace(temporary, target)
     _flush(target.parent)
     write_text(run / f"{role}.json", json.dumps({"checkpoint": target.name}))
@@ -137,14 +159,19 @@ def locate(run: str | Path, role: str = "best") -> Path:
             return locate(run / stage, role)
     candidates = (role, "last") if role == "best" else (role,)
     for candidate in candidates:
-        pointer = run / f"{candidate}.json"
-        if pointer.is_file():
-            found = _read_json(pointer)
-            if not isinstance(found, dict) or not isinstance(found.get("checkpoint"), str):
-                raise CheckpointError(f"{pointer}: expected a 'checkpoint' name, got {found!r}")
-            return run / "checkpoints" / found["checkpoint"]
+        if (run / f"{candidate}.json").is_file():
+            return _pointed(run, candidate)
     missing = " and no ".join(f"{candidate}.json" for candidate in candidates)
     raise CheckpointError(f"{run} holds no {missing}; expected the directory of a training run")
+
+
+def _pointed(run: Path, role: str) -> Path:
+    """What a run's pointer names."""
+    pointer = run / f"{role}.json"
+    found = _read_json(pointer)
+    if not isinstance(found, dict) or not isinstance(found.get("checkpoint"), str):
+        raise CheckpointError(f"{pointer}: expected a 'checkpoint' name, got {found!r}")
+    return run / "checkpoints" / found["checkpoint"]
 
 
 def _read_json(path: Path) -> Any:
@@ -156,8 +183,13 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or not JSON: {error}") from None
 
 
-def load(directory: str | Path) -> dict[str, Any]:
-    """The state that `save` was given; tensors on the CPU.
+def load(directory: str | Path, into: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """The state that was saved, by one rank or several; tensors on the CPU.
+
+    Args:
+        directory: of the checkpoint.
+        into: tensors to read in place, by their path in the state (as 'model/LayerNorm.bias'), of
+            a DTensor the rows of this rank only.
 
     Raises:
         CheckpointError: a file is missing, truncated, or of another program or version.
@@ -167,24 +199,91 @@ def load(directory: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
         raise CheckpointError(f"{directory / STATE}: expected format {FORMAT!r}, got {found!r}")
-    if tree.get("version") != VERSION:
+    version = tree.get("version")
+    if version not in (VERSION, SHARDED):
         raise CheckpointError(
-            f"{directory / STATE}: expected version {VERSION}, got {tree.get('version')!r}"
+            f"{directory / STATE}: expected version {VERSION} or {SHARDED}, got {version!r}"
         )
-    if "state" not in tree:
-        raise CheckpointError(f"{directory / STATE} is damaged: it has no 'state'")
-    try:
-        tensors = load_file(directory / TENSORS)
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory / TENSORS} is missing from the checkpoint") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{directory / TENSORS} is truncated or foreign: {error}") from None
+    for part in ("state", *(("files", "tensors", "ranks") if version == SHARDED else ())):
+        if part not in tree:
+            raise CheckpointError(f"{directory / STATE} is damaged: it has no {part!r}")
+    into = {f"/{path}": tensor for path, tensor in (into or {}).items()}
+    if version == SHARDED:
+        from fmrec_fast.distributed.checkpoints import read_shards
+
+        tensors = read_shards(directory, tree, into)
+    else:
+        tensors = _read_file(directory / TENSORS, into)
     try:
         return _join(tree["state"], tensors)
     except KeyError as error:
         raise CheckpointError(f"{directory / TENSORS} lacks the tensor {error}") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / STATE} is damaged: {error}") from None
+
+
+def _read_file(path: Path, into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the single file; those in `into` are read in place."""
+    try:
+        if not into:
+            return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: _read(file, name, into.get(name)) for name in file.keys()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing from the checkpoint") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or foreign: {error}") from None
+
+
+def _read(file: Any, name: str, target: Tensor | None) -> Tensor:
+    if target is None:
+        return file.get_tensor(name)
+    part = file.get_slice(name)
+    if part.get_shape() != list(target.shape):
+        raise CheckpointError(f"{name} has shape {part.get_shape()}, expected {list(target.shape)}")
+    own = target
+    if isinstance(target, DTensor):
+        own = target.to_local()
+        placed = compute_local_shape_and_global_offset(
+            target.shape, target.device_mesh, target.placements
+        )
+        part = part[tuple(slice(at, at + size) for size, at in zip(*placed))]
+    else:
+        part = file.get_tensor(name)
+    with torch.no_grad():
+        own.copy_(part)
+    return target
+
+
+def export(run: str | Path, out: str | Path) -> list[Path]:
+    """Copy a run with its checkpoints in the single-file form, whoever wrote them.
+
+    Args:
+        run: directory of a run.
+        out: directory to make; it is then a run like any other.
+
+    Returns:
+        The checkpoints written.
+
+    Raises:
+        FileExistsError: `out` exists.
+        CheckpointError: `run` is no run, or a checkpoint cannot be read.
+    """
+    run, out = Path(run), Path(out)
+    locate(run, "last")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name a directory that does not")
+    written = []
+    parts = [part for part in ("", *STAGE_DIRECTORIES) if (run / part / "last.json").is_file()]
+    for part in parts:
+        for role in ("best", "last"):  # one that is cut short has no last.json
+            if (run / part / f"{role}.json").is_file():
+                found = locate(run / part, role) if part else _pointed(run, role)
+                written.append(save(out / part, found.name, role, load(found)))
+        for name in ("metrics.jsonl", "result.json"):
+            if (run / part / name).is_file():
+                write_text(out / part / name, (run / part / name).read_text())
+    return written
 
 
 def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FMRecommender:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fmrec_fast.data import (
     verify,
 )
 from fmrec_fast.data.convert import MEMORY_MB
+from fmrec_fast.distributed.world import ALONE, World, described, joined
 from fmrec_fast.evaluation import evaluate, metrics_from_ranks, popularity_ranks
 from fmrec_fast.models import CONFIGS, FMRecommender
 from fmrec_fast.presets import PRESETS, preset
@@ -269,6 +271,13 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     bench.add_argument("--json", default=None, help="also write the figures to this file")
     commands.add_subcommand("bench", bench, help="time recommendations")
 
+    single = ArgumentParser(
+        description="Copy a run with its checkpoints as single files, whichever ranks wrote them."
+    )
+    single.add_argument("run", help="run directory")
+    single.add_argument("out", help="directory to make: a run like any other")
+    commands.add_subcommand("export", single, help="copy a run's checkpoints as single files")
+
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")
     env.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("env", env, help="report the installation")
@@ -332,22 +341,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = sys.argv[1:] if argv is None else argv
         choice = choose_settings(argv)
-        for stage in choice.stages:
-            options = build_parser(choice, stage).parse_args(argv)
-            command = COMMANDS[options.command]
-            backend.keep_freed_memory()
-            chosen = options[options.command]
-            if command is _train:
-                _train(chosen, choice, stage)
-            else:
-                command(chosen)
+        parsed = [build_parser(choice, stage).parse_args(argv) for stage in choice.stages]
+        command, options = parsed[0].command, parsed[0][parsed[0].command]
+        backend.keep_freed_memory()
+        if command in ON_RANKS:
+            with joined(_device(options)) as world:
+                if command == "train":
+                    for stage, each in zip(choice.stages, parsed):
+                        _train(each[command], choice, stage, world)
+                else:
+                    _evaluate(options, world)
+        else:
+            _alone(command)
+            COMMANDS[command](options)
     except MISTAKES as error:
-        print(f"fmrec-fast: {error}", file=sys.stderr)
+        print(f"fmrec-fast{_of_rank()}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fmrec-fast: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _of_rank() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (rank {rank})"
+
+
+def _alone(command: str) -> None:
+    place = described()
+    if place is not None and place[1] > 1:
+        raise UserError(
+            f"{command} runs in one process, got {place[1]} ranks; those that run on several are "
+            f"{', '.join(ON_RANKS)}"
+        )
 
 
 def _device(options: Any) -> torch.device:
@@ -477,7 +504,7 @@ def _config(options: Any, choice: Choice, stage: str | None) -> FMRecConfig:
     return kind(**values)
 
 
-def _train(options: Any, choice: Choice, stage: str | None) -> None:
+def _train(options: Any, choice: Choice, stage: str | None, world: World) -> None:
     config, source = _config(options, choice, stage), _reading(options, options.data)
     run = Path(options.out)
     if isinstance(config, FaveConfig):
@@ -485,34 +512,38 @@ def _train(options: Any, choice: Choice, stage: str | None) -> None:
         run = first if stage == STAGES[0] else second
         if run is second and config.ckpt_path is None:
             config = config.replace(ckpt_path=str(first))
-        print(f"stage {STAGES.index(config.stage_mode) + 1} into {run}", file=sys.stderr)
-    device = _device(options)
+        if world.is_main:
+            print(f"stage {STAGES.index(config.stage_mode) + 1} into {run}", file=sys.stderr)
     dataset = _read(source)
-    _show(dataset)
+    if world.is_main:
+        _show(dataset)
     console = _Console(run)
     trainer = training.Trainer(
         dataset,
         config,
         run,
-        device=device,
+        device=world.device,
         checkpoint_seconds=options.checkpoint_seconds,
         checkpoint_steps=options.checkpoint_steps,
         graph=options.graph,
         max_steps=options.max_steps,
         source=source,
         listener=console,
+        world=world,
     )
     try:
         result = trainer.fit(resume=options.resume)
     finally:
         console.finished()
+    if not world.is_main:
+        return
     print(f"test, {result.users} users:")
     _print_metrics({"model": result.mean})
 
 
-def _load(options: Any) -> tuple[FMRecommender, dict[str, Any]]:
+def _load(options: Any, device: torch.device | None = None) -> tuple[FMRecommender, dict[str, Any]]:
     state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
-    return checkpoint.build_model(state, _device(options)), state
+    return checkpoint.build_model(state, device or _device(options)), state
 
 
 def _run_dataset(state: dict[str, Any]) -> Dataset:
@@ -554,17 +585,19 @@ def _bar(total: int, what: str):
         yield bar.update
 
 
-def _evaluate(options: Any) -> None:
+def _evaluate(options: Any, world: World = ALONE) -> None:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
-    model, state = _load(options)
+    model, state = _load(options, world.device)
     if options.data is None:
         dataset = _run_dataset(state)
     else:
         dataset = with_items(_read(_reading(options, options.data)), state["item_ids"])
-    _show(dataset)
+    if world.is_main:
+        _show(dataset)
     samples = EvaluationSamples(dataset, options.split, model.config.max_len)
-    with _bar(len(samples) * options.seeds, options.split) as progress:
+    total = len(samples) * options.seeds
+    with _bar(total, options.split) if world.is_main else nullcontext() as progress:
         found = evaluate(
             model,
             dataset,
@@ -576,7 +609,10 @@ def _evaluate(options: Any) -> None:
             averaging=options.averaging,
             progress=progress,
             padding=options.padding,
+            world=world,
         )
+    if not world.is_main:
+        return
     baseline = metrics_from_ranks(
         popularity_ranks(dataset, samples, exclude_seen=options.exclude_seen),
         options.ks,
@@ -900,6 +936,11 @@ def _bench(options: Any) -> None:
         checkpoint.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
+def _export(options: Any) -> None:
+    for path in checkpoint.export(options.run, options.out):
+        print(path)
+
+
 def _demo(options: Any) -> None:
     run = Path(options.out)
     runs = [run, *(run / stage for stage in checkpoint.STAGE_DIRECTORIES)]
@@ -908,10 +949,12 @@ def _demo(options: Any) -> None:
     demo.run_demo(run, options.epochs, _Console(run), _print_metrics, model=options.model)
 
 
+ON_RANKS = ("train", "evaluate")
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": _convert,
     "train": _train,  # once a stage
     "evaluate": _evaluate,
+    "export": _export,
     "recommend": _recommend,
     "export-vectors": _export_vectors,
     "steps": _steps,

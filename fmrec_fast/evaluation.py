@@ -11,6 +11,7 @@ from torch import Tensor
 from fmrec_fast import noise
 from fmrec_fast.data.batches import EvaluationSamples
 from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.distributed.world import ALONE, World
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import target_rank
 from fmrec_fast.sampler import sample
@@ -34,9 +35,11 @@ class Evaluation:
     users: int
 
 
-def _indices(samples: EvaluationSamples, batch_size: int):
-    for first in range(0, len(samples), batch_size):
-        yield torch.arange(first, min(first + batch_size, len(samples)))
+def _indices(samples: EvaluationSamples, batch_size: int, world: World = ALONE):
+    share = world.share(len(samples))
+    # As many batches on every rank, for what they exchange; the last may be empty.
+    for first in range(0, world.largest_share(len(samples)), batch_size):
+        yield torch.tensor(share[first : first + batch_size], dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -50,6 +53,7 @@ def model_ranks(
     batch_size: int = BATCH,
     progress: Callable[[int], None] | None = None,
     padding: str = "published",
+    world: World = ALONE,
 ) -> Tensor:
     """The target's rank among all V scores (id 0 included, as published): int64 [S].
 
@@ -59,19 +63,27 @@ def model_ranks(
         exclude_seen: leave the items of the input history out of the ranking.
         progress: called with the number of users done in each batch.
         padding: as in `sample`.
+        world: the ranks, each of which does its share of the users; all get all ranks.
     """
     device = model.item_embeddings.weight.device
     seed = noise.as_seed(seed, device)
     ranks = [torch.empty(0, dtype=torch.int64, device=device)]
-    for index in _indices(samples, batch_size):
+    done = 0
+    for index in _indices(samples, batch_size, world):
         sequence, target = samples.batch(index)
         rows = samples.user_rows(index)
         rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
         exclude = samples.seen(index) if exclude_seen else None
         ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
         if progress is not None:
-            progress(len(index))
-    return torch.cat(ranks)
+            before, done = done, done + len(index)
+            progress(_of_all(done, samples, world) - _of_all(before, samples, world))
+    return world.gather(torch.cat(ranks), len(samples))
+
+
+def _of_all(done: int, samples: EvaluationSamples, world: World) -> int:
+    """About how many users all ranks have done, when this one has done so many."""
+    return len(samples) * done // max(len(world.share(len(samples))), 1)
 
 
 @torch.no_grad()
@@ -139,10 +151,12 @@ def evaluate(
     averaging: str = "user",
     progress: Callable[[int], None] | None = None,
     padding: str = "published",
+    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate on the validation ('val') or test items, once for each sampling seed.
 
-    `steps` and `padding` are those of `sample`.
+    `steps` and `padding` are those of `sample`; of several ranks in `world` each does its share of
+    the users, and all get the result.
 
     Raises:
         ValueError: unknown split or averaging, no seeds, or nobody to evaluate.
@@ -161,6 +175,7 @@ def evaluate(
             exclude_seen=exclude_seen,
             progress=progress,
             padding=padding,
+            world=world,
         )
         runs.append(metrics_from_ranks(ranks, ks, averaging=averaging))
     per_seed = {name: [run[name] for run in runs] for name in runs[0]}

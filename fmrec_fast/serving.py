@@ -15,9 +15,8 @@ from torch import Tensor
 from fmrec_fast import extension, flow, noise
 from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops.encoder import pack
+from fmrec_fast.ops.encoder import pack, variant_declined
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
-from fmrec_fast.reference.encoder import FMREC
 from fmrec_fast.request import Recommendations, Request, read_request
 
 ROWS = 512  # taken together, so that a batch of any size needs little memory
@@ -26,7 +25,12 @@ ROWS = 512  # taken together, so that a batch of any size needs little memory
 METHODS = ("euler", "parallel", "auto")
 
 
-def obstacle(model: FMRecommender, method: str = "auto", precision: str = "float32") -> str:
+def obstacle(
+    model: FMRecommender,
+    method: str = "auto",
+    precision: str = "float32",
+    padding: str = "published",
+) -> str:
     """Why recommendations do not come from one C++ call here; empty if they do."""
     if method not in METHODS or precision != "float32":
         return f"the call has methods {METHODS} in float32, got {method!r} in {precision!r}"
@@ -38,11 +42,20 @@ def obstacle(model: FMRecommender, method: str = "auto", precision: str = "float
         return missing
     if weight.dtype != torch.float32:
         return f"the call takes float32, got {weight.dtype}"
-    if core.xstart_model.att.variant != FMREC:
-        return "the call covers FMRec's blocks only"
-    options = (core.xstart_model.att.attention, core.trajectory, core.target)
-    if options != ("published", "straight", "data"):
+    options = (core.xstart_model.att.attention, core.trajectory)
+    if options != ("published", "straight"):
         return f"the call covers the published options only, got {options}"
+    if core.xstart_model.att.variant.rotary:
+        missing = variant_declined(core.xstart_model.att.weights(), weight.device)
+    return missing or unable(model, method, padding)
+
+
+def unable(model: FMRecommender, method: str, padding: str) -> str:
+    """Why the call has not this method and padding for such a model; empty if it has."""
+    if method == "parallel" and model.fm.target != "data":
+        return f"all steps at once are for target 'data', got {model.fm.target!r}"
+    if padding == "tied" and model.fm.xstart_model.att.variant.rotary:
+        return "the call has no rotary embedding with padding 'tied'"
     return ""
 
 
@@ -71,7 +84,7 @@ class PackedModel:
         if reason:
             raise BackendError(f"the model cannot be served in one call: {reason}")
         self.model = model
-        self.packed = pack(weights.blocks, weights.num_heads)
+        self.packed = pack(weights.blocks, weights.num_heads, model.config.max_len)
         self.delta = weights.delta
         self.others = [tensor.detach().contiguous().numpy() for tensor in others]
         self._taus: dict[tuple[int, float], Any] = {}
@@ -89,9 +102,12 @@ class PackedModel:
 
     def recommend(self, request: Request, seed: Tensor, method: str) -> Recommendations:
         """The best items for checked `request`s."""
-        taus, start = self.taus(request.steps), int(noise.derive_seed(seed, noise.Use.START))
-        batch = len(request.sequences)
-        if method == "auto":
+        taus, start = self.taus(request.steps), self.model.starts_from()
+        use = noise.Use.START if start.name == "noise" else noise.Use.ANCHOR
+        batch, velocity = len(request.sequences), self.model.fm.target == "velocity"
+        if method == "auto" and velocity:
+            method = "euler"
+        elif method == "auto":
             wins = prefers_parallel(batch, request.steps, self.delta, request.sequences.device)
             method = "parallel" if wins else "euler"
         parallel = method == "parallel" and request.steps > 1
@@ -109,7 +125,7 @@ class PackedModel:
                 taus,
                 request.rows[part].numpy(),
                 int(seed),
-                start,
+                int(noise.derive_seed(seed, use)),
                 self.delta,
                 request.exclude(part).numpy(),
                 scores[part].numpy(),
@@ -117,6 +133,9 @@ class PackedModel:
                 torch.get_num_threads(),
                 request.padding == "tied",
                 TOLERANCE if parallel else 0.0,
+                start.name,
+                start.keep,
+                velocity,
             )
         return Recommendations(ids, scores)
 
@@ -144,22 +163,23 @@ class Server:
         """Pack the weights as they are now."""
         self._packed = PackedModel(self.model)
         self._places = [
-            (module._parameters, name)
+            (tensors, name)
             for module in self.model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
         self._state = self._read_state()
 
     def _read_state(self) -> list[tuple[int, int, int]]:
-        """What shows that a parameter was written to or replaced."""
+        """What shows that a parameter or a buffer was written to or replaced."""
         found = []
-        for parameters, name in self._places:
-            parameter = parameters[name]
-            if parameter is None:
+        for tensors, name in self._places:
+            tensor = tensors[name]
+            if tensor is None:
                 raise ValueError(f"parameter {name!r} was removed from the model")
-            version = 0 if parameter.is_inference() else parameter._version
-            found.append((id(parameter), parameter.data_ptr(), version))
+            version = 0 if tensor.is_inference() else tensor._version
+            found.append((id(tensor), tensor.data_ptr(), version))
         return found
 
     def recommend(
@@ -188,6 +208,9 @@ class Server:
             rows=rows,
             padding=padding,
         )
+        reason = unable(self.model, method, padding)
+        if reason:
+            raise BackendError(f"the model cannot be served in one call: {reason}")
         if self._read_state() != self._state:
             self.refresh()
         return self._packed.recommend(request, noise.as_seed(seed, "cpu"), method)

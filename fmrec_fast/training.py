@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
 from fmrec_fast.data.dataset import Dataset
+from fmrec_fast.distributed.checkpoints import Saver
+from fmrec_fast.distributed.data_parallel import Replicas, clip_gradients, local, sharded
+from fmrec_fast.distributed.world import ALONE, World
 from fmrec_fast.evaluation import Evaluation, evaluate
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models import FMRecommender, build_recommender
@@ -50,7 +54,10 @@ class Progress:
 
 
 class Listener:
-    """What a run reports to; the command line shows progress bars and writes TensorBoard."""
+    """What a run reports to; the command line shows progress bars and writes TensorBoard.
+
+    It may not draw from torch's generators: of several ranks only one has it.
+    """
 
     def epoch_started(self, epoch: int, samples: int, done: int) -> None: ...
 
@@ -70,6 +77,10 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
     """The published optimizer of what is not frozen, and its schedule (stepped once an epoch)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One kernel updates a group, and takes tensors of one kind.
+    spread = [parameter for parameter in parameters if sharded(parameter)]
+    whole = [parameter for parameter in parameters if not sharded(parameter)]
+    groups = [{"params": group} for group in (whole, spread) if group]
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "weight_decay": config.weight_decay,
@@ -79,9 +90,41 @@ def build_optimizer(
         options["momentum"] = config.momentum or 0.0
     else:
         options["capturable"] = _on_cuda(parameters)
-    optimizer = getattr(torch.optim, config.optimizer)(parameters, **options)
+    optimizer = getattr(torch.optim, config.optimizer)(groups, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_step, config.gamma)
     return optimizer, scheduler
+
+
+def _numbers(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[int]:
+    """The places in `model` of the optimizer's parameters, both counting what is not frozen."""
+    place = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+    return [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Any]:
+    """The optimizer's state dict, as if all parameters were one group in the model's order: the
+    same whether some of them are over ranks or not."""
+    state, numbers = optimizer.state_dict(), _numbers(optimizer, model)
+    held = {numbers[i]: state["state"][i] for i in state["state"]}
+    return {
+        "state": {i: held[i] for i in sorted(held)},
+        "param_groups": [state["param_groups"][0] | {"params": list(range(len(numbers)))}],
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, state: dict[str, Any]
+) -> None:
+    """Undo `optimizer_state`."""
+    numbers, options = _numbers(optimizer, model), state["param_groups"][0]
+    groups, first = [], 0
+    for group in optimizer.param_groups:
+        last = first + len(group["params"])
+        groups.append(options | {"params": list(range(first, last))})
+        first = last
+    held = state["state"]
+    held = {i: held[number] for i, number in enumerate(numbers) if number in held}
+    optimizer.load_state_dict({"state": held, "param_groups": groups})
 
 
 def _on_cuda(parameters: list[torch.nn.Parameter]) -> bool:
@@ -95,7 +138,7 @@ class Trainer:
         dataset: histories; its number of items fills ``config.item_num``.
         config: settings.
         run: directory of the run.
-        device: where to train.
+        device: where to train; of several ranks, `world` says it.
         graph: issue the steps of whole batches as one CUDA graph (on a CPU: run them through the
             same buffers). None: on CUDA, unless draws are the published ones.
         checkpoint_seconds: a checkpoint is written when so long has passed since the last one,
@@ -104,6 +147,10 @@ class Trainer:
         max_steps: stop after so many steps in all (a smoke run), then validate and test as usual.
         source: how to read the dataset again; kept with the run.
         listener: told what happens.
+        world: the ranks that train together, each of which makes a trainer with the same arguments:
+            a step is one of the global batch of ``config.batch_size``, of which each rank computes
+            its rows. Losses and parameters are those of one rank to rounding. Rank 0 alone writes
+            (but for its part of a checkpoint) and tells the listener.
 
     `fit` may be called on a directory that holds an earlier part of the same run with
     ``resume=True``; it then ends with the same numbers as if it had never been interrupted.
@@ -122,13 +169,20 @@ class Trainer:
         max_steps: int | None = None,
         source: dict[str, Any] | None = None,
         listener: Listener | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.dataset, self.run, self.device = dataset, Path(run), torch.device(device)
+        self.dataset, self.run, self.world = dataset, Path(run), world
+        self.device = torch.device(device) if world.alone else world.device
         self.config = config.replace(item_num=dataset.item_num)
         self.checkpoint_seconds, self.checkpoint_steps = checkpoint_seconds, checkpoint_steps
         self.max_steps = max_steps
         self.source = source or {}
-        self.listener = listener or Listener()
+        self.listener = listener if listener is not None and world.is_main else Listener()
+        if config.batch_size < world.size:
+            raise ValueError(
+                f"batch_size must be at least the number of ranks, {world.size}; got "
+                f"{config.batch_size}, so that some would never have a sample"
+            )
         self.samples = TrainingSamples(dataset, self.config.max_len, self.device)
         if len(self.samples) == 0:
             raise ValueError(
@@ -152,6 +206,15 @@ class Trainer:
         exact = torch.float32 if self.device.type == "cuda" else torch.float64
         self.rate = torch.zeros((), dtype=exact, device=self.device)
         self.graph = graph
+        self._replicas = None
+        if not world.alone:
+            if current_rng() is Rng.PUBLISHED:
+                raise ValueError(
+                    "published draws are made in the order of one process; train on one rank, "
+                    f"got {world.size}"
+                )
+            self._replicas = Replicas(self.model, self.loss_names, world)
+        self._saver = Saver(self.run, world)
         self._graphed = GraphedStep(
             self._train_step, self.config.batch_size, self._changed_by_a_step, self.device
         )
@@ -175,7 +238,7 @@ class Trainer:
             DivergedError: a loss was NaN or infinite; says at which step.
             CheckpointError: the checkpoint to resume from is damaged or of another configuration.
         """
-        started = (self.run / "last.json").exists()
+        started = self.world.decide((self.run / "last.json").exists())
         if started and not resume:
             raise FileExistsError(
                 f"{self.run} already holds a run; continue it with --resume (resume=True), "
@@ -193,13 +256,14 @@ class Trainer:
         # The optimizer is done with them; of large tables they take as much as the model.
         self.optimizer.zero_grad(set_to_none=True)
         memory.release()
+        self._saver.wait()
         role = "best" if self.progress.evaluations else "last"
         tested = checkpoint.build_model(
             checkpoint.load(checkpoint.locate(self.run, role)), self.device
         )
         result = self._evaluate(tested, "test")
-        checkpoint.write_text(
-            self.run / "result.json",
+        self._write(
+            "result.json",
             json.dumps(
                 {
                     "tested": role,
@@ -248,7 +312,11 @@ class Trainer:
         while p.step_in_epoch < self.steps_per_epoch:
             first = p.step_in_epoch * config.batch_size
             index = order[first : first + config.batch_size]
-            step(self.samples.fetch(index))
+            if self.world.alone:
+                step(self.samples.fetch(index))
+            else:
+                share = self.world.share(len(index))
+                self._train_step(self.samples.fetch(index[share.start : share.stop]), len(index))
             p.step_in_epoch += 1
             p.global_step += 1
             self._report_step(len(index))
@@ -258,10 +326,18 @@ class Trainer:
             # After the last step, the end of the epoch saves.
             if p.step_in_epoch < self.steps_per_epoch and self._due():
                 self._save()
+            self._saver.poll()
         self._check_finite(int(self.bad_step), parameters=True)
         self._end_epoch(time.monotonic() - began, p.step_in_epoch - first_step)
 
     def _uses_graph(self) -> bool:
+        if not self.world.alone:
+            if self.graph:
+                raise ValueError(
+                    f"graph must be None or False on {self.world.size} ranks, whose steps exchange "
+                    f"gradients, got {self.graph}"
+                )
+            return False
         published = current_rng() is Rng.PUBLISHED
         if self.graph is None:
             return self.device.type == "cuda" and not published
@@ -275,31 +351,45 @@ class Trainer:
     def _changed_by_a_step(self) -> list[Tensor]:
         return [*self.model.parameters(), *optimizer_tensors(self.optimizer), self.tally]
 
-    def _train_step(self, fetched: Tensor) -> None:
-        """Forward, backward, optimizer and the tally; nothing in it waits for the device."""
-        sequence, target = self.samples.cut(fetched)
+    def _train_step(self, fetched: Tensor, batch: int | None = None) -> None:
+        """Forward, backward, optimizer and the tally; nothing in it waits for the device.
+
+        Of several ranks: with this one's rows of a batch of `batch`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        losses = training_losses(self.model, sequence, target)
-        losses.total.backward()
+        total, values = self._losses(fetched, batch)
+        total.backward()
         if isinstance(self.config, FaveConfig):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            clip_gradients(self.model.parameters(), self.config.clip_norm)
         with rate_as_tensor(self.optimizer, self.rate):
             self.optimizer.step()
         with torch.no_grad():
-            values = torch.stack([getattr(losses, name) for name in self.loss_names]).double()
+            # Of all ranks, so that all see it where one is not finite.
+            values = self.world.sum(values)
             self.sums += values
             fresh = (self.bad_step < 0) & ~torch.isfinite(values).all()
             self.bad_step.copy_(torch.where(fresh, self.steps, self.bad_step))
             self.steps += 1
 
+    def _losses(self, fetched: Tensor, batch: int | None) -> tuple[Tensor, Tensor]:
+        """(the loss to differentiate, all parts of it); of several ranks, this one's shares."""
+        sequence, target = self.samples.cut(fetched)
+        if self._replicas is not None and batch is not None:
+            return self._replicas.losses(sequence, target, batch)
+        losses = training_losses(self.model, sequence, target)
+        parts = [getattr(losses, name).detach() for name in self.loss_names]
+        return losses.total, torch.stack(parts).double()
+
     def _report_step(self, samples: int) -> None:
         """The losses as far as they are known without waiting for the device."""
-        means, seen = None, self._glance(self.progress.step_in_epoch)
+        means, bad, seen = None, -1, self._glance(self.progress.step_in_epoch)
         if seen is not None:
             steps, tally = seen
-            sums, bad, _ = tally.split((len(self.loss_names), 1, 1))
-            self._check_finite(int(bad))
-            means = self._mean_losses(sums, steps)
+            sums, first_bad, _ = tally.split((len(self.loss_names), 1, 1))
+            means, bad = self._mean_losses(sums, steps), int(first_bad)
+        # Devices run ahead of what is known of them: of several ranks one may know before others.
+        if self.world.any(bad >= 0):
+            self._check_finite(int(self.bad_step))
         self.listener.step_done(means, samples)
 
     def _mean_losses(self, sums: Tensor, steps: int) -> dict[str, float]:
@@ -311,10 +401,12 @@ class Trainer:
             # A finite loss may have had a gradient that is not; the next loss would show it, but
             # a checkpoint must not hold it.
             # Smallest and largest value: `isfinite` takes as much memory as the parameter.
-            ends = [torch.stack(p.detach().aminmax()) for p in self.model.parameters()]
-            if not torch.stack(ends).isfinite().all():
+            own = [part for part in map(local, self.model.parameters()) if part.numel()]
+            ends = torch.stack([torch.stack(part.detach().aminmax()) for part in own])
+            if self.world.any(not ends.isfinite().all()):
                 what, bad = "parameters were", self.progress.global_step - 1
         if bad >= 0:
+            self._saver.wait()
             raise DivergedError(
                 f"the {what} not finite at step {bad} (epoch {self.progress.epoch}); "
                 f"the last good checkpoint is {checkpoint.locate(self.run, 'last')}"
@@ -323,7 +415,8 @@ class Trainer:
     def _due(self) -> bool:
         if self.checkpoint_steps is not None:
             return self.progress.global_step % self.checkpoint_steps == 0
-        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        over = time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        return self.world.any(over and self.world.is_main)
 
     def _end_epoch(self, seconds: float, steps: int) -> None:
         p, config = self.progress, self.config
@@ -354,7 +447,7 @@ class Trainer:
         )
         if any(found[name] > p.best.get(name, -math.inf) for name in deciding):
             p.without_improvement = 0
-            checkpoint.save(self.run, f"best-{p.global_step:08d}", "best", self._model_state())
+            self._saver.save(f"best-{p.global_step:08d}", "best", self._model_state())
         else:
             p.without_improvement += 1
             p.stopped |= p.without_improvement >= config.patience
@@ -371,6 +464,7 @@ class Trainer:
             ks=self.config.metric_ks,
             seeds=(self.config.random_seed,),
             progress=self.listener.evaluated,
+            world=self.world,
         )
 
     def _model_state(self) -> dict[str, Any]:
@@ -386,16 +480,28 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite(int(self.bad_step), parameters=True)
+        self._check_generators()
         state = self._model_state() | {
             "histories": self._histories,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.model),
             "scheduler": self.scheduler.state_dict(),
             "rng": checkpoint.rng_state(),
             "progress": vars(self.progress),
             "sums": self.sums.clone(),
         }
-        checkpoint.save(self.run, f"last-{self.progress.global_step:08d}", "last", state)
+        self._saver.save(f"last-{self.progress.global_step:08d}", "last", state)
         self._saved_at = time.monotonic()
+
+    def _check_generators(self) -> None:
+        """Every rank draws the seeds of its steps, which must be the same ones."""
+        if self.world.alone:
+            return
+        own = [zlib.crc32(state.numpy().tobytes()) for state in checkpoint.rng_state().values()]
+        if self.world.any(self.world.decide(own) != own):
+            raise RuntimeError(
+                f"torch's generators differ between the {self.world.size} ranks: something drew "
+                f"random numbers on one of them only before step {self.progress.global_step}"
+            )
 
     def _restore(self) -> None:
         state = checkpoint.load(checkpoint.locate(self.run, "last"))
@@ -426,7 +532,7 @@ class Trainer:
                 f"{self.run} was trained on other histories of the same items"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.progress = p = Progress(**state["progress"])
         # Asked anew: patience may have been raised, or `max_steps`.
@@ -441,4 +547,8 @@ class Trainer:
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.progress.history)
-        checkpoint.write_text(self.run / "metrics.jsonl", lines)
+        self._write("metrics.jsonl", lines)
+
+    def _write(self, name: str, text: str) -> None:
+        if self.world.is_main:
+            checkpoint.write_text(self.run / name, text)

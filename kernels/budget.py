@@ -39,7 +39,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 BUDGETS = FOLDER / "budgets.json"
 # Modules without kernels of their own.
-NO_KERNELS = {"__init__", "budget", "launch", "philox", "plans", "transformer"}
+NO_KERNELS = {
+    "__init__", "budget", "launch", "philox", "plans", "rotary", "tiles", "transformer"
+}  # fmt: skip
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # (backend, architecture, lanes of a warp)
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]

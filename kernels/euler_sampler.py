@@ -5,7 +5,8 @@
 
 e [B, L, D], mask [B, L], z0 [B, D], taus [q, D], all contiguous float32; lam_i from the stream
 (rows int64 [B], seed int64 scalar on the device) or given [q, B, L, D]; out [B, D], or all points
-[q + 1, B, D]. The network is `kernels/transformer.py`'s; the trajectory stays in registers.
+[q + 1, B, D]. The network is `kernels/transformer.py`'s, or in tiles `kernels/tiles.py`'s; the
+trajectory stays in registers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.launch import (
+    compile_cases,
+    pack,
+    rotations,
+    scratch,
+    settings,
+    tiled_cases,
+)
 from fmrec_fast.kernels.philox import load_seed
+from fmrec_fast.kernels.plans import TilePlan
+from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
 if TYPE_CHECKING:
@@ -32,6 +42,7 @@ def euler_sampler_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -73,7 +84,7 @@ def euler_sampler_kernel(
         b_shift = b_point + tl.load(p_taus + step * D + o_d)
         b_x = fuse(p_e, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
         b_last = stack(
-            b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+            b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
             D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
         )  # fmt: skip
         b_point += (norm_row(b_last, b_weight, b_bias, D) - b_z0) / steps
@@ -86,6 +97,77 @@ def euler_sampler_kernel(
         tl.store(p_out + b * D + o_d, b_point)
 
 
+@triton.jit(do_not_specialize=["batch", "length", "steps", "num_blocks", "delta"])
+def euler_sampler_tiled_kernel(
+    p_e,
+    p_mask,
+    p_z0,
+    p_taus,
+    p_matrices,
+    p_vectors,
+    p_norm,
+    p_noise,
+    p_rows,
+    p_seed,
+    p_out,
+    p_stream,
+    p_rest,
+    batch,
+    length,
+    steps,
+    num_blocks,
+    delta,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    TIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+    TRAJECTORY: tl.constexpr,
+):
+    """One program: all steps of every |grid|-th sequence, in tiles of T rows."""
+    o_d = tl.arange(0, D)
+    tiles = tl.cdiv(length, T)
+    p_stream += tl.program_id(0).to(tl.int64) * tiles * T * D
+    p_rest += tl.program_id(0).to(tl.int64) * (2 * tiles + 2) * T * D
+    b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
+    k0, k1 = 0, 0
+    if p_noise is None:
+        k0, k1 = load_seed(p_seed)
+    for index in range(tl.program_id(0), batch, tl.num_programs(0)):
+        b = tl.cast(index, tl.int64)
+        row = 0
+        first, key_bias = left_out(p_mask + b * length, length, TIED)
+        b_z0 = tl.load(p_z0 + b * D + o_d)  # [D]
+        if p_noise is None:
+            row = tl.load(p_rows + b).to(tl.uint32)
+        b_point = b_z0
+        if TRAJECTORY:
+            tl.store(p_out + b * D + o_d, b_z0)
+        for step in range(steps):
+            b_shift = b_point + tl.load(p_taus + step * D + o_d)
+            p_lam = None
+            if p_noise is not None:
+                p_lam = p_noise + (step * batch.to(tl.int64) + b) * length * D
+            fuse_tiles(
+                p_e + b * length * D, p_lam, p_stream, b_shift, k0, k1, row, step, delta,
+                first, length - first, D, T,
+            )  # fmt: skip
+            b_last = stack_tiles(
+                p_stream, p_rest, p_mask + b * length, p_matrices, p_vectors, None, 0,
+                length, first, tiles, num_blocks, key_bias,
+                D, H, T, CHUNK, LAST_CHUNK, STAGES, TIED, PRECISION, INPUT,
+            )  # fmt: skip
+            b_point += (norm_row(b_last, b_weight, b_bias, D) - b_z0) / steps
+            if TRAJECTORY:
+                tl.store(p_out + ((step + 1) * batch.to(tl.int64) + b) * D + o_d, b_point)
+        if not TRAJECTORY:
+            tl.store(p_out + b * D + o_d, b_point)
+
+
 def euler_sampler(
     e: torch.Tensor,
     mask: torch.Tensor,
@@ -96,28 +178,41 @@ def euler_sampler(
     rows: torch.Tensor | None,
     seed: torch.Tensor | None,
     precision: str,
+    tied: bool,
     out: torch.Tensor,
 ) -> None:
     """Launch; `out` with one dimension more than z0 takes all points. Shapes as above."""
     batch, length = e.shape[:2]
     if batch == 0:
         return
+    plan, constants = settings(e, weights.num_heads, precision, tied)
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, z0, taus, matrices, vectors, norm, noise, rows, seed, out)
+    inputs = (e, mask, z0, taus, matrices, vectors)
+    others = (norm, noise, rows, seed, out)
     sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
+    constants["TRAJECTORY"] = out.ndim > z0.ndim
     with torch.cuda.device_of(e):  # Triton launches on the current device
-        euler_sampler_kernel[(batch,)](
-            *tensors,
-            *sizes,
-            TRAJECTORY=out.ndim > z0.ndim,
-            **settings(e, weights.num_heads, precision),
-        )
+        if isinstance(plan, TilePlan):
+            programs, *memory = scratch(e, plan, batch, precision)
+            kernel = euler_sampler_tiled_kernel[(programs,)]
+            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
+        else:
+            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
+            euler_sampler_kernel[(batch,)](*inputs, rotary, *others, *sizes, **constants)
 
 
-COMPILE_CASES = compile_cases(
+CASE = (
     euler_sampler_kernel,
     "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False},
 )
+TILED_CASES = tiled_cases(
+    euler_sampler_tiled_kernel,
+    "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
+    "batch length steps num_blocks delta",
+    {"p_noise": None, "TRAJECTORY": False, "TIED": True},
+    all_of_them=True,
+)
+COMPILE_CASES = TILED_CASES + compile_cases(*CASE) + compile_cases(*CASE, fave=True)

@@ -6,11 +6,14 @@ import torch
 import triton
 
 from fmrec_fast.config import PRECISIONS
-from fmrec_fast.kernels.plans import THREADS, family, plan
+from fmrec_fast.kernels.plans import THREADS, Plan, TilePlan, family, plan
 from fmrec_fast.reference.encoder import BlockWeights, rounded
+from fmrec_fast.reference.rotary import angles
 
 # No launch multiplies and adds in one rounding unless the kernel says tl.fma.
 OPTIONS = {"enable_fp_fusion": False}
+# Programs that share the sequences where Triton interprets: fewer than sequences in the tests.
+INTERPRETED_PROGRAMS = 2
 # How operands are multiplied; AMD's matrix units take float32 as it is.
 INPUTS = {
     "cuda": {"float32": "3xtf32", "tf32": "tf32", "bf16": "bf16"},
@@ -32,7 +35,7 @@ def pack(
     wide["w1_bias"] = (4 * width,)
     for w in blocks:
         for name, tensor in w._asdict().items():
-            if name == "inv_freq" and tensor is None:  # these kernels do not rotate
+            if name == "inv_freq" or tensor is None:  # RMS norms have no bias
                 continue
             matrix = name.endswith("_weight") and not name.startswith("norm")
             expected = wide.get(name, (width, width) if matrix else (width,))
@@ -43,8 +46,9 @@ def pack(
         for w in blocks
         for name in ("query", "key", "value", "output", "w1", "w2")
     ]
+    nothing = blocks[0].norm1_weight.new_zeros(width)
     vectors = [
-        getattr(w, name).detach()
+        nothing if getattr(w, name) is None else getattr(w, name).detach()
         for w in blocks
         for name in (
             "norm1_weight", "norm1_bias", "query_bias", "key_bias", "value_bias", "output_bias",
@@ -56,43 +60,127 @@ def pack(
     return packed, torch.cat(vectors)
 
 
-def settings(e: torch.Tensor, num_heads: int, precision: str) -> dict[str, object]:
-    """The constants and compiler options of a launch over e [B, L, D].
+def rotations(
+    blocks: list[BlockWeights], length: int, width: int, num_heads: int
+) -> torch.Tensor | None:
+    """Cosines and sines of the blocks' rotary embeddings, [blocks, 2, L, D / H / 2]; None without.
+
+    Raises:
+        ValueError: `inv_freq` is not of D / H / 2 angles.
+    """
+    if blocks[0].inv_freq is None:
+        return None
+    frequencies = [w.inv_freq.detach() for w in blocks if w.inv_freq is not None]
+    expected = [(width // num_heads // 2,)] * len(blocks)
+    if [tuple(f.shape) for f in frequencies] != expected:
+        found = [None if w.inv_freq is None else tuple(w.inv_freq.shape) for w in blocks]
+        raise ValueError(f"inv_freq of the blocks must be {expected}, got {found}")
+    parts = angles(torch.stack(frequencies).flatten(), length)  # [L, blocks * D / H / 2] each
+    table = torch.stack(parts).unflatten(-1, (len(blocks), -1))
+    return table.permute(2, 0, 1, 3).contiguous()
+
+
+def settings(
+    e: torch.Tensor, num_heads: int, precision: str, tied: bool = False
+) -> tuple[Plan | TilePlan, dict[str, object]]:
+    """The plan of a launch over e [B, L, D]; its constants and compiler options.
 
     Raises:
         ValueError: no plan fits (`plans.plan`).
     """
     kind, shared = family(e.device)
-    found = plan(*e.shape[1:], num_heads, precision, kind, shared)
+    found = plan(*e.shape[1:], num_heads, precision, kind, shared, tied)
     if isinstance(found, str):
         raise ValueError(found)
     how = "ieee" if triton.knobs.runtime.interpret else INPUTS[kind.split(":")[0]][precision]
     constants = {"D": e.shape[2], "H": num_heads, "PRECISION": precision, "INPUT": how}
     warps = THREADS // (64 if torch.version.hip else 32)
     options = {"num_warps": warps, "num_stages": found.STAGES, **OPTIONS}
-    return {**found._asdict(), **constants, **options}
+    return found, {**found._asdict(), **constants, **options}
 
 
-def compile_cases(kernel, pointers: str, scalars: str, constants: dict[str, object]) -> list[dict]:
-    """What `budget` compiles: the paper's sizes in each precision, as planned for each target."""
+def scratch(
+    e: torch.Tensor, found: TilePlan, items: int, precision: str
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """How many programs share `items` sequences of e [B, L, D], and their scratch (see `tiles`)."""
+    programs = INTERPRETED_PROGRAMS
+    if e.device.type == "cuda":
+        programs = torch.cuda.get_device_properties(e.device).multi_processor_count
+    programs = min(items, programs)
+    rows = triton.cdiv(e.shape[1], found.T) * found.T
+    stream = e.new_empty(programs, rows, e.shape[2])
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return programs, stream, e.new_empty(programs, 2 * (rows + found.T), e.shape[2], dtype=dtype)
+
+
+# Families of devices, and the shared memory of the smallest device of each.
+FAMILIES = (
+    ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
+)  # fmt: skip
+
+
+def compile_cases(
+    kernel,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    *,
+    fave: bool = False,
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> list[dict]:
+    """What `budget` compiles: the paper's sizes in each precision, as planned for each target;
+    FMRec's blocks, or Fave's."""
+    if fave:
+        pointers += " p_rotary"
+    else:
+        constants = constants | {"p_rotary": None}
+    name = "[fave]" if fave else ""
+    return _cases(kernel, name, (50, 128, 4), False, pointers, scalars, constants, precisions)
+
+
+def tiled_cases(
+    kernel, pointers: str, scalars: str, constants: dict[str, object], *, all_of_them: bool = False
+) -> list[dict]:
+    """In tiles, tied padding at the paper's width; `all_of_them` for each precision and target, and
+    200 positions of the widest network too. The kernels differ by little around the network."""
+    given = (pointers, scalars, constants)
+    cases = _cases(kernel, "[128]", (200, 128, 4), True, *given)
+    if all_of_them:
+        return cases + _cases(kernel, "[256]", (200, 256, 4), True, *given)
+    return [c for c in cases if c["dtypes"] == ["bf16"] and c["target"] == "cuda:90"]
+
+
+def _cases(
+    kernel,
+    name: str,
+    sizes: tuple[int, int, int],
+    tied: bool,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> list[dict]:
     types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
     types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
     types |= {"delta": "fp32"} if "delta" in types else {}
     cases = []
-    for kind, shared in (
-        ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
-    ):  # fmt: skip
-        for precision in PRECISIONS:
-            found = plan(50, 128, 4, precision, kind, shared)
+    for kind, shared in FAMILIES:
+        for precision in precisions:
+            found = plan(*sizes, precision, kind, shared, tied)
             if isinstance(found, str):
                 raise ValueError(found)
             how = INPUTS[kind.split(":")[0]][precision]
-            shape = {"D": 128, "H": 4, "PRECISION": precision, "INPUT": how}
-            matrices = "*bf16" if precision == "bf16" else "*fp32"
+            shape = {"D": sizes[1], "H": sizes[2], "PRECISION": precision, "INPUT": how}
+            operands = {
+                name: "*bf16" if precision == "bf16" else "*fp32"
+                for name in ("p_matrices", "p_rest")
+                if name in types
+            }
             cases.append(
                 {
                     "kernel": kernel,
-                    "signature": types | {"p_matrices": matrices},
+                    "name": kernel.__name__ + name,
+                    "signature": types | operands,
                     "constants": constants | found._asdict() | shape,
                     "threads": THREADS,
                     "options": {"num_stages": found.STAGES, **OPTIONS},

@@ -4,8 +4,9 @@
 
 e [B, L, D], mask [B, L], x [B, q, D], taus [q, D], all contiguous float32; lam from the stream
 with step word i (rows int64 [B], seed int64 scalar on the device) or given [q, B, L, D];
-pred [B, q, D]. The network is `kernels/transformer.py`'s: an evaluation here is the one that
-`kernels/euler_sampler.py` makes at the same point, so that both samplers agree.
+pred [B, q, D]. The network is `kernels/transformer.py`'s, or in tiles `kernels/tiles.py`'s: an
+evaluation here is the one that `kernels/euler_sampler.py` makes at the same point, so that both
+samplers agree.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import compile_cases, pack, settings
+from fmrec_fast.kernels.launch import (
+    compile_cases,
+    pack,
+    rotations,
+    scratch,
+    settings,
+    tiled_cases,
+)
 from fmrec_fast.kernels.philox import load_seed
+from fmrec_fast.kernels.plans import TilePlan
+from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
 if TYPE_CHECKING:
@@ -32,6 +42,7 @@ def picard_sweep_kernel(
     p_taus,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_norm,
     p_noise,
     p_rows,
@@ -66,11 +77,73 @@ def picard_sweep_kernel(
     b_x = fuse(p_e + b * length * D, p_noise, b_shift, k0, k1, row, step, delta, length, D, T)
     b_scale = query_scale(p_mask, b, length, D, H, T)  # [T]
     b_last = stack(
-        b_x, b_scale, p_matrices, p_vectors, None, 0, length, num_blocks,
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, None, 0, length, num_blocks,
         D, H, T, CHUNK, LAST_CHUNK, STACKED, STAGES, PRECISION, INPUT,
     )  # fmt: skip
     b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
     tl.store(p_out + index * D + o_d, norm_row(b_last, b_weight, b_bias, D))
+
+
+@triton.jit(do_not_specialize=["batch", "length", "steps", "num_blocks", "delta"])
+def picard_sweep_tiled_kernel(
+    p_e,
+    p_mask,
+    p_x,
+    p_taus,
+    p_matrices,
+    p_vectors,
+    p_norm,
+    p_noise,
+    p_rows,
+    p_seed,
+    p_out,
+    p_stream,
+    p_rest,
+    batch,
+    length,
+    steps,
+    num_blocks,
+    delta,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST_CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    TIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One program: every |grid|-th step of a sequence, in tiles of T rows."""
+    o_d = tl.arange(0, D)
+    tiles = tl.cdiv(length, T)
+    p_stream += tl.program_id(0).to(tl.int64) * tiles * T * D
+    p_rest += tl.program_id(0).to(tl.int64) * (2 * tiles + 2) * T * D
+    b_weight, b_bias = tl.load(p_norm + o_d), tl.load(p_norm + D + o_d)  # [D]
+    k0, k1 = 0, 0
+    if p_noise is None:
+        k0, k1 = load_seed(p_seed)
+    for index in range(tl.program_id(0), batch * steps, tl.num_programs(0)):
+        b, step = tl.cast(index // steps, tl.int64), index % steps
+        row = 0
+        first, key_bias = left_out(p_mask + b * length, length, TIED)
+        p_lam = None
+        if p_noise is None:
+            row = tl.load(p_rows + b).to(tl.uint32)
+        else:
+            p_lam = p_noise + (step * batch.to(tl.int64) + b) * length * D
+        o_x = tl.cast(index, tl.int64) * D + o_d
+        b_shift = tl.load(p_x + o_x) + tl.load(p_taus + step * D + o_d)  # [D]
+        fuse_tiles(
+            p_e + b * length * D, p_lam, p_stream, b_shift, k0, k1, row, step, delta,
+            first, length - first, D, T,
+        )  # fmt: skip
+        b_last = stack_tiles(
+            p_stream, p_rest, p_mask + b * length, p_matrices, p_vectors, None, 0,
+            length, first, tiles, num_blocks, key_bias,
+            D, H, T, CHUNK, LAST_CHUNK, STAGES, TIED, PRECISION, INPUT,
+        )  # fmt: skip
+        tl.store(p_out + o_x, norm_row(b_last, b_weight, b_bias, D))
 
 
 def picard_sweep(
@@ -83,6 +156,7 @@ def picard_sweep(
     rows: torch.Tensor | None,
     seed: torch.Tensor | None,
     precision: str,
+    tied: bool,
     out: torch.Tensor,
 ) -> None:
     """Launch; shapes as above."""
@@ -90,14 +164,20 @@ def picard_sweep(
     steps = taus.shape[0]
     if batch * steps == 0:
         return
+    plan, constants = settings(e, weights.num_heads, precision, tied)
     matrices, vectors = pack(weights.blocks, e.shape[2], precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    tensors = (e, mask, x, taus, matrices, vectors, norm, noise, rows, seed, out)
+    inputs = (e, mask, x, taus, matrices, vectors)
+    others = (norm, noise, rows, seed, out)
     sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))
     with torch.cuda.device_of(e):  # Triton launches on the current device
-        picard_sweep_kernel[(batch * steps,)](
-            *tensors, *sizes, **settings(e, weights.num_heads, precision)
-        )
+        if isinstance(plan, TilePlan):
+            programs, *memory = scratch(e, plan, batch * steps, precision)
+            kernel = picard_sweep_tiled_kernel[(programs,)]
+            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
+        else:
+            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
+            picard_sweep_kernel[(batch * steps,)](*inputs, rotary, *others, *sizes, **constants)
 
 
 COMPILE_CASES = compile_cases(
@@ -106,3 +186,10 @@ COMPILE_CASES = compile_cases(
     "batch length steps num_blocks delta",
     {"p_noise": None},
 )
+TILED_CASES = tiled_cases(
+    picard_sweep_tiled_kernel,
+    "p_e p_mask p_x p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
+    "batch length steps num_blocks delta",
+    {"p_noise": None, "TIED": True},
+)
+COMPILE_CASES += TILED_CASES

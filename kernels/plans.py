@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 
 WIDTHS = (32, 64, 128, 256)
-LONGEST = 128
+LONGEST = 256
 WIDEST_HEAD = 64
+# Of `kernels/attention.py`, a program of which has all keys of one head on chip: (most positions,
+# widest head). Longer ones spill, or do not fit, in the backward pass.
+ATTENTION = ((64, 64), (128, 32))
 THREADS = 256
 # Elements of the weights of queries, keys and values that one product takes: those of the layouts'
 # measurements, D = 128 and heads of 32.
@@ -33,6 +36,19 @@ class Plan(NamedTuple):
     CHUNK: int
     LAST_CHUNK: int
     STACKED: bool
+    STAGES: int
+
+
+class TilePlan(NamedTuple):
+    """How one program is cut whose rows come in tiles; the constants of `kernels/tiles.py`.
+
+    T rows to a tile; CHUNK channels at a time, of the feed-forward and of the projections;
+    LAST_CHUNK in the last block; STAGES of loads in flight in the loops.
+    """
+
+    T: int
+    CHUNK: int
+    LAST_CHUNK: int
     STAGES: int
 
 
@@ -81,6 +97,65 @@ LAYOUTS: dict[tuple[int, int], dict[str, dict[str, list[Layout]]]] = {
 }
 
 
+class TileLayout(NamedTuple):
+    """A `TilePlan` but for LAST_CHUNK, and the shared memory that it needs at most, in bytes."""
+
+    tile: int
+    chunk: int
+    stages: int
+    shared: int
+
+
+# widest D -> {family of devices -> {precision -> layouts, the best first}}.
+# Tied padding takes the shortest tile: a short history is one, and its rows are what is saved.
+TILES: dict[int, dict[str, dict[str, list[TileLayout]]]] = {
+    128: {
+        "cuda:80": {
+            "float32": [TileLayout(64, 64, 1, 98304), TileLayout(32, 64, 1, 65536)],
+            "tf32": [TileLayout(64, 64, 1, 98304), TileLayout(32, 64, 1, 81920)],
+            "bf16": [TileLayout(64, 64, 1, 49152), TileLayout(32, 64, 1, 40960)],
+        },
+        "cuda:90": {
+            "float32": [TileLayout(64, 64, 1, 164864), TileLayout(32, 64, 1, 132096)],
+            "tf32": [TileLayout(64, 64, 1, 99328), TileLayout(32, 64, 1, 82944)],
+            "bf16": [TileLayout(64, 64, 1, 50176), TileLayout(32, 64, 2, 79104)],
+        },
+        "cuda:100": {
+            "float32": [TileLayout(32, 64, 1, 99336)],
+            "tf32": [TileLayout(32, 64, 1, 82952)],
+            "bf16": [TileLayout(32, 64, 1, 41992)],
+        },
+        "hip:gfx942": {
+            "float32": [TileLayout(32, 32, 1, 16384)],
+            "tf32": [TileLayout(32, 32, 1, 16384)],
+            "bf16": [TileLayout(32, 32, 1, 16384)],
+        },
+    },
+    256: {
+        "cuda:80": {
+            "float32": [TileLayout(32, 32, 1, 98304)],
+            "tf32": [TileLayout(32, 32, 1, 98304)],
+            "bf16": [TileLayout(32, 32, 1, 49152)],
+        },
+        "cuda:90": {
+            "float32": [TileLayout(32, 32, 1, 132096)],
+            "tf32": [TileLayout(32, 64, 1, 164864)],
+            "bf16": [TileLayout(32, 64, 1, 82944)],
+        },
+        "cuda:100": {
+            "float32": [TileLayout(32, 32, 1, 107528)],
+            "tf32": [TileLayout(32, 32, 1, 99328)],
+            "bf16": [TileLayout(32, 32, 1, 50176)],
+        },
+        "hip:gfx942": {
+            "float32": [TileLayout(32, 32, 1, 32768)],
+            "tf32": [TileLayout(32, 32, 1, 32768)],
+            "bf16": [TileLayout(32, 32, 1, 32768)],
+        },
+    },
+}
+
+
 def family(device: torch.device) -> tuple[str, int]:
     """The device's row of `LAYOUTS` and the bytes of shared memory that a program may have.
 
@@ -97,9 +172,20 @@ def family(device: torch.device) -> tuple[str, int]:
 
 
 def plan(
-    length: int, width: int, num_heads: int, precision: str, kind: str, shared: int
-) -> Plan | str:
-    """The plan for sequences of `length` positions on a `family` of devices, or why none fits."""
+    length: int,
+    width: int,
+    num_heads: int,
+    precision: str,
+    kind: str,
+    shared: int,
+    tied: bool = False,
+    rotary: bool = False,
+) -> Plan | TilePlan | str:
+    """The plan for sequences of `length` positions on a `family` of devices, or why none fits.
+
+    Tiles take what does not fit as a whole, and tied padding, which leaves rows out; they do not
+    rotate.
+    """
     if width not in WIDTHS:
         return f"its kernel takes D in {WIDTHS}, got {width}"
     if num_heads < 1 or width % num_heads:
@@ -108,6 +194,28 @@ def plan(
         return f"its kernel takes heads of at most {WIDEST_HEAD} channels, got {width // num_heads}"
     if not 1 <= length <= LONGEST:
         return f"its kernel takes L in 1 .. {LONGEST}, got {length}"
+    whole = None if tied else _whole(length, width, num_heads, precision, kind, shared)
+    if whole is not None:
+        return whole
+    if rotary:
+        return f"its kernel has no rotary embedding in tiles, which L = {length} needs on {kind}"
+    for widest, kinds in TILES.items():
+        if width <= widest:
+            layouts = kinds.get(kind, {}).get(precision, [])
+            for layout in sorted(layouts) if tied else layouts:
+                if layout.shared <= shared:
+                    chunk = min(layout.chunk, 4 * width)
+                    return TilePlan(layout.tile, chunk, 4096 // width, layout.stages)
+    return (
+        f"its kernel has no layout for D = {width}, L = {length}, {num_heads} heads in {precision} "
+        f"on {kind} with {shared} bytes of shared memory"
+    )
+
+
+def _whole(
+    length: int, width: int, num_heads: int, precision: str, kind: str, shared: int
+) -> Plan | None:
+    """The plan with all of a sequence on chip, if there is one."""
     for (widest, longest), kinds in LAYOUTS.items():
         if width > widest or length > longest:
             continue
@@ -118,7 +226,11 @@ def plan(
                 tile = max(16, 1 << (length - 1).bit_length())
                 chunk = min(layout.chunk, 4 * width)
                 return Plan(tile, chunk, 4096 // width, layout.stacked, layout.stages)
-    return (
-        f"its kernel has no layout for D = {width}, L = {length}, {num_heads} heads in {precision} "
-        f"on {kind} with {shared} bytes of shared memory"
-    )
+    return None
+
+
+def attention_declined(length: int, head_width: int) -> str:
+    """Why `kernels/attention.py` does not take such sequences; empty where it does."""
+    if any(length <= longest and head_width <= widest for longest, widest in ATTENTION):
+        return ""
+    return f"its kernel takes (L, D / H) up to one of {ATTENTION}, got {(length, head_width)}"

@@ -15,21 +15,28 @@ with q' = Wk^T q and Wv (p X) in place of q (Wk X) and p (Wv X) no key and no va
 16 D^2 multiplications (and 2 H T D for the scores) where keys and values alone would take 2 T D^2.
 It runs in float32 on the ordinary units, whatever the precision.
 
+Fave's blocks, told by p_rotary, have RMS norms, and queries and keys that are rotated by their
+position: channels j and j + D/H/2 of a head by the angle j. The keys of its last block are
+computed, for each is rotated by an angle of its own.
+
 PRECISION is that of the products' operands: "float32", "tf32" (rounded to nearest here, as the
 matrix units would truncate) or "bf16"; accumulators, norms, softmax and residuals are float32.
 INPUT says how they are multiplied: "3xtf32" or "ieee" for float32, "tf32", "bf16".
 
 Weights come in two tensors of all blocks (`launch.pack`): matrices [blocks, 12 D^2], each [out, in]
-row by row, and vectors [blocks, 13 D] in float32.
+row by row, and vectors [blocks, 13 D] in float32. p_rotary [blocks, 2, L, D/H/2] holds cosines and
+sines, or is None.
 """
 
 import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.philox import four_normals
+from fmrec_fast.kernels.rotary import channels, rotate, rotation
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
+RMS_EPS = tl.constexpr(1e-8)
 # Where a block's parameters lie, in units of D^2 and of D.
 KEY, VALUE, OUTPUT, W1, W2 = (tl.constexpr(i) for i in (1, 2, 3, 4, 8))
 MATRICES = tl.constexpr(12)
@@ -78,13 +85,18 @@ def high_bits(b_x):
 
 
 @triton.jit
-def norm_columns(b_x, p_weight, D: tl.constexpr):
-    """Layer norm of each column of [D, T]; the bias lies behind the weight."""
+def norm_columns(b_x, p_weight, D: tl.constexpr, RMS: tl.constexpr):
+    """Layer or RMS norm of each column of [D, T]; the layer norm's bias lies behind the weight."""
     o_d = tl.arange(0, D)
-    b_x -= (tl.sum(b_x, 0) / D)[None, :]
-    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS)  # [T]
-    b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
-    return b_x * b_scale[None, :] * b_weight[:, None] + b_bias[:, None]
+    if RMS:
+        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + RMS_EPS)  # [T]
+        b_x = b_x * b_scale[None, :] * tl.load(p_weight + o_d)[:, None]
+    else:
+        b_x -= (tl.sum(b_x, 0) / D)[None, :]
+        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS)  # [T]
+        b_weight, b_bias = tl.load(p_weight + o_d), tl.load(p_weight + D + o_d)  # [D]
+        b_x = b_x * b_scale[None, :] * b_weight[:, None] + b_bias[:, None]
+    return b_x
 
 
 @triton.jit
@@ -92,6 +104,12 @@ def norm_row(b_x, b_weight, b_bias, D: tl.constexpr):
     """Layer norm of one row [D]."""
     b_x -= tl.sum(b_x, 0) / D
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + NORM_EPS) * b_weight + b_bias
+
+
+@triton.jit
+def rms_norm_row(b_x, b_weight, D: tl.constexpr):
+    """RMS norm of one row [D]."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + RMS_EPS) * b_weight
 
 
 @triton.jit
@@ -112,17 +130,18 @@ def project(
     p_w,
     p_b,
     b_h,
+    o_w,
     D: tl.constexpr,
     DH: tl.constexpr,
     W: tl.constexpr,
     T: tl.constexpr,
     INPUT: tl.constexpr,
 ):
-    """One head's queries, keys or values: [W, T]."""
+    """One head's queries, keys or values: [W, T]; its channels are o_w."""
     if W == DH:
         b_w, b_bias = tl.load(p_w), tl.load(p_b)  # [W, D], [W]
     else:
-        m_w = tl.arange(0, W) < DH
+        m_w = o_w < DH
         b_w = tl.load(p_w, mask=m_w[:, None], other=0.0)
         b_bias = tl.load(p_b, mask=m_w, other=0.0)
     return product(b_w, b_h, tl.zeros((W, T), tl.float32), INPUT) + b_bias[:, None]
@@ -134,6 +153,7 @@ def block(
     b_scale,
     p_matrices,
     p_vectors,
+    p_rotary,
     length,
     D: tl.constexpr,
     H: tl.constexpr,
@@ -149,16 +169,22 @@ def block(
     # Matrix units take at least 16 channels; a narrower head is filled up with zeros.
     W: tl.constexpr = DH if DH > 16 else 16
     o_d = tl.arange(0, D)
-    o_w, o_part = tl.arange(0, W), tl.arange(0, 4 * W)
-    b_h = operand(norm_columns(b_x, p_vectors + NORM1 * D, D), PRECISION, INPUT)  # [D, T]
+    o_w = channels(tl.arange(0, W), p_rotary, DH, W)
+    o_part = tl.arange(0, 4 * W)
+    RMS: tl.constexpr = p_rotary is not None
+    b_h = norm_columns(b_x, p_vectors + NORM1 * D, D, RMS)
+    b_h = operand(b_h, PRECISION, INPUT)  # [D, T]
     m_key = (tl.arange(0, T) < length)[:, None]
+    if p_rotary is not None:
+        b_cos, b_sin = rotation(p_rotary, tl.arange(0, W // 2), tl.arange(0, T), length, DH)
     b_x += tl.load(p_vectors + B_OUTPUT * D + o_d)[:, None]  # the products add up on top
     for head in tl.range(0, H, num_stages=STAGES):
         if STACKED:
             # Queries, keys and values in one product, whose 4 W rows fill the matrix units.
-            o_row = (o_part // W) * (D * D) + (head * DH + o_part % W) * D
-            o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_part % W
-            m_in = (o_part < 3 * W) & (o_part % W < DH)
+            o_of = channels(o_part % W, p_rotary, DH, W)
+            o_row = (o_part // W) * (D * D) + (head * DH + o_of) * D
+            o_bias = B_QUERY * D + (o_part // W) * D + head * DH + o_of
+            m_in = (o_part < 3 * W) & (o_of < DH)
             b_w = tl.load(
                 p_matrices + o_row[:, None] + o_d[None, :], mask=m_in[:, None], other=0.0
             )  # [4 W, D]
@@ -170,9 +196,11 @@ def block(
         else:
             p_w = p_matrices + (head * DH + o_w)[:, None] * D + o_d[None, :]  # [W, D]
             p_b = p_vectors + B_QUERY * D + head * DH + o_w
-            b_q = project(p_w, p_b, b_h, D, DH, W, T, INPUT)
-            b_k = project(p_w + KEY * D * D, p_b + D, b_h, D, DH, W, T, INPUT)
-            b_v = project(p_w + VALUE * D * D, p_b + 2 * D, b_h, D, DH, W, T, INPUT)
+            b_q = project(p_w, p_b, b_h, o_w, D, DH, W, T, INPUT)
+            b_k = project(p_w + KEY * D * D, p_b + D, b_h, o_w, D, DH, W, T, INPUT)
+            b_v = project(p_w + VALUE * D * D, p_b + 2 * D, b_h, o_w, D, DH, W, T, INPUT)
+        if p_rotary is not None:
+            b_q, b_k = rotate(b_q, b_cos, b_sin, W, T), rotate(b_k, b_cos, b_sin, W, T)
         b_q *= b_scale[None, :]
         o_out = OUTPUT * D * D + o_d[:, None] * D + head * DH + o_w[None, :]  # [D, W]
         if W == DH:
@@ -189,7 +217,7 @@ def block(
         b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
-    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D), PRECISION, INPUT)
+    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D, RMS), PRECISION, INPUT)
     b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
     for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
         o_c = first + tl.arange(0, CHUNK)
@@ -202,45 +230,102 @@ def block(
 
 
 @triton.jit
+def rotated_scores(
+    b_h,
+    b_query,
+    p_matrices,
+    p_vectors,
+    p_rotary,
+    head,
+    length,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """One head's scores of position L - 1, whose normed row is b_query, before their scale: [T].
+
+    A rotated query times a rotated key is the query turned by their distance times the key.
+    """
+    DH: tl.constexpr = D // H
+    W: tl.constexpr = DH if DH > 16 else 16
+    HALF: tl.constexpr = DH // 2
+    o_d, o_t = tl.arange(0, D), tl.arange(0, T)
+    o_w = channels(tl.arange(0, W), p_rotary, DH, W)
+    m_w = o_w < DH
+    o_head = head * DH + o_w
+    o_partner = head * DH + (o_w + HALF) % DH
+    p_w, p_b = p_matrices + o_d[None, :], p_vectors + B_QUERY * D
+    b_wq = tl.load(p_w + o_head[:, None] * D, mask=m_w[:, None], other=0.0)  # [W, D]
+    b_q = tl.sum(b_wq.to(tl.float32) * b_query[None, :], 1)
+    b_q += tl.load(p_b + o_head, mask=m_w, other=0.0)  # [W]
+    b_wq = tl.load(p_w + o_partner[:, None] * D, mask=m_w[:, None], other=0.0)
+    b_other = tl.sum(b_wq.to(tl.float32) * b_query[None, :], 1)
+    b_other += tl.load(p_b + o_partner, mask=m_w, other=0.0)
+    b_other = tl.where(o_w < HALF, -b_other, b_other)
+    b_cos, b_sin = rotation(p_rotary, o_w % HALF, length - 1 - o_t, length, DH)  # [W, T]
+    b_k = project(
+        p_w + KEY * D * D + o_head[:, None] * D, p_b + D + o_head, operand(b_h, PRECISION, INPUT),
+        o_w, D, DH, W, T, INPUT,
+    )  # fmt: skip
+    return tl.sum(b_k * (b_q[:, None] * b_cos + b_other[:, None] * b_sin), 0)
+
+
+@triton.jit
 def last_block(
     b_x,
     b_scale,
     p_matrices,
     p_vectors,
+    p_rotary,
     length,
     D: tl.constexpr,
     H: tl.constexpr,
     T: tl.constexpr,
     LAST_CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
 ):
     """The last block at position L - 1: [D, T] -> [D]."""
     DH: tl.constexpr = D // H
     o_d = tl.arange(0, D)
     o_h = tl.arange(0, DH)
     m_key = tl.arange(0, T) < length
-    b_h = norm_columns(b_x, p_vectors + NORM1 * D, D)  # [D, T]
+    RMS: tl.constexpr = p_rotary is not None
+    b_h = norm_columns(b_x, p_vectors + NORM1 * D, D, RMS)  # [D, T]
     b_query = column_of(b_h, length - 1, T)  # [D]
     scale = tl.sum(tl.where(tl.arange(0, T) == length - 1, b_scale, 0.0), 0)
     b_out = column_of(b_x, length - 1, T) + tl.load(p_vectors + B_OUTPUT * D + o_d)
     for head in range(H):
         o_head = head * DH + o_h
         p_w = p_matrices + o_head[:, None] * D + o_d[None, :]  # [DH, D]
-        b_wq = tl.load(p_w).to(tl.float32)
-        b_wk = tl.load(p_w + KEY * D * D).to(tl.float32)
+        if p_rotary is None:
+            b_wq = tl.load(p_w).to(tl.float32)
+            b_wk = tl.load(p_w + KEY * D * D).to(tl.float32)
         b_wv = tl.load(p_w + VALUE * D * D).to(tl.float32)
         p_wo = p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_head[None, :]  # [D, DH]
         b_wo = tl.load(p_wo).to(tl.float32)
-        b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
-        # The keys' bias adds the same to all scores of a query.
-        b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
-        b_s = tl.where(m_key, tl.sum(b_h * b_q[:, None], 0), float("-inf"))  # [T]
+        if p_rotary is not None:
+            b_s = scale * rotated_scores(
+                b_h, b_query, p_matrices, p_vectors, p_rotary, head, length,
+                D, H, T, PRECISION, INPUT,
+            )  # fmt: skip
+        else:
+            b_q = tl.sum(b_wq * b_query[None, :], 1) + tl.load(p_vectors + B_QUERY * D + o_head)
+            # The keys' bias adds the same to all scores of a query.
+            b_q = tl.sum(b_wk * (b_q * scale)[:, None], 0)  # [D]
+            b_s = tl.sum(b_h * b_q[:, None], 0)  # [T]
+        b_s = tl.where(m_key, b_s, float("-inf"))
         b_s = tl.exp2((b_s - tl.max(b_s, 0)) * LOG2E)
         b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[None, :], 1)  # [D]
         b_v = tl.sum(b_wv * b_mixed[None, :], 1) + tl.load(p_vectors + B_VALUE * D + o_head)
         b_out += tl.sum(b_wo * b_v[None, :], 1)
     b_weight = tl.load(p_vectors + NORM2 * D + o_d)
-    b_bias = tl.load(p_vectors + NORM2 * D + D + o_d)
-    b_query = norm_row(b_out, b_weight, b_bias, D)
+    if RMS:
+        b_query = rms_norm_row(b_out, b_weight, D)
+    else:
+        b_query = norm_row(b_out, b_weight, tl.load(p_vectors + NORM2 * D + D + o_d), D)
     b_out += tl.load(p_vectors + B2 * D + o_d)
     for first in range(0, 4 * D, LAST_CHUNK):
         o_c = first + tl.arange(0, LAST_CHUNK)
@@ -261,6 +346,41 @@ def query_scale(p_mask, b, length, D: tl.constexpr, H: tl.constexpr, T: tl.const
 
 
 @triton.jit
+def fuse_rows(
+    p_e,
+    p_noise,
+    b_shift,
+    k0,
+    k1,
+    row,
+    step,
+    delta,
+    b_position,
+    m_row,
+    D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """E = e + lam * shift at T positions of one sequence, [T, D], 0 outside m_row.
+
+    lam comes from p_noise unless that is None.
+    """
+    o_d = tl.arange(0, D)
+    o_e = b_position[:, None] * D + o_d[None, :]
+    m_e = m_row[:, None]
+    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
+    if p_noise is not None:
+        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
+    else:
+        G: tl.constexpr = D // 4
+        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
+        b_place = tl.broadcast_to(b_position.to(tl.uint32)[:, None], (T, G))
+        b_normal = four_normals(k0, k1, b_group, b_place, tl.cast(step, tl.uint32), row)
+        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
+    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
+    return tl.where(m_e, b_x, 0.0)
+
+
+@triton.jit
 def fuse(
     p_e,
     p_noise,
@@ -274,21 +394,10 @@ def fuse(
     D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """E = e + lam * shift of one sequence, [D, T]; lam from p_noise unless that is None."""
-    o_t, o_d = tl.arange(0, T), tl.arange(0, D)
-    o_e = o_t[:, None] * D + o_d[None, :]
-    m_e = (o_t < length)[:, None]
-    b_e = tl.load(p_e + o_e, mask=m_e, other=0.0)  # [T, D]
-    if p_noise is not None:
-        b_lam = tl.load(p_noise + o_e, mask=m_e, other=0.0)  # [T, D]
-    else:
-        G: tl.constexpr = D // 4
-        b_group = tl.broadcast_to(tl.arange(0, G).to(tl.uint32)[None, :], (T, G))
-        b_position = tl.broadcast_to(o_t.to(tl.uint32)[:, None], (T, G))
-        b_normal = four_normals(k0, k1, b_group, b_position, tl.cast(step, tl.uint32), row)
-        b_lam = tl.fma(tl.reshape(b_normal, (T, D)), delta, delta)
-    b_x = tl.fma(b_lam, tl.broadcast_to(b_shift[None, :], (T, D)), b_e)
-    return tl.where(m_e, b_x, 0.0).T
+    """All positions of one sequence, [D, T]."""
+    o_t = tl.arange(0, T)
+    b_x = fuse_rows(p_e, p_noise, b_shift, k0, k1, row, step, delta, o_t, o_t < length, D, T)
+    return b_x.T
 
 
 @triton.jit
@@ -297,6 +406,7 @@ def stack(
     b_scale,
     p_matrices,
     p_vectors,
+    p_rotary,
     p_tapped,
     tap,
     length,
@@ -318,6 +428,7 @@ def stack(
             b_scale,
             p_matrices,
             p_vectors,
+            p_rotary,
             length,
             D,
             H,
@@ -330,10 +441,15 @@ def stack(
         )
         p_matrices += MATRICES * D * D
         p_vectors += VECTORS * D
+        if p_rotary is not None:
+            p_rotary += length * (D // H)
         if p_tapped is not None:
             if index == tap:
                 tl.store(p_tapped + tl.arange(0, D), column_of(b_x, length - 1, T))
-    b_last = last_block(b_x, b_scale, p_matrices, p_vectors, length, D, H, T, LAST_CHUNK)
+    b_last = last_block(
+        b_x, b_scale, p_matrices, p_vectors, p_rotary, length,
+        D, H, T, LAST_CHUNK, PRECISION, INPUT,
+    )  # fmt: skip
     if p_tapped is not None:
         if tap == num_blocks - 1:
             tl.store(p_tapped + tl.arange(0, D), b_last)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import dispatch_log, extension, use_backend
+from fmrec_fast.backend import Backend
+from fmrec_fast.kernels.plans import attention_declined
 from fmrec_fast.models.blocks import TransformerStack
 from fmrec_fast.ops import StreamDropout, TorchDropout, attention
 from fmrec_fast.reference import dropout as masks
@@ -25,6 +27,7 @@ SHAPES = [
     (5, 51, 96, 2),
     (6, 7, 96, 4),
     (2, 64, 40, 2),
+    (2, 100, 18, 1),
     (9, 130, 36, 2),
 ]
 needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
@@ -79,9 +82,11 @@ def check(place, qkv, scale, upstream, heads, p, site=17):
         )
         for dtype in (torch.float64, torch.float32)
     )
+    length, width = upstream.shape[1:]
     qkv, scale, upstream, rows, seed = place.put(qkv, scale, upstream, rows, SEED)
     options = {"seed": seed, "rows": rows, "site": site} if p else {}
-    with place.forced("attention"):
+    declines = {Backend.TRITON} if attention_declined(length, width // heads) else set()
+    with place.forced("attention", declines=declines):
         got = results(lambda x: attention(x, scale, num_heads=heads, p=p, **options), qkv, upstream)
     for name, *three in zip(("out", "d_qkv"), got, same, truth, strict=True):
         assert_close_to_truth(three[0].cpu(), *three[1:], name=name)
@@ -114,6 +119,14 @@ def test_non_contiguous_inputs(place, p):
 def test_flat_and_sharp_probabilities(place, factor):
     qkv, scale, upstream = draw(5, 13, 32, 2)
     check(place, qkv, scale * factor, upstream, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "length, width, taken",
+    [(64, 64, True), (128, 32, True), (65, 33, False), (129, 8, False), (5, 65, False)],
+)
+def test_sizes_of_the_triton_kernel(length, width, taken):
+    assert (attention_declined(length, width) == "") == taken
 
 
 def by_cpp(qkv, scale, upstream, heads, p, rows=None):

@@ -279,6 +279,7 @@ def euler_sampler(call: Call) -> None:
     call.floats("z0", b, width)
     call.floats("taus", q, width)
     call.output("out", *([q + 1] if call.draw(st.booleans()) else []), b, width)
+    call.plain["velocity"] = call.draw(st.booleans())
     if call.maybe("noise"):
         call.floats("noise", q, b, length, width)
         call.plain |= {"rows": None, "seed": None}
@@ -290,7 +291,7 @@ def euler_sampler(call: Call) -> None:
 
 def picard_sweep(call: Call) -> None:
     euler_sampler(call)
-    del call.arrays["z0"], call.arrays["out"]
+    del call.arrays["z0"], call.arrays["out"], call.plain["velocity"]
     b, _, width = call.arrays["e"].array.shape
     q = len(call.arrays["taus"].array)
     call.floats("x", b, q, width)
@@ -314,7 +315,10 @@ def recommend(call: Call) -> None:
     call.integer_output("best", b, k)
     call.plain |= {"seed": call.draw(words), "start_seed": call.draw(words), "delta": 1e-3}
     call.plain |= {"tied": call.draw(st.booleans())}
-    call.plain |= {"tolerance": call.draw(st.sampled_from([0.0, 1e-5]))}
+    velocity = call.draw(st.booleans())
+    call.plain |= {"velocity": velocity, "keep": call.draw(st.sampled_from([0.0, 0.6, 1.0]))}
+    call.plain |= {"start": call.draw(st.sampled_from(["noise", "anchor", "anchor in history"]))}
+    call.plain |= {"tolerance": 0.0 if velocity else call.draw(st.sampled_from([0.0, 1e-5]))}
 
 
 def attention_forward(call: Call) -> None:

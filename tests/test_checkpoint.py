@@ -185,7 +185,7 @@ def test_missing_files_are_named(run, part):
     [
         ('{"a": 1}', "expected format 'fmrec_fast checkpoint', got None"),
         ("[1, 2]", "expected format .* got 'list'"),
-        ('{"format": "fmrec_fast checkpoint", "version": 99}', "expected version 1, got 99"),
+        ('{"format": "fmrec_fast checkpoint", "version": 99}', "expected version 1 or 2, got 99"),
         ('{"format": "fmrec_fast checkpoint", "version": 1}', "has no 'state'"),
         ('{"format": "fmrec_fast checkpoint", "version": 1, "state": {"a": 1}}', "is damaged"),
         (

@@ -80,12 +80,12 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, SEED, 1, 0.2, 4)),
+        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, SEED, 1, 0.2, 4, "cpp")),
         id="attention-dropout",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, None, 1, 0.0, 4)),
+        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, None, 1, 0.0, 4, "cpp")),
         id="attention",
         marks=CPP,
     ),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from fmrec_fast.config import PRECISIONS
-from fmrec_fast.kernels.plans import LAYOUTS
+from fmrec_fast.kernels.plans import LAYOUTS, TILES
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -57,6 +57,14 @@ def test_persistent_kernels_need_no_more_shared_memory_than_planned(report, targ
     for op in ("encoder", "euler_sampler", "picard_sweep"):
         needs = report["measured"][f"{op}.{op}_kernel {precision} {target}"]
         assert needs["shared"] <= allowed, op
+
+
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_tiles_need_no_more_shared_memory_than_planned(report, target, precision, width):
+    key = f"euler_sampler.euler_sampler_tiled_kernel[{width}] {precision} {target}"
+    assert report["measured"][key]["shared"] <= min(TILES[width][target][precision]).shared
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])

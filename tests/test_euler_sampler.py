@@ -44,10 +44,12 @@ def run(place, model, tensors, times, **options):
                for k, v in options.items()}  # fmt: skip
     published = options.get("trajectory", "straight"), options.get("target", "data")
     declines: set[Backend] = set()
-    if published != ("straight", "data") or "lam_of_step" in options:
+    if published == ("straight", "velocity"):
+        declines = {Backend.TRITON}
+    elif published != ("straight", "data") or "lam_of_step" in options:
         declines = {Backend.CPP, Backend.TRITON}
     else:
-        if tensors[0].shape[2] not in WIDTHS or options.get("padding") == "tied":
+        if tensors[0].shape[2] not in WIDTHS:
             declines.add(Backend.TRITON)
         if options.get("precision", "float32") != "float32":
             declines.add(Backend.CPP)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fmrec_fast import noise
 from fmrec_fast.backend import Backend, use_backend, use_rng
 from fmrec_fast.ops import history_loss
-from fmrec_fast.reference.history_loss import distinct, history_cells, zero_cells
+from fmrec_fast.reference.history_loss import WholeBatch, distinct, history_cells, zero_cells
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("history_loss")
@@ -413,3 +413,35 @@ def test_bad_inputs_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         history_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 7.0])
+def test_parts_of_a_batch_have_its_cells_together(ratio):
+    """Each part draws over the whole matrix, of which it knows the counts of the other rows."""
+    items, seed = 30, torch.tensor(77)
+    sequence = make_sequences(11, 6, items, 1).sequence
+    counts = distinct(sequence, items)[1]
+
+    def used(cells, first=0):
+        rows, columns, label = (part[cells.use] for part in cells[:3])
+        return torch.stack((rows + first, columns, label.long()), 1).tolist()
+
+    together = []
+    for first, end in ((0, 4), (4, 9), (9, 11)):
+        whole = WholeBatch(counts, first, end)
+        part = history_cells(sequence[first:end], items, mask_ratio=ratio, seed=seed, whole=whole)
+        together += used(part, first)
+    assert sorted(together) == sorted(
+        used(history_cells(sequence, items, mask_ratio=ratio, seed=seed))
+    )
+
+
+def test_all_cells_may_be_given():
+    sequence = make_sequences(5, 6, 30, 2).sequence
+    hidden, weight, bias = torch.randn(5, 4), torch.randn(30, 4), torch.randn(30)
+    seed = torch.tensor(3)
+    given = history_cells(sequence, 30, seed=seed)
+    for name in ("reference", "auto"):
+        with use_backend(name):
+            drawn = history_loss(hidden, weight, bias, sequence, seed=seed)
+            assert torch.equal(history_loss(hidden, weight, bias, sequence, cells=given), drawn)

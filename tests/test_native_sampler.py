@@ -299,7 +299,7 @@ def test_variants_run_the_definition_and_say_so(backend):
     with use_backend(backend):
         for options, word in (
             ({"trajectory": "cosine"}, "'cosine'"),
-            ({"target": "velocity"}, "'velocity'"),
+            ({"target": "velocity", "trajectory": "cosine"}, "'velocity'"),
             ({"weights": causal}, "'causal'"),
             ({"lam_of_step": lambda: lam}, "does not draw lam as published"),
             ({"e": e.clone().requires_grad_()}, "gradient is needed"),

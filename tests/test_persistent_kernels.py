@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from fmrec_fast import FMRecommender, flow, noise, use_backend
 from fmrec_fast.backend import Backend, availability, dispatch_log
 from fmrec_fast.config import PRECISIONS
-from fmrec_fast.kernels.plans import LAYOUTS, family, plan
+from fmrec_fast.kernels import plans
+from fmrec_fast.kernels.plans import LAYOUTS, TILES, TilePlan, family, plan
 from fmrec_fast.models.blocks import TransformerStack
-from fmrec_fast.ops import encoder
+from fmrec_fast.ops import encoder, euler_sampler, picard_sweep
 from fmrec_fast.reference import encoder as definition
 from fmrec_fast.reference.encoder import NORM_EPS
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
@@ -40,18 +42,32 @@ def test_the_papers_sizes_have_a_plan_everywhere(kind, precision):
             assert 4 * width % found.CHUNK == 0 and 4 * width % found.LAST_CHUNK == 0
 
 
+@pytest.mark.parametrize("kind", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_what_does_not_fit_as_a_whole_comes_in_tiles(kind):
+    shared = {"cuda:80": 166912, "hip:gfx942": 65536}.get(kind, 232448)
+    for precision in PRECISIONS:
+        for width, length, heads, tied in (
+            (128, 200, 4, False), (128, 200, 2, True), (256, 129, 4, False), (32, 50, 4, True),
+            (64, 256, 64, True),
+        ):  # fmt: skip
+            found = plan(length, width, heads, precision, kind, shared, tied)
+            assert isinstance(found, TilePlan), found
+            assert 4 * width % found.CHUNK == 0 and width % min(found.CHUNK, width) == 0
+            if tied:
+                assert found.T == min(layout.tile for layout in TILES[128][kind][precision])
+
+
 @pytest.mark.parametrize(
     "size, reason",
     [
         ((50, 96, 4, "bf16", *H100), r"D in \(32, 64, 128, 256\), got 96"),
         ((50, 128, 1, "bf16", *H100), "heads of at most 64 channels, got 128"),
-        ((200, 128, 4, "bf16", *H100), r"L in 1 \.\. 128, got 200"),
+        ((257, 128, 4, "bf16", *H100), r"L in 1 \.\. 256, got 257"),
         ((0, 128, 4, "bf16", *H100), "got 0"),
         ((50, 128, 5, "bf16", *H100), "heads must divide D = 128, got 5"),
-        ((100, 128, 4, "float32", *H100), "D = 128, L = 100, 4 heads in float32 on cuda:90"),
-        ((50, 128, 2, "float32", *H100), "2 heads in float32"),
-        ((50, 256, 4, "tf32", *H100), "no layout for D = 256, L = 50, 4 heads in tf32"),
-        ((50, 128, 4, "bf16", "cuda:90", 65536), "with 65536 bytes of shared memory"),
+        ((200, 256, 4, "float32", "cuda:80", 40000), "D = 256, L = 200, 4 heads in float32 on"),
+        ((50, 128, 4, "bf16", "cuda:90", 40000), "with 40000 bytes of shared memory"),
+        ((200, 128, 4, "bf16", *H100, False, True), "no rotary embedding in tiles"),
     ],
 )
 def test_what_has_no_plan_says_why(size, reason):
@@ -77,7 +93,7 @@ def test_the_interpreter_counts_as_the_largest():
 
 
 @needs_triton
-@pytest.mark.parametrize("length, width, heads", [(200, 32, 4), (5, 128, 1), (5, 256, 4)])
+@pytest.mark.parametrize("length, width, heads", [(257, 32, 4), (5, 96, 4), (5, 128, 1)])
 def test_a_call_without_a_plan_runs_the_definition_and_says_why(length, width, heads):
     stack = TransformerStack(width, 1, heads, "published").to(DEVICE)
     x, mask = torch.ones(1, length, width, device=DEVICE), torch.ones(1, length, device=DEVICE)
@@ -85,6 +101,86 @@ def test_a_call_without_a_plan_runs_the_definition_and_says_why(length, width, h
         encoder(x, mask, stack.weights(), num_heads=heads)
     (entry,) = (entry for entry in log if entry.op == "encoder")
     assert entry.backend is Backend.REFERENCE and entry.reason.startswith("its kernel ")
+
+
+# --- tiles ----------------------------------------------------------------------------------
+
+
+def in_tiles(monkeypatch, tile: int = 16) -> None:
+    """Every network comes in tiles of so many rows, and each program takes several sequences."""
+    for op in ("encoder", "euler_sampler", "picard_sweep"):  # what they compile is planned here
+        importlib.import_module(f"fmrec_fast.kernels.{op}")
+    layout = plans.TileLayout(tile, 32, 1, 0)
+    every = {"cuda:90": {precision: [layout] for precision in PRECISIONS}}
+    monkeypatch.setattr(plans, "LAYOUTS", {})
+    monkeypatch.setattr(plans, "TILES", {256: every})
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE == "cuda", reason="its layouts are for the interpreter")
+@pytest.mark.parametrize(
+    "batch, length, width, heads, precision",
+    [
+        (3, 50, 32, 4, "float32"),
+        (1, 1, 32, 1, "float32"),
+        (1, 33, 64, 64, "float32"),
+        (1, 17, 256, 4, "float32"),
+        (1, 20, 32, 2, "tf32"),
+        (1, 20, 32, 4, "bf16"),
+        (0, 20, 32, 4, "float32"),
+    ],
+)
+def test_encoder_in_tiles(monkeypatch, batch, length, width, heads, precision):
+    in_tiles(monkeypatch)
+    torch.manual_seed(batch + length)
+    blocks = TransformerStack(width, 2, heads, "published").weights()
+    x, mask = torch.randn(batch, length, width), torch.rand(batch, length).round()
+    wide = [type(w)(*(t.double() for t in w.tensors())) for w in blocks]
+    options = {"num_heads": heads, "tap": 0}
+    truth = definition.encoder(x.double(), mask.double(), wide, **options)
+    same = definition.encoder(x, mask, blocks, **options, precision=precision)
+    with use_backend("triton"), dispatch_log() as log:
+        got = encoder(x, mask, blocks, **options, precision=precision)
+    assert [(entry.op, entry.backend) for entry in log] == [("encoder", Backend.TRITON)]
+    for name, *three in zip(("out", "tapped"), got, same, truth, strict=True):
+        assert_close_to_truth(*three, name=name)
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE == "cuda", reason="its layouts are for the interpreter")
+@pytest.mark.parametrize("tied", [False, True])
+def test_samplers_in_tiles_are_those_as_a_whole(monkeypatch, small_model, tied):
+    """Real lengths on both sides of a tile's end; the stream of the leading padding's one lam."""
+    model = small_model(num_blocks=2, last=1, max_len=40, lambda_uncertainty=0.5).eval()
+    sequence = torch.randint(1, 61, (4, 40), generator=torch.Generator().manual_seed(1))
+    for row, padded in enumerate((40, 0, 25, 24)):
+        sequence[row, :padded] = 0
+    e, mask = model.embed(sequence)
+    taus = model.fm.xstart_model.embed_time(torch.tensor([1.0, 500.0]))
+    z0 = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    weights = model.fm.sampler_weights()
+    seed, rows = torch.tensor(6), torch.arange(4) * 3
+    options = {"seed": seed, "rows": rows, "padding": "tied" if tied else "published"}
+    with use_backend("reference"):
+        expected = euler_sampler(
+            e, mask, z0, taus, weights, times=taus[:, 0], return_trajectory=True, **options
+        )
+    in_tiles(monkeypatch)
+    with use_backend("triton"), dispatch_log() as log:
+        got = euler_sampler(
+            e, mask, z0, taus, weights, times=taus[:, 0], return_trajectory=True, **options
+        )
+        at = expected[:-1].transpose(0, 1).contiguous()
+        pred = picard_sweep(e, mask, at, taus, weights, **options)
+    assert {(entry.op, entry.backend) for entry in log} == {
+        ("euler_sampler", Backend.TRITON),
+        ("picard_sweep", Backend.TRITON),
+    }
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    moved = at + (pred - z0[:, None]) / 2
+    torch.testing.assert_close(moved.transpose(0, 1), expected[1:], atol=1e-5, rtol=1e-5)
 
 
 # --- packed weights -------------------------------------------------------------------------
@@ -139,7 +235,7 @@ def network_at(model, e, mask, x, taus, lam, dtype):
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("batch, steps", [(3, 2), (0, 2)])
 def test_a_sweep_is_the_network_at_every_point(small_model, batch, steps, given):
-    from fmrec_fast.kernels.picard_sweep import picard_sweep
+    from fmrec_fast.kernels.picard_sweep import picard_sweep as launch
 
     model = small_model(num_blocks=2, last=1, lambda_uncertainty=0.5).eval()
     histories = ("padding", "short", "full")
@@ -156,11 +252,12 @@ def test_a_sweep_is_the_network_at_every_point(small_model, batch, steps, given)
     out = torch.empty_like(x, device=DEVICE)
     inputs = [t.to(DEVICE).contiguous() for t in (e, mask, x, taus)]
     stream = [None, rows.to(DEVICE), seed.to(DEVICE)]
-    picard_sweep(
+    launch(
         *inputs,
         model.fm.sampler_weights(),
         *([lam.to(DEVICE), None, None] if given else stream),
         "float32",
+        False,
         out,
     )
     assert_close_to_truth(out.cpu(), same, truth, name="pred")
@@ -194,7 +291,7 @@ def test_whole_golden_trajectory(golden):
 @torch.no_grad()
 def test_golden_steps_at_the_papers_size(golden):
     """The first, a middle and the last of 30 steps: the interpreter takes its time."""
-    from fmrec_fast.kernels.picard_sweep import picard_sweep
+    from fmrec_fast.kernels.picard_sweep import picard_sweep as launch
 
     model, e, mask, lam, points = golden_inputs(golden, "fmrec_paper_size", slice(1, 2))
     chosen, steps = torch.tensor([0, 14, 29], device=DEVICE), len(lam)
@@ -203,6 +300,7 @@ def test_golden_steps_at_the_papers_size(golden):
     x = points[chosen].transpose(0, 1).contiguous()
     pred = torch.empty_like(x)
     weights = model.fm.sampler_weights()
-    picard_sweep(e, mask, x, taus, weights, lam[chosen].contiguous(), None, None, "float32", pred)
+    lam = lam[chosen].contiguous()
+    launch(e, mask, x, taus, weights, lam, None, None, "float32", False, pred)
     moves = (pred[0] - points[0]) / steps
     torch.testing.assert_close(points[chosen, 0] + moves, points[chosen + 1, 0], atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmrec_fast import Server, extension, recommend
+from fmrec_fast import FaveConfig, FaveRecommender, Server, extension, recommend
 from fmrec_fast.backend import Backend, BackendError, dispatch_log, use_backend
 from fmrec_fast.ops.encoder import pack
 
@@ -74,6 +74,68 @@ def test_all_steps_at_once(small_model, padding, delta):
     torch.testing.assert_close(one.scores, step_by_step.scores, atol=1e-3, rtol=1e-4)
     served = Server(model).recommend(HISTORIES, method="parallel", **options)
     assert torch.equal(served.scores, one.scores)
+
+
+@pytest.fixture
+def fave():
+    """Makes a small model of Fave in its second stage."""
+
+    def make(**changes):
+        sizes = {"item_num": 61, "hidden_size": 32, "max_len": 12, "num_blocks": 3, "last": 2}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = FaveConfig(**sizes, lambda_uncertainty=0.2, sample_N=4, **changes)
+            model = FaveRecommender.from_config(config)
+            for name, parameter in model.named_parameters():
+                if "norm" in name.lower():
+                    torch.nn.init.normal_(parameter, 0.5, 0.3)
+        model.switch_to_finetune()
+        return model.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("anchor", ["published", "history"])
+@pytest.mark.parametrize("onestep", ["published", "displacement"])
+def test_fave_in_one_call(fave, anchor, onestep):
+    """The anchor, its mask and the step are those of the definitions; so is stage 1."""
+    model = fave(anchor=anchor, onestep=onestep, infer_mask_ratio=0.7)
+    server, rows = Server(model), torch.tensor([5, 2**33, 0, -4, 5])
+    one, other = both(model, HISTORIES, k=9, seed=3, rows=rows)
+    assert_same(one, other)
+    served = server.recommend(HISTORIES, k=9, seed=3, rows=rows)
+    assert torch.equal(served.scores, one.scores)
+    model.stage = "pretrain"
+    one, other = both(model, HISTORIES, k=9, seed=3, rows=rows)
+    assert_same(one, other)
+    assert torch.equal(server.recommend(HISTORIES, k=9, seed=3, rows=rows).scores, one.scores)
+
+
+def test_what_fave_has_no_call_for(fave):
+    """`recommend` goes step by step; a `Server` refuses."""
+    model = fave(onestep="displacement")
+    for options, message in (
+        ({"padding": "tied"}, "no rotary embedding with padding 'tied'"),
+        ({"method": "parallel", "steps": 2}, "for target 'data', got 'velocity'"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            Server(model).recommend(HISTORIES, k=3, **options)
+        assert recommend(model, HISTORIES, k=3, seed=1, **options).ids.shape == (5, 3)
+    model.fave.xstart_model.att.transformer_blocks[1].attention.rope.inv_freq.mul_(2)
+    with pytest.raises(BackendError, match="rotates all blocks by the same angles"):
+        Server(model)
+    assert recommend(model, HISTORIES, k=3, seed=1).ids.shape == (5, 3)
+
+
+def test_a_server_sees_other_angles(fave):
+    model = fave()
+    server = Server(model)
+    before = server.recommend(HISTORIES, k=9, seed=1)
+    for block in model.fave.xstart_model.att.transformer_blocks:
+        block.attention.rope.inv_freq.mul_(3)
+    after = server.recommend(HISTORIES, k=9, seed=1)
+    assert not torch.equal(after.scores, before.scores)
+    assert torch.equal(after.scores, recommend(model, HISTORIES, k=9, seed=1).scores)
 
 
 def test_one_step_is_one_step(model):
@@ -187,7 +249,7 @@ def test_changes_that_a_server_must_be_told(model):
 def test_models_that_cannot_be_served(small_model, model):
     for bad, message in (
         (small_model(attention="causal"), "published options only.*'causal'"),
-        (small_model(target="velocity"), "published options only.*'velocity'"),
+        (small_model(trajectory="cosine"), "published options only.*'cosine'"),
         (small_model().double(), "takes float32, got torch.float64"),
     ):
         with pytest.raises(BackendError, match=message):
@@ -269,6 +331,7 @@ def arguments(model):
         ("scores", zeros(2, 5), ValueError, r"scores must have shape \[B, k\]"),
         ("best", integers(3, 4), ValueError, r"best must have shape \[B, k\]"),
         ("num_threads", 0, ValueError, "num_threads must be at least 1, got 0"),
+        ("start", "item", ValueError, "start must be 'noise', .* got 'item'"),
     ],
 )
 def test_bad_arguments_are_refused(model, name, value, error, message):

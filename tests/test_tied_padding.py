@@ -58,7 +58,7 @@ def test_the_definition():
     "shape",
     [
         {"length": 1, "width": 36, "padded": (0, 1), "steps": 1},
-        {"length": 12, "width": 32, "padded": PADDED, "steps": 3},
+        {"length": 12, "width": 32, "padded": PADDED, "steps": 2},
         {"length": 51, "width": 96, "padded": (44, 51, 0, 1, 44), "steps": 2},
     ],
 )
@@ -90,11 +90,14 @@ def test_the_stream_of_a_tied_row(place, small_model):
 
 
 def test_batch_and_order_change_nothing(place, small_model):
-    model, tensors, times, _ = padded_setup(small_model, padded=PADDED * 9)
+    # Where Triton interprets, one evaluation of the network takes long.
+    triton = place.backend is Backend.TRITON
+    padded, steps = ((12, 0, 7), 1) if triton else (PADDED * 9, 2)
+    model, tensors, times, _ = padded_setup(small_model, padded=padded, steps=steps)
     seed, rows = torch.tensor(3), torch.arange(len(tensors[0]))
     whole = run(place, model, tensors, times, seed=seed, rows=rows, padding="tied")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
-    for index in (order, order[:11], torch.tensor([40])):
+    for index in (order, order[:11], torch.tensor([len(rows) // 2]))[triton:]:
         some = (*(t[index] for t in tensors[:3]), tensors[3])
         got = run(place, model, some, times, seed=seed, rows=rows[index], padding="tied")
         if place.backend is Backend.CPP:
@@ -147,8 +150,7 @@ def test_all_steps_at_once(place, small_model):
     def sweep(**options):
         options = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v
                    for k, v in options.items()}  # fmt: skip
-        declines = {Backend.TRITON} if "padding" in options else set()
-        with torch.no_grad(), place.forced("picard_sweep", declines=declines):
+        with torch.no_grad(), place.forced("picard_sweep"):
             return picard_sweep(*place.put(e, mask, x, taus), weights, **options).cpu()
 
     expected = sweep(noise=tied(lam, mask))

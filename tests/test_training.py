@@ -577,7 +577,7 @@ def script(monkeypatch, validations: list[dict[str, float]]) -> list:
     """Let validation find these metrics in turn; returns the models that were evaluated."""
     calls = []
 
-    def scripted(model, dataset, split="test", *, ks, seeds, progress=None):
+    def scripted(model, dataset, split="test", *, ks, seeds, progress=None, world=None):
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         calls.append((split, weights))
         turn = sum(split == "val" for split, _ in calls) - 1

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from fmrec_fast import flow, forward_mode
 from fmrec_fast.config import STAGES, FaveConfig
 from fmrec_fast.models.blocks import FeedForward, MultiHeadedAttention, TransformerStack, sinusoid
-from fmrec_fast.models.fmrec import FMRec, FMRecommender, TrainingDraws, XStartModel
+from fmrec_fast.models.fmrec import (
+    FMRec,
+    FMRecommender,
+    StartingPoint,
+    TrainingDraws,
+    XStartModel,
+)
 from fmrec_fast.ops import history_loss
 from fmrec_fast.randomness import RandomSource, random_source
 from fmrec_fast.reference.encoder import (
@@ -284,6 +290,9 @@ class Fave(FMRec):
         """Euler steps of inference."""
         return 1 if self.stage == FINETUNE else self.sample_N
 
+    def sampler_settings(self) -> tuple:
+        return (*super().sampler_settings(), self.stage)
+
     def training_prediction(
         self,
         item_rep: Tensor,
@@ -439,6 +448,13 @@ class FaveRecommender(FMRecommender):
         given = draws if isinstance(draws, FaveDraws) else FaveDraws()
         ratio = self.config.infer_mask_ratio
         return self.fave.anchor(item_rep, mask_seq, source, ratio, given)
+
+    def starts_from(self) -> StartingPoint:
+        if self.stage == PRETRAIN:
+            return super().starts_from()
+        history = self.config.anchor == "history"
+        name = "anchor in history" if history else "anchor"
+        return StartingPoint(name, self.config.infer_mask_ratio)
 
     def stage_losses(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from fmrec_fast.ops.euler_sampler import SamplerWeights
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop
+from fmrec_fast.reference.history_loss import Cells
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,13 +38,13 @@ INTEGRATORS = ("euler", "parallel", "auto")
 class TrainingDraws:
     """Explicit random numbers of one training step; what is None is drawn.
 
-    `cells` are (row, column) pairs of drawn zero cells [N, 2].
+    `cells` are (row, column) pairs of drawn zero cells [N, 2], or all cells of the loss.
     """
 
     z0: Tensor | None = None
     t: Tensor | None = None
     noise: Tensor | None = None
-    cells: Tensor | None = None
+    cells: Tensor | Cells | None = None
 
 
 class XStartModel(nn.Module):
@@ -592,6 +593,14 @@ class FMRec(nn.Module):
         return x.reshape(z0.shape), int(solution.nfev)
 
 
+class StartingPoint(NamedTuple):
+    """Where inference starts from, as the C++ call names it: 'noise', 'anchor' or 'anchor in
+    history', whose channels are kept with chance `keep`."""
+
+    name: str
+    keep: float = 1.0
+
+
 class FMRecommender(nn.Module):
     """The joint model: item embeddings around the core (published name: ``Att_FM_model``).
 
@@ -662,6 +671,10 @@ class FMRecommender(nn.Module):
     ) -> Tensor:
         """Where inference starts from: [B, D]."""
         return source.start(self.emb_dim) if draws.z0 is None else draws.z0
+
+    def starts_from(self) -> StartingPoint:
+        """What `start` draws in evaluation."""
+        return StartingPoint("noise")
 
     def forward(
         self,

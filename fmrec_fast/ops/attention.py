@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, memory, tangents
-from fmrec_fast.backend import Backend, choose, current_backend, log_run
+from fmrec_fast.backend import (
+    Backend,
+    candidate,
+    choose,
+    constant_when_compiled,
+    current_backend,
+    log_run,
+)
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.dropout import dropout
 from fmrec_fast.reference import attention as reference
+from fmrec_fast.reference.dropout import threshold
 from fmrec_fast.reference.rotary import angles
 
 
@@ -49,8 +57,8 @@ def attention(
         inv_freq: angles per position of the rotary embedding [D / H / 2], or None.
 
     Returns:
-        [B, L, D], heads side by side. Differentiable; the C++ kernel runs only where
-            `query_scale` needs no gradient.
+        [B, L, D], heads side by side. Differentiable; the kernels run only where `query_scale`
+            needs no gradient.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, heads, p or a missing seed.
@@ -82,8 +90,11 @@ def attention(
         declined = NO_RULE
     elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
+    elif candidate(qkv.device) is Backend.TRITON:
+        declined = _triton_declined(qkv.shape[1], width // num_heads)
     by_hand = tangent is not None and not is_dual(query_scale) and current_backend() != "reference"
-    if choose("attention", qkv, declined=declined) is Backend.REFERENCE and not by_hand:
+    backend = choose("attention", qkv, declined=declined)
+    if backend is Backend.REFERENCE and not by_hand:
         return reference.attention(
             qkv,
             query_scale,
@@ -101,11 +112,18 @@ def attention(
     if tangent is None:
         if torch.compiler.is_compiling():
             return torch.ops.fmrec_fast.attention(
-                value, query_scale, rows, seed, site, p, num_heads
+                value, query_scale, rows, seed, site, p, num_heads, backend.value
             )
-        return _Attention.apply(value, query_scale, rows, seed, (site, p), num_heads)
+        return _Attention.apply(value, query_scale, rows, seed, (site, p), num_heads, backend)
     drop = None if p == 0 or seed is None else _Masks(p, seed, rows, site)
     return join(*tangents.attention(value, tangent, query_scale, num_heads, drop))
+
+
+@constant_when_compiled
+def _triton_declined(length: int, head_width: int) -> str:
+    from fmrec_fast.kernels.plans import attention_declined
+
+    return attention_declined(length, head_width)
 
 
 @dataclass(frozen=True)
@@ -128,8 +146,15 @@ def _forward(
     seed: Tensor | None,
     constants: tuple,
     num_heads: int,
+    backend: Backend,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import attention as kernels
+
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+        kernels.forward(qkv, query_scale, rows, *_dropping(seed, *constants), num_heads, out)
+        return out
     out = memory.empty(*qkv.shape[:2], qkv.shape[2] // 3)
     extension.load().attention_forward(
         qkv.detach().numpy(),
@@ -152,8 +177,16 @@ def _backward(
     seed: Tensor | None,
     constants: tuple,
     num_heads: int,
+    backend: Backend,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
+    if backend is Backend.TRITON:
+        from fmrec_fast.kernels import attention as kernels
+
+        d_qkv = torch.empty_like(qkv)
+        drop = _dropping(seed, *constants)
+        kernels.backward(grad.contiguous(), qkv, query_scale, rows, *drop, num_heads, d_qkv)
+        return d_qkv
     d_qkv = memory.empty(*qkv.shape)
     extension.load().attention_backward(
         grad.contiguous().numpy(),
@@ -169,28 +202,34 @@ def _backward(
     return d_qkv
 
 
+def _dropping(seed: Tensor | None, site: int, p: float) -> tuple[Tensor | None, int, int, float]:
+    """What the Triton kernels take of it; a seed of None stands for p = 0."""
+    return (None if p == 0 else seed), site, threshold(p), 1 / (1 - p)
+
+
 class _Attention(torch.autograd.Function):
-    """The C++ kernel; masks and probabilities are computed anew in the backward pass."""
+    """The kernels; masks and probabilities are computed anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx, qkv, query_scale, rows, seed, constants, num_heads):
+    def forward(ctx, qkv, query_scale, rows, seed, *constants):
         qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
+        rows = rows.contiguous()
         ctx.save_for_backward(qkv, query_scale, rows, seed)
-        ctx.constants, ctx.num_heads = constants, num_heads
-        return _forward(qkv, query_scale, rows, seed, constants, num_heads)
+        ctx.constants = constants
+        return _forward(qkv, query_scale, rows, seed, *constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         qkv, query_scale, rows, seed = ctx.saved_tensors
-        d_qkv = _backward(grad, qkv, query_scale, rows, seed, ctx.constants, ctx.num_heads)
-        return d_qkv, None, None, None, None, None
+        d_qkv = _backward(grad, qkv, query_scale, rows, seed, *ctx.constants)
+        return d_qkv, *[None] * 6
 
 
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
-@torch.library.custom_op("fmrec_fast::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fmrec_fast::attention", mutates_args=())
 def _registered(
     qkv: Tensor,
     query_scale: Tensor,
@@ -199,13 +238,14 @@ def _registered(
     site: int,
     p: float,
     num_heads: int,
+    backend: str,
 ) -> Tensor:
-    log_run("attention", "cpp")
-    qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
-    return _forward(qkv, query_scale, rows.contiguous(), seed, (site, p), num_heads)
+    log_run("attention", backend)
+    qkv, query_scale, rows = qkv.contiguous(), query_scale.contiguous(), rows.contiguous()
+    return _forward(qkv, query_scale, rows, seed, (site, p), num_heads, Backend(backend))
 
 
-@torch.library.custom_op("fmrec_fast::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fmrec_fast::attention_backward", mutates_args=())
 def _registered_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -215,18 +255,19 @@ def _registered_backward(
     site: int,
     p: float,
     num_heads: int,
+    backend: str,
 ) -> Tensor:
-    qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
-    return _backward(grad, qkv, query_scale, rows.contiguous(), seed, (site, p), num_heads)
+    qkv, query_scale, rows = qkv.contiguous(), query_scale.contiguous(), rows.contiguous()
+    return _backward(grad, qkv, query_scale, rows, seed, (site, p), num_heads, Backend(backend))
 
 
 @_registered.register_fake
-def _(qkv, query_scale, rows, seed, site, p, num_heads):
+def _(qkv, query_scale, rows, seed, site, p, num_heads, backend):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 @_registered_backward.register_fake
-def _(grad, qkv, query_scale, rows, seed, site, p, num_heads):
+def _(grad, qkv, query_scale, rows, seed, site, p, num_heads, backend):
     return qkv.new_empty(qkv.shape)
 
 
@@ -237,7 +278,7 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, grad):
     d_qkv = torch.ops.fmrec_fast.attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return d_qkv, None, None, None, None, None, None
+    return d_qkv, *[None] * 7
 
 
 _registered.register_autograd(_gradients, setup_context=_setup)

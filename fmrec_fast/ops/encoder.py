@@ -135,7 +135,7 @@ def encoder(
     declined = (
         declined
         or _declined(x, parameters, attention, drop, p)
-        or kernel_declines(x, num_heads, precision)
+        or kernel_declines(x, num_heads, precision, rotary=variant.rotary)
         or variant_declined(blocks, x.device)
     )
     if not declined and (paths is not no_paths or cross is not None):
@@ -178,25 +178,31 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
-def kernel_declines(e: Tensor, num_heads: int, precision: str) -> str:
+def kernel_declines(
+    e: Tensor, num_heads: int, precision: str, *, tied: bool = False, rotary: bool = False
+) -> str:
     """Why the candidate backend's kernel has no such network; empty where it has.
 
     Args:
         e: [B, L, D]: its sizes and its device.
+        tied: whether the padding is; rotary: whether the blocks rotate.
     """
     backend = candidate(e.device)
     if backend is Backend.CPP and precision != "float32":
         return f"its kernel multiplies in float32 only, got precision {precision!r}"
     if backend is Backend.TRITON:
-        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device)
+        return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device, tied, rotary)
     return ""
 
 
 @constant_when_compiled
-def _no_plan(length: int, width: int, num_heads: int, precision: str, device: torch.device) -> str:
+def _no_plan(
+    length: int, width: int, num_heads: int, precision: str, device: torch.device,
+    tied: bool, rotary: bool,
+) -> str:  # fmt: skip
     from fmrec_fast.kernels.plans import family, plan
 
-    found = plan(length, width, num_heads, precision, *family(device))
+    found = plan(length, width, num_heads, precision, *family(device), tied, rotary)
     return found if isinstance(found, str) else ""
 
 
@@ -228,13 +234,15 @@ def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) 
 def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
     """Why the kernel that would run here does not cover the blocks' norms or rotation; empty where
     it does."""
-    if blocks and blocks[0].norm1_bias is None and candidate(device) is Backend.TRITON:
-        return "its Triton kernel has no RMS norms and no rotary embedding"
     if not blocks:
         return ""
-    first = blocks[0].inv_freq
-    if torch.compiler.is_compiling() and (first is not None or blocks[0].norm1_bias is None):
+    first, rms = blocks[0].inv_freq, blocks[0].norm1_bias is None
+    if torch.compiler.is_compiling() and (first is not None or rms):
         return "its registered op has no RMS norms and no rotary embedding"
+    if candidate(device) is Backend.TRITON:
+        if rms != (first is not None):
+            return "its Triton kernel has RMS norms with rotary embedding, and only with it"
+        return ""
     if first is None or first.device.type != "cpu":  # looking would wait for another device
         return ""
     if any(other.inv_freq is None or not first.equal(other.inv_freq) for other in blocks[1:]):

@@ -146,9 +146,14 @@ def euler_sampler(
     if noise is not None:
         tensors.append(noise)
     declined = ""
-    if (weights.attention, trajectory, target) != ("published", "straight", "data"):
+    velocity = (trajectory, target) == ("straight", "velocity")
+    able = candidate(e.device) is Backend.CPP and not torch.compiler.is_compiling()
+    if weights.attention != "published" or not (
+        (trajectory, target) == ("straight", "data") or (velocity and able)
+    ):
         declined = (
-            "its kernel has 'published' attention, 'straight' trajectory and target 'data' only, "
+            "its kernel has 'published' attention, 'straight' trajectory and target 'data' (in "
+            "C++ 'velocity' too) only, "
             f"got {weights.attention!r}, {trajectory!r} and {target!r}"
         )
     elif noise is None and lam_of_step is not None:
@@ -178,10 +183,10 @@ def euler_sampler(
         out = z0.new_empty((*points, *z0.shape))
         inputs = (e, mask, z0, taus, weights, seed, rows, noise)
         if backend is Backend.CPP:
-            return run_cpp("euler_sampler", *inputs, tied, out)
+            return run_cpp("euler_sampler", *inputs, tied, out, velocity=velocity)
         from fmrec_fast.kernels import euler_sampler as kernels
 
-        return run_triton(kernels.euler_sampler, *inputs, precision, out)
+        return run_triton(kernels.euler_sampler, *inputs, precision, tied, out)
     # A compiled program is for any batch: it neither looks for padding nor cuts.
     cut = e.device.type == "cpu" and not torch.compiler.is_compiling()
     grouped = weights.attention == "published" and not weights.variant.rotary
@@ -300,13 +305,12 @@ def network_declined(
     """Why the kernels of the sampler's network do not cover a call; empty where they do."""
     if needs_gradient(*tensors):
         return "its kernel has no backward pass, and a gradient is needed"
-    if tied and candidate(e.device) is Backend.TRITON:
-        return "its kernel computes every padded position, got padding 'tied'"
     if tied and weights.variant.rotary:
         return "its kernel has no rotary embedding with padding 'tied'"
-    return kernel_declines(e, weights.num_heads, precision) or variant_declined(
-        weights.blocks, e.device
-    )
+    rotary = weights.variant.rotary
+    return kernel_declines(
+        e, weights.num_heads, precision, tied=tied, rotary=rotary
+    ) or variant_declined(weights.blocks, e.device)
 
 
 def run_cpp(
@@ -321,6 +325,7 @@ def run_cpp(
     noise: Tensor | None,
     tied: bool,
     out: Tensor,
+    **options: bool,
 ) -> Tensor:
     """The extension's `kernel`, which fills `out`, from z0 or the guessed points `x`."""
 
@@ -337,6 +342,7 @@ def run_cpp(
         out.numpy(),
         torch.get_num_threads(),
         tied,
+        **options,
     )
     return out
 
@@ -352,12 +358,13 @@ def run_triton(
     rows: Tensor | None,
     noise: Tensor | None,
     precision: str,
+    tied: bool,
     out: Tensor,
 ) -> Tensor:
     """The Triton launcher `kernel`, likewise."""
     inputs = (t.contiguous() for t in (e, mask, x, taus))
     lam = None if noise is None else noise.contiguous()
-    kernel(*inputs, weights, lam, rows, seed, precision, out)
+    kernel(*inputs, weights, lam, rows, seed, precision, tied, out)
     return out
 
 

@@ -19,7 +19,7 @@ def history_loss(
     sequence: Tensor,
     *,
     mask_ratio: float = 1.0,
-    cells: Tensor | None = None,
+    cells: Tensor | Cells | None = None,
     seed: Tensor | None = None,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -42,7 +42,8 @@ def history_loss(
         sequence: int64 [B, L], ids 0 .. V-1; padding (0) is no item of the history, so its
             cell is a zero.
         mask_ratio: drawn zeros per one.
-        cells: given (row, column) cells instead of the draw, int64 [N, 2].
+        cells: given (row, column) cells instead of the draw, int64 [N, 2]; or all cells, ones too,
+            as `reference.history_loss.history_cells` makes them.
         seed: int64 scalar tensor keying the draw; None draws one, or under
             ``use_rng('published')`` takes the cells from ``torch.randint`` instead.
         sparse_grad: give the gradients of `weight` and `bias` as sparse COO tensors that hold
@@ -68,7 +69,7 @@ def history_loss(
     check_range("sequence", sequence, 0, sizes["V"])
     if not mask_ratio >= 0:
         raise ValueError(f"mask_ratio must be at least 0, got {mask_ratio}")
-    if cells is not None:
+    if isinstance(cells, Tensor):
         check_shape("cells", cells, "N 2", sizes | {"2": 2})
         check_integer("cells", cells)
         check_range("rows of cells", cells[:, 0], 0, sizes["B"])
@@ -76,14 +77,17 @@ def history_loss(
     if sequence.numel() == 0:
         return (hidden.sum() + weight.sum() + bias.sum()) * 0.0
     published = seed is None and current_rng() is Rng.PUBLISHED
-    used = reference.history_cells(
-        sequence,
-        sizes["V"],
-        mask_ratio=mask_ratio,
-        negatives=cells,
-        seed=None if published else noise.as_seed(seed, sequence.device),
-        published=published,
-    )
+    if isinstance(cells, Cells):
+        used = cells
+    else:
+        used = reference.history_cells(
+            sequence,
+            sizes["V"],
+            mask_ratio=mask_ratio,
+            negatives=cells,
+            seed=None if published else noise.as_seed(seed, sequence.device),
+            published=published,
+        )
     if torch.compiler.is_compiling():
         if sparse_grad:
             raise ValueError("sparse_grad must be False under torch.compile, got True")

@@ -121,7 +121,7 @@ def picard_sweep(
             return run_cpp("picard_sweep", *inputs, tied, out)
         from fmrec_fast.kernels import picard_sweep as kernels
 
-        return run_triton(kernels.picard_sweep, *inputs, precision, out)
+        return run_triton(kernels.picard_sweep, *inputs, precision, tied, out)
 
     most = CPU_ROWS if e.device.type == "cpu" else GPU_ROWS
     pieces = [slice(i, i + most) for i in range(0, len(e), most)] or [slice(None)]

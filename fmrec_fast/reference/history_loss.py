@@ -20,6 +20,14 @@ class Cells(NamedTuple):
     use: Tensor  # bool [M]
 
 
+class WholeBatch(NamedTuple):
+    """A batch of which `sequence` holds a part: the cells are drawn over all of its rows."""
+
+    counts: Tensor  # int64 [B], how many distinct items each row has
+    first: int  # the part's rows are first .. end - 1
+    end: int
+
+
 def distinct(sequence: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """The distinct items of each row; padding (0) is none.
 
@@ -74,6 +82,7 @@ def history_cells(
     negatives: Tensor | None = None,
     seed: Tensor | None = None,
     published: bool = False,
+    whole: WholeBatch | None = None,
 ) -> Cells:
     """The ones of the multi-hot matrix, and the drawn zeros.
 
@@ -85,6 +94,7 @@ def history_cells(
         seed: int64 scalar that the draw is keyed by (`noise.wide_words`).
         published: draw with ``torch.randint`` as the published program does (waits for the
             device, if it is not the CPU).
+        whole: give the cells of these rows among those drawn by `seed` over a larger batch.
     """
     batch, length = sequence.shape
     ids, count = distinct(sequence, num_items)
@@ -96,8 +106,9 @@ def history_cells(
         torch.ones(batch * length, device=sequence.device),
         is_one.flatten(),
     )
-    num_ones = count.sum()
-    num_zeros = batch * num_items - num_ones
+    counts, first, end = (count, 0, batch) if whole is None else whole
+    num_ones = counts.sum()
+    num_zeros = len(counts) * num_items - num_ones
     draws = num_draws(num_ones, num_zeros, mask_ratio)
     if negatives is not None:
         rows, columns = negatives[:, 0], negatives[:, 1]
@@ -109,10 +120,17 @@ def history_cells(
     else:
         if seed is None:
             raise ValueError("drawing from the stream needs a seed, got None")
-        slots = int(min(batch * length * mask_ratio, batch * num_items))
+        slots = int(min(len(counts) * length * mask_ratio, len(counts) * num_items))
         index = noise.wide_words(seed, slots) % num_zeros.clamp(min=1)
-        rows, columns = zero_cells(index, ids, count, num_items)
         use = torch.arange(slots, device=sequence.device) < draws
+        if whole is not None:
+            index -= first * num_items - counts[:first].sum()
+            own = (end - first) * num_items - counts[first:end].sum()
+            use &= (index >= 0) & (index < own)
+            if sequence.device.type == "cpu":  # looking at `use` waits for nothing here
+                index, use = index[use], use[use]
+            index = index.clamp(min=0)
+        rows, columns = zero_cells(index, ids, count, num_items)
     zeros = _once(rows, columns, use, batch, num_items)
     return Cells(*(torch.cat(pair) for pair in zip(ones, zeros, strict=True)))
 
