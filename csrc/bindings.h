@@ -82,6 +82,7 @@ void bind_history_loss(py::module_& m);
 void bind_item_cross_entropy(py::module_& m);
 void bind_item_ranking(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_memory(py::module_& m);
 void bind_noise_fusion(py::module_& m);
 void bind_picard_sweep(py::module_& m);
 void bind_recommend(py::module_& m);

@@ -43,19 +43,22 @@ void activated_tail(const Dropout* a, int64_t at, int64_t n, float* out) {
 void apply_run_activated(const Dropout* a, const uint32_t* words, int64_t at, int64_t n) {
     const uint32_t threshold = a->threshold;
     const float scale = a->scale;
+    const float* residual = a->residual ? a->residual + at : nullptr;
+    float* out = a->out + at;
+    int64_t i = 0;
+    for (; i + FLOATS <= n; i += FLOATS) {
+        u32v word;
+        __builtin_memcpy(&word, words + i, sizeof word);
+        const f32v scaled = activated(a, at + i) * scale;
+        const f32v kept = (f32v)((u32v)scaled & (u32v)(word >= threshold));
+        store(out + i, residual ? load(residual + i) + kept : kept);
+    }
+    if (i == n) return;
     float values[FLOATS];
-    for (int64_t i = 0; i < n; i += FLOATS) {
-        const int64_t rest = n - i, count = rest < FLOATS ? rest : (int64_t)FLOATS;
-        if (count == FLOATS) {
-            store(values, activated(a, at + i));
-        } else {
-            activated_tail(a, at + i, count, values);
-        }
-        for (int64_t j = 0; j < count; ++j) {
-            const float scaled = values[j] * scale;
-            const float kept = words[i + j] >= threshold ? scaled : 0.0f;
-            a->out[at + i + j] = a->residual ? a->residual[at + i + j] + kept : kept;
-        }
+    activated_tail(a, at + i, n - i, values);
+    for (int64_t j = 0; i < n; ++i, ++j) {
+        const float kept = words[i] >= threshold ? values[j] * scale : 0.0f;
+        out[i] = residual ? residual[i] + kept : kept;
     }
 }
 

@@ -1,15 +1,24 @@
-// Memory of the host's side.
+// Memory of the host's side. What is large is kept when it is freed, for the next of its size: mapped
+// and cleared afresh, memory costs more than many a kernel that fills it.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 
 namespace fmrec {
 
-// Memory of floats at a multiple of 64 bytes, freed with its owner. Not copyable.
+// Floats at a multiple of 64 bytes. Throws std::bad_alloc.
+float* take_floats(std::int64_t count);
+
+// Gives back what take_floats gave.
+void give_floats(float* memory);
+
+// Hands all that is kept to the system. Returns its bytes.
+std::int64_t release_memory();
+
+// Freed with its owner. Not copyable.
 struct FreeFloats {
-    void operator()(float* memory) const { std::free(memory); }
+    void operator()(float* memory) const { give_floats(memory); }
 };
 typedef std::unique_ptr<float[], FreeFloats> Floats;
 

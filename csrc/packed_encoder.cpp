@@ -1,9 +1,6 @@
 #include "packed_encoder.h"
 
 #include <cstring>
-#include <mutex>
-#include <new>
-#include <utility>
 
 #include "amx_layout.h"
 #include "transpose.h"
@@ -84,33 +81,7 @@ const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::i
     return nullptr;
 }
 
-// The memory of the last encoder that went, for the next of its size: mapping and clearing some 5
-// MB afresh takes longer than packing into them. Whoever finds it locked does without.
-struct Spare {
-    std::mutex mutex;
-    Floats memory;
-    std::int64_t floats = 0;
-};
-
-Spare& spare() {
-    static Spare* const one = new Spare;  // outlives every encoder
-    return *one;
-}
-
-Floats take_memory(std::int64_t floats) {
-    const std::unique_lock<std::mutex> lock(spare().mutex, std::try_to_lock);
-    if (lock && spare().memory && spare().floats == floats) return std::move(spare().memory);
-    return allocate_floats(floats, false);
-}
-
 }  // namespace
-
-PackedEncoder::~PackedEncoder() {
-    const std::unique_lock<std::mutex> lock(spare().mutex, std::try_to_lock);
-    if (!lock) return;
-    spare().memory = std::move(memory_);
-    spare().floats = bytes_ / static_cast<std::int64_t>(sizeof(float));
-}
 
 PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
                              std::int64_t features, std::int64_t heads, const float* rotary,
@@ -131,7 +102,7 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
     const std::int64_t table = rotary ? length * (channels / heads) : 0;
     const std::int64_t floats = count * block_size + planes(d, d) + table;
     bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
-    memory_ = take_memory(floats);
+    memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
     for (std::size_t n = 0; n < blocks.size(); ++n) {
         const float* const* a = blocks[n].array;

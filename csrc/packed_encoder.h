@@ -27,7 +27,6 @@ class PackedEncoder {
     PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
                   std::int64_t features, std::int64_t heads, const float* rotary,
                   std::int64_t length);
-    ~PackedEncoder();
     PackedEncoder(const PackedEncoder&) = delete;
     PackedEncoder& operator=(const PackedEncoder&) = delete;
 

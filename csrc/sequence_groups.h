@@ -13,8 +13,8 @@
 namespace fmrec {
 
 // Sequences in a group: at most this many, and at most this many floats of activations.
-constexpr std::int64_t MOST_IN_GROUP = 8;
-constexpr std::int64_t GROUP_FLOATS = 1 << 16;
+constexpr std::int64_t MOST_IN_GROUP = 16;
+constexpr std::int64_t GROUP_FLOATS = 1 << 17, TIED_FLOATS = 1 << 16;
 
 // Sequences that go through the stack together: as many as share a block's weights while their
 // activations stay in the cache, and as few as give every thread the same number of groups.
@@ -84,7 +84,7 @@ inline std::vector<std::int64_t> tied_rows(const float* mask, std::int64_t batch
 template <typename Kernels, typename Arguments>
 void run_tied(const Kernels& kernels, Arguments& a, std::int64_t points, int num_threads) {
     const std::vector<std::int64_t> start = tied_rows(a.mask, a.batch, a.encoder.length);
-    const std::int64_t most = GROUP_FLOATS / row_stride(a.encoder.channels);
+    const std::int64_t most = TIED_FLOATS / row_stride(a.encoder.channels);
     const std::int64_t total = points * start.back();
     const std::int64_t rounds = (total + num_threads * most - 1) / (num_threads * most);
     const std::int64_t share = (total + num_threads * rounds - 1) / (num_threads * rounds);

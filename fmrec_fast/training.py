@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import checkpoint
+from fmrec_fast import checkpoint, memory
 from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.data.batches import TrainingSamples
@@ -267,6 +267,7 @@ class Trainer:
             self._train_epoch()
         # The optimizer is done with them; of large tables they take as much as the model.
         self.optimizer.zero_grad(set_to_none=True)
+        memory.release()
         self._saver.wait()
         role = "best" if self.progress.evaluations else "last"
         result = self._evaluate(self._trained(role), "test")

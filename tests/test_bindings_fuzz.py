@@ -28,7 +28,7 @@ GUARD_BYTE = 0xA5
 UNWRITTEN = np.uint32(0x7FC0DEAD)
 # Facts about the build, and the choice of instruction set; they take no array.
 WITHOUT_ARRAYS = {"build_info", "isa", "openmp", "set_isa", "supported_isas"}
-WITHOUT_ARRAYS |= {"item_cross_entropy_cache"}
+WITHOUT_ARRAYS |= {"item_cross_entropy_cache", "floats", "release_memory"}
 
 sizes = st.integers(0, 7)
 INT64 = np.iinfo(np.int64)
@@ -590,3 +590,17 @@ def test_weights_to_pack_are_checked(data):
     blocks[at] = tuple(block)
     with pytest.raises((TypeError, ValueError), match=r"\w"):
         C.PackedEncoder(blocks, heads)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (3, -1), (2**31, 2**31), ("2",), 3, None, (1.5,)])
+def test_impossible_shapes_are_refused(shape):
+    with pytest.raises((TypeError, ValueError), match=r"\w"):
+        C.floats(shape)
+
+
+@QUICK
+@given(shape=st.lists(st.integers(0, 40), max_size=4), threads=st.integers(1, 3))
+def test_new_arrays_have_their_shape(shape, threads):
+    array = C.floats(shape, True, threads)
+    assert array.shape == tuple(shape) and array.dtype == np.float32 and not array.any()
+    array[...] = 1.0

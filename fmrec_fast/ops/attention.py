@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, tangents
+from fmrec_fast import extension, memory, tangents
 from fmrec_fast.backend import (
     Backend,
     candidate,
@@ -149,12 +149,13 @@ def _forward(
     backend: Backend,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
-    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import attention as kernels
 
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
         kernels.forward(qkv, query_scale, rows, *_dropping(seed, *constants), num_heads, out)
         return out
+    out = memory.empty(*qkv.shape[:2], qkv.shape[2] // 3)
     extension.load().attention_forward(
         qkv.detach().numpy(),
         query_scale.numpy(),
@@ -179,13 +180,14 @@ def _backward(
     backend: Backend,
 ) -> Tensor:
     """`qkv` and `query_scale` contiguous."""
-    d_qkv = torch.empty_like(qkv)
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import attention as kernels
 
+        d_qkv = torch.empty_like(qkv)
         drop = _dropping(seed, *constants)
         kernels.backward(grad.contiguous(), qkv, query_scale, rows, *drop, num_heads, d_qkv)
         return d_qkv
+    d_qkv = memory.empty(*qkv.shape)
     extension.load().attention_backward(
         grad.contiguous().numpy(),
         qkv.detach().numpy(),

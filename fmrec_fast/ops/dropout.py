@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmrec_fast import extension, noise, tangents
+from fmrec_fast import extension, memory, noise, tangents
 from fmrec_fast.backend import Backend, choose, current_backend, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
@@ -121,8 +121,8 @@ def _run(
     backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
     if backend is Backend.TRITON:
+        out = torch.empty_like(x)
         from fmrec_fast.kernels import dropout as kernels
 
         *place, p = constants
@@ -130,6 +130,7 @@ def _run(
         numbers = (*place, reference.threshold(p), 1 / (1 - p))
         kernels.dropout(x, residual, rows, seed, *numbers, out, gelu=gelu, gelu_at=gelu_at)
         return out
+    out = memory.empty(*x.shape)
     extension.load().dropout(
         x.detach().numpy(),
         None if residual is None else residual.contiguous().detach().numpy(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,6 +166,7 @@ def encoder(
         linear=partial(linear, precision=linear_precision),
         norm=_norm,
         attend=_attend(drop, p),
+        attend_last=_attend_last if _folds(x, linear_precision) else None,
         precision=precision,
         first_key_bias=first_key_bias,
     )
@@ -263,6 +264,40 @@ def _attend(drop: Drop, p: float) -> Attend | None:
     if isinstance(drop, StreamDropout):
         return partial(attention_op, seed=drop.seed, rows=drop.rows)
     return _attend_without_dropout if drop is no_drop or p == 0 else None
+
+
+def _folds(x: Tensor, linear_precision: str) -> bool:
+    """Whether keys and values of the last block are left out: on a CPU, in float32."""
+    if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
+        return False
+    return torch.compiler.is_compiling() or not (is_wrapped(x) or is_dual(x))
+
+
+def _attend_last(
+    q: Tensor,
+    keys_from: Tensor,
+    w: BlockWeights,
+    query_scale: Tensor,
+    *,
+    num_heads: int,
+    drop: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Attention of one query without keys and values: its score with the key W_k x_t + b_k is
+    (W_k^T q) . x_t + q . b_k, and its output W_v sum(p_t x_t) + b_v sum(p_t), head by head."""
+    batch, _, width = keys_from.shape
+    part = width // num_heads
+    q = (q * query_scale[..., None]).view(batch, num_heads, part).transpose(0, 1)  # [H, B, D/H]
+    turned = (q @ w.key_weight.view(num_heads, part, width)).transpose(0, 1)  # [B, H, D]
+    offset = (q * w.key_bias.view(num_heads, 1, part)).sum(-1).T  # [B, H]
+    scores = turned @ keys_from.transpose(1, 2) + offset[..., None]  # [B, H, L]
+    probabilities = torch.softmax(scores, dim=-1)
+    if drop is not None:
+        probabilities = drop(probabilities)
+    mixed = (probabilities @ keys_from).transpose(0, 1)  # [H, B, D]
+    shares = probabilities.sum(-1).T[..., None]  # [H, B, 1]; dropout makes them differ from 1
+    value_weight = w.value_weight.view(num_heads, part, width).transpose(1, 2)
+    values = mixed @ value_weight + shares * w.value_bias.view(num_heads, 1, part)
+    return values.transpose(0, 1).reshape(batch, 1, width)
 
 
 def _attend_without_dropout(

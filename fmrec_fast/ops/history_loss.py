@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, noise
+from fmrec_fast import extension, memory, noise
 from fmrec_fast.backend import Backend, Rng, choose, current_rng
 from fmrec_fast.ops._checks import (
     check_float,
@@ -206,7 +206,10 @@ def _backward(
         touched = touched[touched < items]
         held = len(touched)
     d_hidden = torch.empty_like(hidden) if wants_hidden else None
-    d_weight = hidden.new_zeros(held, width) if wants_weight else None
+    d_weight = None
+    if wants_weight:
+        zeros = memory.zeros if backend is Backend.CPP else hidden.new_zeros
+        d_weight = zeros(held, width)
     d_bias = hidden.new_zeros(held) if wants_bias else None
     if backend is Backend.CPP:
         g = residual * (scale * grad)

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension
+from fmrec_fast import extension, memory
 from fmrec_fast.backend import Backend, choose
 from fmrec_fast.ops._checks import (
     check_float,
@@ -279,7 +279,7 @@ def _statistics(
     cpp = extension.load()
     statistics = rep.new_empty(4, batch, dtype=torch.float64)
     size = cpp.item_cross_entropy_cache(batch, items) if keep else 0
-    cache = rep.new_empty(size if size <= CACHED_SCORES else 0)
+    cache = memory.empty(size if size <= CACHED_SCORES else 0)
     cpp.item_cross_entropy_forward(
         _array(rep),
         _array(item_weight),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension
+from fmrec_fast import extension, memory
 from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
@@ -74,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`x` and `weight` contiguous."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    out = memory.empty(*x.shape[:-1], weight.shape[0])
     extension.load().linear_forward(
         x.detach().flatten(0, -2).numpy(),
         weight.detach().numpy(),
@@ -89,7 +89,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`x` and `weight` contiguous."""
-    d_x = torch.empty_like(x) if wants_x else None
+    d_x = memory.empty(*x.shape) if wants_x else None
     d_weight = torch.empty_like(weight) if wants_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
     extension.load().linear_backward(

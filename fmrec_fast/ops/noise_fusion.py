@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, noise
+from fmrec_fast import extension, memory, noise
 from fmrec_fast.backend import Backend, candidate, choose, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
@@ -191,7 +191,7 @@ def _fuse(e: Tensor, shift: Tensor, lam: _Lam, backend: Backend) -> Tensor:
 
 def _forward(e: Tensor, shift: Tensor, lam: _Lam, backend: Backend) -> Tensor:
     e, shift = e.contiguous(), shift.contiguous()
-    out = torch.empty_like(e)
+    out = memory.empty(*e.shape) if backend is Backend.CPP else torch.empty_like(e)
     if backend is Backend.CPP:
         assert lam.rows is not None  # a given lam was declined
         extension.load().noise_fusion_forward(

@@ -129,6 +129,21 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
+class AttendLast(Protocol):
+    """Attention of the last position, from what its keys and values are made of."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys_from: Tensor,
+        w: BlockWeights,
+        query_scale: Tensor,
+        *,
+        num_heads: int,
+        drop: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor: ...
+
+
 def no_drop(
     x: Tensor,
     p: float,
@@ -208,6 +223,7 @@ def attention(
     site: int,
     linear: Linear,
     attend: Attend | None = None,
+    attend_last: AttendLast | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
@@ -220,12 +236,24 @@ def attention(
         keys_from: [B, L, D].
         query_mask: [B, Lq], 1 at real positions.
         bias: None or [B, 1, Lq, L].
-        attend: computes the whole published attention in the definition's place.
+        attend, attend_last: compute the published attention of all positions, or of the last one,
+            in the definition's place.
         precision: see `encoder`; `linear` rounds its own operands.
     """
     length, width = keys_from.shape[1:]
     lq = queries_from.shape[1]
     query_scale = query_mask * (width // num_heads) ** -0.5
+
+    def drop_probabilities(probabilities: Tensor) -> Tensor:
+        # A position of the mask's stream is head * L + query; the last Lq of each head.
+        stride = length if lq == 1 else 1
+        return drop(probabilities, p, site, position_offset=length - lq, position_stride=stride)
+
+    dropped = None if drop is no_drop or p == 0 else drop_probabilities
+    if attend_last is not None and lq == 1 and bias is None and w.inv_freq is None:
+        q = linear(queries_from, w.query_weight, w.query_bias)
+        mixed = attend_last(q, keys_from, w, query_scale, num_heads=num_heads, drop=dropped)
+        return linear(mixed, w.output_weight, w.output_bias)
     # One product for all projections of the same input.
     names = ("query", "key", "value") if lq == length else ("key", "value")
     weight = torch.cat([getattr(w, f"{name}_weight") for name in names])
@@ -241,12 +269,6 @@ def attention(
         if w.inv_freq is not None:
             q = rotate(q, w.inv_freq, num_heads, first=length - lq)
             parts[-2] = rotate(parts[-2], w.inv_freq, num_heads)
-
-        def drop_probabilities(probabilities: Tensor) -> Tensor:
-            # A position of the mask's stream is head * L + query; the last Lq of each head.
-            stride = length if lq == 1 else 1
-            return drop(probabilities, p, site, position_offset=length - lq, position_stride=stride)
-
         mixed = mix(
             q,
             parts[-2],
@@ -254,7 +276,7 @@ def attention(
             query_scale,
             num_heads=num_heads,
             bias=bias,
-            drop=None if drop is no_drop or p == 0 else drop_probabilities,
+            drop=dropped,
             operand=None if precision == "float32" else partial(rounded, precision=precision),
         )
     return linear(mixed, w.output_weight, w.output_bias)
@@ -383,6 +405,7 @@ def block(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
+    attend_last: AttendLast | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
@@ -408,6 +431,7 @@ def block(
         site=sites[0],
         linear=linear,
         attend=attend,
+        attend_last=attend_last,
         precision=precision,
     )
     x = add_branch(x[:, start:], attended, drop, p, sites[1], start, paths, index, 0)
@@ -453,6 +477,7 @@ def encoder(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
+    attend_last: AttendLast | None = None,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -466,9 +491,9 @@ def encoder(
         variant: the kind of block; paths: its drop path.
         cross, context: Fave's cross-attention steps over `context` [B, L, D].
         linear, norm: compute the linear layers and the norms.
-        attend: see `attention`.
+        attend, attend_last: see `attention`.
         precision: both operands of every product are `rounded` to it and multiplied in float32;
-            with one that is not 'float32', `linear` and `attend` are not used.
+            with one that is not 'float32', `linear` and the attentions given are not used.
         first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
@@ -477,7 +502,8 @@ def encoder(
     tapped = None
     bias = attention_bias(mask, attention)
     if precision != "float32":
-        attend, linear = None, partial(_rounded_linear, precision=precision)
+        attend, attend_last = None, None
+        linear = partial(_rounded_linear, precision=precision)
     if first_key_bias is not None:
         bias = first_key_bias_of(first_key_bias, x.shape[1])
     for index, weights in enumerate(blocks):
@@ -498,6 +524,7 @@ def encoder(
             linear=linear,
             norm=norm,
             attend=attend,
+            attend_last=attend_last,
             precision=precision,
         )
         if index == tap:
