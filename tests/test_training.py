@@ -384,7 +384,13 @@ def test_a_graph_cannot_hold_published_draws(tmp_path, tiny):
         Trainer(tiny, TINY, tmp_path / "run", graph=True).fit()
 
 
-KERNELS_OF_A_STEP = ("history_loss", "item_cross_entropy", "noise_fusion", "dropout")
+KERNELS_OF_A_STEP = (
+    "attention",
+    "history_loss",
+    "item_cross_entropy",
+    "noise_fusion",
+    "dropout",
+)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -401,11 +407,17 @@ def test_a_step_waits_for_nothing(tmp_path, tiny, monkeypatch, backend):
     # Fused optimizers do not run there; that Adam does not look is what its `capturable` says.
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     if backend == "triton":
-        from fmrec_fast.kernels import dropout, history_loss, item_cross_entropy, noise_fusion
+        from fmrec_fast.kernels import (
+            attention,
+            dropout,
+            history_loss,
+            item_cross_entropy,
+            noise_fusion,
+        )
 
         monkeypatch.setattr(backend_module, "availability", lambda *_: None)
         monkeypatch.setattr(dropout, "dropout", lambda *_, **__: None)
-        for module in (history_loss, item_cross_entropy, noise_fusion):
+        for module in (attention, history_loss, item_cross_entropy, noise_fusion):
             monkeypatch.setattr(module, "_launch", lambda *_, **__: None)
 
     def no_copy(*args, **kwargs):
