@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
@@ -100,15 +101,24 @@ class BuildKernels(build_ext):
             ext.extra_link_args = SANITIZERS
         ext.extra_compile_args = flags
         ext.define_macros = macros
-        ext.extra_objects = []
-        for isa, isa_flags in isas.items():
-            ext.extra_objects += self.compiler.compile(
-                KERNEL_SOURCES,
-                output_dir=str(Path(self.build_temp) / isa),
-                macros=[*macros, ("FMREC_ISA", isa)],
-                include_dirs=["csrc"],
-                extra_postargs=[*flags, *isa_flags],
+        jobs = [(source, isa) for isa in isas for source in KERNEL_SOURCES]
+        jobs += [(source, None) for source in ext.sources]
+        compiler, folder = self.compiler, Path(self.build_temp)
+
+        def compile_one(job: tuple[str, str | None]) -> list[str]:
+            source, isa = job
+            return compiler.compile(
+                [source],
+                output_dir=str(folder / (isa or "host")),
+                macros=[*macros, ("FMREC_ISA", isa)] if isa else macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*flags, *isas[isa]] if isa else flags,
             )
+
+        # The threads only wait for the compiler's processes.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        ext.sources = []  # what is left is to link
         # -fopenmp is not among the link flags: it would link a second OpenMP runtime. The
         # symbols resolve to the runtime that torch loads.
         super().build_extension(ext)
@@ -148,7 +158,7 @@ def extensions() -> list[Extension]:
             "fmrec_fast._C",
             sources=HOST_SOURCES,
             include_dirs=["csrc", pybind11.get_include()],
-            depends=[*KERNEL_SOURCES, *HEADERS],
+            depends=[*HOST_SOURCES, *KERNEL_SOURCES, *HEADERS],
             language="c++",
         )
     ]
