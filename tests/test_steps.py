@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -171,9 +172,9 @@ def test_mistakes_are_named(run, capsys, flags, message, quick):
 
 
 def test_a_plot_needs_matplotlib(run, capsys, monkeypatch):
-    real = cli.importlib.util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name)
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name)
     )
     assert cli.main(["steps", str(run), "--plot", "steps.png"]) == 1
     assert "pip install 'fmrec_fast[bench]'" in capsys.readouterr().err
