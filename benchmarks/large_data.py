@@ -1,6 +1,6 @@
 """Converting and training on more interactions than memory should hold, with peak memory measured.
 
-    python -m benchmarks.large_data --interactions 100000000 --folder /tmp/large
+    python -m benchmarks.large_data --interactions 100000000 --folder runs/large
 
 makes synthetic interactions in Parquet files (users and times at random, so nothing is sorted),
 converts them with `fmrec-fast convert`, and trains a small model on the result, each in a process
