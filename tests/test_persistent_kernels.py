@@ -107,18 +107,19 @@ def test_a_call_without_a_plan_runs_the_definition_and_says_why(length, width, h
 
 
 def in_tiles(monkeypatch, tile: int = 16) -> None:
-    """Every network comes in tiles of so many rows, and each program takes several sequences."""
+    """Every network comes in tiles: of so many rows under the interpreter, where each program
+    takes several sequences; of the device's own layouts on CUDA."""
     for op in ("encoder", "euler_sampler", "picard_sweep"):  # what they compile is planned here
         importlib.import_module(f"fmrec_fast.kernels.{op}")
-    layout = plans.TileLayout(tile, 32, 1, 0)
-    every = {"cuda:90": {precision: [layout] for precision in PRECISIONS}}
     monkeypatch.setattr(plans, "LAYOUTS", {})
-    monkeypatch.setattr(plans, "TILES", {256: every})
+    if DEVICE == "cpu":
+        layout = plans.TileLayout(tile, 32, 1, 0)
+        every = {"cuda:90": {precision: [layout] for precision in PRECISIONS}}
+        monkeypatch.setattr(plans, "TILES", {256: every})
 
 
 @needs_triton
 @torch.no_grad()
-@pytest.mark.skipif(DEVICE == "cuda", reason="its layouts are for the interpreter")
 @pytest.mark.parametrize(
     "batch, length, width, heads, precision",
     [
@@ -134,8 +135,9 @@ def in_tiles(monkeypatch, tile: int = 16) -> None:
 def test_encoder_in_tiles(monkeypatch, batch, length, width, heads, precision):
     in_tiles(monkeypatch)
     torch.manual_seed(batch + length)
-    blocks = TransformerStack(width, 2, heads, "published").weights()
+    blocks = TransformerStack(width, 2, heads, "published").to(DEVICE).weights()
     x, mask = torch.randn(batch, length, width), torch.rand(batch, length).round()
+    x, mask = x.to(DEVICE), mask.to(DEVICE)
     wide = [type(w)(*(t.double() for t in w.tensors())) for w in blocks]
     options = {"num_heads": heads, "tap": 0}
     truth = definition.encoder(x.double(), mask.double(), wide, **options)
@@ -149,19 +151,18 @@ def test_encoder_in_tiles(monkeypatch, batch, length, width, heads, precision):
 
 @needs_triton
 @torch.no_grad()
-@pytest.mark.skipif(DEVICE == "cuda", reason="its layouts are for the interpreter")
 @pytest.mark.parametrize("tied", [False, True])
 def test_samplers_in_tiles_are_those_as_a_whole(monkeypatch, small_model, tied):
     """Real lengths on both sides of a tile's end; the stream of the leading padding's one lam."""
-    model = small_model(num_blocks=2, last=1, max_len=40, lambda_uncertainty=0.5).eval()
+    model = small_model(num_blocks=2, last=1, max_len=40, lambda_uncertainty=0.5).eval().to(DEVICE)
     sequence = torch.randint(1, 61, (4, 40), generator=torch.Generator().manual_seed(1))
     for row, padded in enumerate((40, 0, 25, 24)):
         sequence[row, :padded] = 0
-    e, mask = model.embed(sequence)
-    taus = model.fm.xstart_model.embed_time(torch.tensor([1.0, 500.0]))
-    z0 = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    e, mask = model.embed(sequence.to(DEVICE))
+    taus = model.fm.xstart_model.embed_time(torch.tensor([1.0, 500.0], device=DEVICE))
+    z0 = torch.randn(4, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     weights = model.fm.sampler_weights()
-    seed, rows = torch.tensor(6), torch.arange(4) * 3
+    seed, rows = torch.tensor(6, device=DEVICE), torch.arange(4, device=DEVICE) * 3
     options = {"seed": seed, "rows": rows, "padding": "tied" if tied else "published"}
     with use_backend("reference"):
         expected = euler_sampler(

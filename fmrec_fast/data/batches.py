@@ -7,6 +7,7 @@ nothing is built before it is asked for. Of a mapped dataset not even these posi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -54,7 +55,7 @@ class _Spans:
         return block * self.USERS + user, place - np.where(user > 0, before, 0)
 
 
-class _Windows:
+class _Windows(ABC):
     """Inputs `items[start:end]` of S samples, for one device.
 
     An index is int64 [B] on any device; one on the CPU is checked against 0..S-1 (checking one
@@ -80,13 +81,13 @@ class _Windows:
         self.end = _to_tensor(end.astype(position), self.device)
         self._back = torch.arange(-self.max_len, 0, device=self.device)
 
+    @abstractmethod
     def _find(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """start and end, int64 [B], of samples of a mapped dataset"""
-        raise NotImplementedError
 
+    @abstractmethod
     def _count(self) -> int:
         """S of a mapped dataset"""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._count() if self.mapped else len(self.end)
