@@ -17,16 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import (
-    compile_cases,
-    pack,
-    rotations,
-    scratch,
-    settings,
-    tiled_cases,
-)
+from fmrec_fast.kernels.launch import compile_cases, launch_network, tiled_cases
 from fmrec_fast.kernels.philox import load_seed
-from fmrec_fast.kernels.plans import TilePlan
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
@@ -182,24 +174,12 @@ def euler_sampler(
     out: torch.Tensor,
 ) -> None:
     """Launch; `out` with one dimension more than z0 takes all points. Shapes as above."""
-    batch, length = e.shape[:2]
-    if batch == 0:
-        return
-    plan, constants = settings(e, weights.num_heads, precision, tied)
-    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
-    norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    inputs = (e, mask, z0, taus, matrices, vectors)
-    others = (norm, noise, rows, seed, out)
-    sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
-    constants["TRAJECTORY"] = out.ndim > z0.ndim
-    with torch.cuda.device_of(e):  # Triton launches on the current device
-        if isinstance(plan, TilePlan):
-            programs, *memory = scratch(e, plan, batch, precision)
-            kernel = euler_sampler_tiled_kernel[(programs,)]
-            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
-        else:
-            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
-            euler_sampler_kernel[(batch,)](*inputs, rotary, *others, *sizes, **constants)
+    launch_network(
+        (euler_sampler_kernel, euler_sampler_tiled_kernel),
+        e.shape[0],
+        *(e, mask, z0, taus, weights, noise, rows, seed, precision, tied, out),
+        TRAJECTORY=out.ndim > z0.ndim,
+    )
 
 
 CASE = (

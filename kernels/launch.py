@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import triton
 
@@ -9,6 +11,9 @@ from fmrec_fast.config import PRECISIONS
 from fmrec_fast.kernels.plans import THREADS, Plan, TilePlan, family, plan
 from fmrec_fast.reference.encoder import BlockWeights, rounded
 from fmrec_fast.reference.rotary import angles
+
+if TYPE_CHECKING:
+    from fmrec_fast.ops.euler_sampler import SamplerWeights
 
 # No launch multiplies and adds in one rounding unless the kernel says tl.fma.
 OPTIONS = {"enable_fp_fusion": False}
@@ -117,6 +122,44 @@ def scratch(
 FAMILIES = (
     ("cuda:80", 166912), ("cuda:90", 232448), ("cuda:100", 232448), ("hip:gfx942", 65536)
 )  # fmt: skip
+
+
+def launch_network(
+    kernels: tuple[Any, Any],
+    programs: int,
+    e: torch.Tensor,
+    mask: torch.Tensor,
+    points: torch.Tensor,
+    taus: torch.Tensor,
+    weights: SamplerWeights,
+    noise: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    precision: str,
+    tied: bool,
+    out: torch.Tensor,
+    **constants: Any,
+) -> None:
+    """Launch the kernel for whole sequences, or the one in tiles, of a sampler's network: one
+    program for each of `programs` evaluations or trajectories that start at `points`."""
+    if programs == 0:
+        return
+    batch, length, width = e.shape
+    chosen, shape = settings(e, weights.num_heads, precision, tied)
+    matrices, vectors = pack(weights.blocks, width, precision)
+    norm = torch.cat((weights.norm_weight, weights.norm_bias))
+    inputs = (e, mask, points, taus, matrices, vectors)
+    others = (norm, noise, rows, seed, out)
+    sizes = (batch, length, taus.shape[0], len(weights.blocks), float(weights.delta))
+    constants |= shape
+    whole, tiled = kernels
+    with torch.cuda.device_of(e):  # Triton launches on the current device
+        if isinstance(chosen, TilePlan):
+            grid, *memory = scratch(e, chosen, programs, precision)
+            tiled[(grid,)](*inputs, *others, *memory, *sizes, TIED=tied, **constants)
+        else:
+            rotary = rotations(weights.blocks, length, width, weights.num_heads)
+            whole[(programs,)](*inputs, rotary, *others, *sizes, **constants)
 
 
 def compile_cases(

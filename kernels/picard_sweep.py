@@ -17,16 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.launch import (
-    compile_cases,
-    pack,
-    rotations,
-    scratch,
-    settings,
-    tiled_cases,
-)
+from fmrec_fast.kernels.launch import compile_cases, launch_network, tiled_cases
 from fmrec_fast.kernels.philox import load_seed
-from fmrec_fast.kernels.plans import TilePlan
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
 from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
 
@@ -160,24 +152,11 @@ def picard_sweep(
     out: torch.Tensor,
 ) -> None:
     """Launch; shapes as above."""
-    batch, length = e.shape[:2]
-    steps = taus.shape[0]
-    if batch * steps == 0:
-        return
-    plan, constants = settings(e, weights.num_heads, precision, tied)
-    matrices, vectors = pack(weights.blocks, e.shape[2], precision)
-    norm = torch.cat((weights.norm_weight, weights.norm_bias))
-    inputs = (e, mask, x, taus, matrices, vectors)
-    others = (norm, noise, rows, seed, out)
-    sizes = (batch, length, steps, len(weights.blocks), float(weights.delta))
-    with torch.cuda.device_of(e):  # Triton launches on the current device
-        if isinstance(plan, TilePlan):
-            programs, *memory = scratch(e, plan, batch * steps, precision)
-            kernel = picard_sweep_tiled_kernel[(programs,)]
-            kernel(*inputs, *others, *memory, *sizes, TIED=tied, **constants)
-        else:
-            rotary = rotations(weights.blocks, *e.shape[1:], weights.num_heads)
-            picard_sweep_kernel[(batch * steps,)](*inputs, rotary, *others, *sizes, **constants)
+    launch_network(
+        (picard_sweep_kernel, picard_sweep_tiled_kernel),
+        e.shape[0] * taus.shape[0],
+        *(e, mask, x, taus, weights, noise, rows, seed, precision, tied, out),
+    )
 
 
 COMPILE_CASES = compile_cases(
