@@ -21,7 +21,7 @@ added to its score as a key. Loops end at the real number of rows, `rows` = leng
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.transformer import (
+from fmrec_fast.kernels.layers import (
     B1,
     B2,
     B_OUTPUT,

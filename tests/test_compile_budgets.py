@@ -113,3 +113,22 @@ def test_every_kernel_file_has_budgets():
 
     stems = {key.split(".")[0] for key in budget.read_budgets()[1]}
     assert stems == set(budget.kernel_modules())
+
+
+def test_some_modules_are_measured_and_checked_alone(monkeypatch, capsys, tmp_path):
+    from fmrec_fast.kernels import budget
+
+    keys = ("encoder.a float32 cuda:90", "dropout.b float32 cuda:90")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(budget, "BUDGETS", tmp_path / "budgets.json")
+    budget.write_budgets("0.0", budget.budget_for(dict.fromkeys(keys, NEEDS)))
+    more = NEEDS | {"stack": 8}
+    monkeypatch.setattr(budget, "compile_all", lambda stems: ({keys[1]: more}, []))
+    assert budget.main(["dropout"]) == 1
+    assert f"{keys[1]}: stack 8, budget 0" in capsys.readouterr().err
+    for arguments in (["none"], ["dropout", "--write"]):  # the latter: of another version
+        with pytest.raises(SystemExit):
+            budget.main(arguments)
+    monkeypatch.setattr("triton.__version__", "0.0")
+    assert budget.main(["dropout", "--write"]) == 0
+    assert [budget.read_budgets()[1][key]["stack"] for key in keys] == [0, 8]

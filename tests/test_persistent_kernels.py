@@ -191,7 +191,7 @@ def test_samplers_in_tiles_are_those_as_a_whole(monkeypatch, small_model, tied):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_packed_weights(precision):
     from fmrec_fast.kernels.launch import pack
-    from fmrec_fast.kernels.transformer import MATRICES, VECTORS
+    from fmrec_fast.kernels.layers import MATRICES, VECTORS
 
     blocks = TransformerStack(32, 2, 4, "published").weights()
     matrices, vectors = pack(blocks, 32, precision)
