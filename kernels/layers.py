@@ -105,6 +105,60 @@ def column_of(b_x, column, T: tl.constexpr):
 
 
 @triton.jit
+def feed_forward(
+    b_x,
+    p_matrices,
+    p_vectors,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    RMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """x + ffn(norm(x)) of each column of [D, T], CHUNK inner channels at a time."""
+    o_d = tl.arange(0, D)
+    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D, RMS), PRECISION, INPUT)
+    b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
+    for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
+        o_c = first + tl.arange(0, CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
+        b_x = product(b_w2, operand(b_inner, PRECISION, INPUT), b_x, INPUT)
+    return b_x
+
+
+@triton.jit
+def feed_forward_row(
+    b_x,
+    p_matrices,
+    p_vectors,
+    D: tl.constexpr,
+    RMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The same of one row [D], on the ordinary units."""
+    o_d = tl.arange(0, D)
+    b_weight = tl.load(p_vectors + NORM2 * D + o_d)
+    if RMS:
+        b_h = rms_norm_row(b_x, b_weight, D)
+    else:
+        b_h = norm_row(b_x, b_weight, tl.load(p_vectors + NORM2 * D + D + o_d), D)
+    b_x += tl.load(p_vectors + B2 * D + o_d)
+    for first in tl.range(0, 4 * D, CHUNK, num_stages=1):
+        o_c = first + tl.arange(0, CHUNK)
+        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
+        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
+        b_inner = tl.sum(b_w1.to(tl.float32) * b_h[None, :], 1)
+        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c))  # [CHUNK]
+        b_x += tl.sum(b_w2.to(tl.float32) * b_inner[None, :], 1)
+    return b_x
+
+
+@triton.jit
 def fuse_rows(
     p_e,
     p_noise,

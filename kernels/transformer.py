@@ -27,8 +27,6 @@ import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.layers import (
-    B1,
-    B2,
     B_OUTPUT,
     B_QUERY,
     B_VALUE,
@@ -36,20 +34,16 @@ from fmrec_fast.kernels.layers import (
     LOG2E,
     MATRICES,
     NORM1,
-    NORM2,
     OUTPUT,
     VALUE,
     VECTORS,
-    W1,
-    W2,
     column_of,
+    feed_forward,
+    feed_forward_row,
     fuse_rows,
-    gelu,
     norm_columns,
-    norm_row,
     operand,
     product,
-    rms_norm_row,
 )
 from fmrec_fast.kernels.rotary import channels, rotate, rotation
 
@@ -146,16 +140,9 @@ def block(
         b_mixed = operand(b_mixed / b_total[None, :], PRECISION, INPUT)  # [W, T]
         b_x = product(b_wo, b_mixed, b_x, INPUT)
 
-    b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D, RMS), PRECISION, INPUT)
-    b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
-    for first in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
-        o_c = first + tl.arange(0, CHUNK)
-        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
-        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
-        b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
-        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
-        b_x = product(b_w2, operand(b_inner, PRECISION, INPUT), b_x, INPUT)
-    return b_x
+    return feed_forward(
+        b_x, p_matrices, p_vectors, D, T, RMS, CHUNK, STAGES, PRECISION, INPUT
+    )  # fmt: skip
 
 
 @triton.jit
@@ -250,20 +237,7 @@ def last_block(
         b_mixed = tl.sum(b_h * (b_s / tl.sum(b_s, 0))[None, :], 1)  # [D]
         b_v = tl.sum(b_wv * b_mixed[None, :], 1) + tl.load(p_vectors + B_VALUE * D + o_head)
         b_out += tl.sum(b_wo * b_v[None, :], 1)
-    b_weight = tl.load(p_vectors + NORM2 * D + o_d)
-    if RMS:
-        b_query = rms_norm_row(b_out, b_weight, D)
-    else:
-        b_query = norm_row(b_out, b_weight, tl.load(p_vectors + NORM2 * D + D + o_d), D)
-    b_out += tl.load(p_vectors + B2 * D + o_d)
-    for first in range(0, 4 * D, LAST_CHUNK):
-        o_c = first + tl.arange(0, LAST_CHUNK)
-        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
-        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
-        b_inner = tl.sum(b_w1.to(tl.float32) * b_query[None, :], 1)
-        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c))  # [CHUNK]
-        b_out += tl.sum(b_w2.to(tl.float32) * b_inner[None, :], 1)
-    return b_out
+    return feed_forward_row(b_out, p_matrices, p_vectors, D, RMS, LAST_CHUNK)
 
 
 @triton.jit
