@@ -41,7 +41,8 @@ FOLDER = Path(__file__).parent
 BUDGETS = FOLDER / "budgets.json"
 # Modules without kernels of their own.
 NO_KERNELS = {
-    "__init__", "budget", "launch", "layers", "philox", "plans", "rotary", "tiles", "transformer"
+    "__init__", "budget", "launch", "layers", "philox", "plans", "rotary", "tiles", "transformer",
+    "tune",
 }  # fmt: skip
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # (backend, architecture, lanes of a warp)

@@ -27,6 +27,12 @@ needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 H100 = ("cuda:90", 232448)
 
 
+@pytest.fixture(autouse=True)
+def layouts_alone(monkeypatch, tmp_path):
+    """What is tested here are the layouts, whatever was tuned."""
+    monkeypatch.setattr(plans, "TUNED", tmp_path / "tuned.json")
+
+
 # --- plans ----------------------------------------------------------------------------------
 
 
