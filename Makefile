@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint budgets sanitize bench bench-quick env clean
+.PHONY: setup demo test lint budgets sanitize bench bench-quick plots env clean
 
 setup: $(INSTALLED)
 
@@ -40,11 +40,15 @@ sanitize: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks --save
-	$(BIN)/python -m benchmarks.plot --out docs
-	$(BIN)/python -m benchmarks.table --readme README.md
+	$(MAKE) plots
 
 bench-quick: setup
 	$(BIN)/python -m pytest benchmarks --quick
+
+# The pictures in docs/ and the README's tables, from the committed records.
+plots: setup
+	$(BIN)/python -m benchmarks.plot --out docs
+	$(BIN)/python -m benchmarks.table --readme README.md
 
 env: setup
 	$(BIN)/fmrec-fast env
