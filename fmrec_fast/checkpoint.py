@@ -42,7 +42,7 @@ UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, Safet
 STAGE_DIRECTORIES = ("stage1", "stage2")
 # What an export for inference keeps of a state, and leaves out of its model.
 INFERENCE = ("kind", "config", "model", "item_ids", "epoch", "global_step")
-DECODER = "fm.xstart_model.decoder."
+DECODER = ".xstart_model.decoder."
 _TENSOR_KEY, _DICT_KEY = "$tensor", "$dict"
 
 
@@ -282,7 +282,7 @@ def export(run: str | Path, out: str | Path, *, inference: bool = False) -> list
     if inference:
         best = locate(run)
         state = {key: value for key, value in load(best).items() if key in INFERENCE}
-        weights = {k: w for k, w in state["model"].items() if not k.startswith(DECODER)}
+        weights = {k: w for k, w in state["model"].items() if DECODER not in k}
         return [save(out, best.name, "best", state | {"model": weights, "source": None})]
     written = []
     parts = [part for part in ("", *STAGE_DIRECTORIES) if (run / part / "last.json").is_file()]
@@ -310,12 +310,10 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     if kind not in CONFIGS:
         raise CheckpointError(f"the checkpoint is of the model {kind!r}, not of {list(CONFIGS)}")
     config, weights = CONFIGS[kind].from_dict(state["config"]), state["model"]
-    bare = not any(name.startswith(DECODER) for name in weights)  # an export for inference
+    bare = not any(DECODER in name for name in weights)  # an export for inference
     model = build_recommender(config.replace(decoder_dims=(1, 1)) if bare else config)
     if bare:
-        rest = {
-            k: torch.zeros_like(w) for k, w in model.state_dict().items() if k.startswith(DECODER)
-        }
+        rest = {k: torch.zeros_like(w) for k, w in model.state_dict().items() if DECODER in k}
         weights = rest | weights
     try:
         model.load_state_dict(weights)

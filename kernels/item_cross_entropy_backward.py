@@ -56,8 +56,10 @@ def operands(b_g, b_other, FULL: tl.constexpr):
     """What d_rep and d_weight multiply: in the inputs' dtype, or in float32 if FULL (float16's
     range is too short for g)."""
     if FULL:
-        return b_g, b_other.to(tl.float32)
-    return b_g.to(b_other.dtype), b_other
+        b_other = b_other.to(tl.float32)
+    else:
+        b_g = b_g.to(b_other.dtype)
+    return b_g, b_other
 
 
 @triton.jit
