@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmrec_fast import extension
+from fmrec_fast.config import PRECISIONS
 
 if not extension.available():
     pytest.skip(str(extension.reason()), allow_module_level=True)
@@ -138,7 +139,8 @@ def packed(call: Call, length: int) -> int:
         norm_biases = (1, 11)
         blocks = [tuple(None if i in norm_biases else a for i, a in enumerate(b)) for b in blocks]
         rotary = np.random.default_rng(0).standard_normal((length, width // heads), np.float32)
-    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary)
+    precision = call.draw(st.sampled_from(PRECISIONS))
+    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary, precision)
     return width
 
 
