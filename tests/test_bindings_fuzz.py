@@ -183,12 +183,18 @@ def dropout(call: Call) -> None:
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
 
 
+def linear_precision(call: Call) -> None:
+    names = ["float32", "bf16"] if C.isa() == "amx" else ["float32"]
+    call.plain["precision"] = call.draw(st.sampled_from(names))
+
+
 def linear_forward(call: Call) -> None:
     m, i, o = call.draw(sizes), *(16 * call.draw(st.integers(1, 4)) for _ in "IO")
     call.floats("x", m, i)
     call.floats("weight", o, i)
     call.floats("bias", o)
     call.output("out", m, o)
+    linear_precision(call)
 
 
 def linear_backward(call: Call) -> None:
@@ -199,6 +205,7 @@ def linear_backward(call: Call) -> None:
     for name, shape in (("d_x", (m, i)), ("d_weight", (o, i)), ("d_bias", (o,))):
         if call.maybe(name):
             call.output(name, *shape)
+    linear_precision(call)
 
 
 def history_loss_forward(call: Call) -> None:
