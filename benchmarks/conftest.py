@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
     group.addoption("--quick", action="store_true", help="small sizes, three rounds")
     group.addoption("--compiled", action="store_true", help="torch.compile in a quick run too")
-    group.addoption("--large", action="store_true", help="cases that take minutes: 1e6 items, B = 4096")
+    group.addoption("--large", action="store_true", help="cases of minutes: 1e6 items, B = 4096")
     group.addoption("--save", action="store_true", help=f"write the record to {RESULTS}")
     group.addoption("--results", metavar="DIR", type=Path, help="folder of the record")
     group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
