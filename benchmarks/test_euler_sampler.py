@@ -15,7 +15,7 @@ from fmrec_fast.config import PRECISIONS
 from fmrec_fast.picard import evaluation_flops, prefers_parallel
 
 # Above this batch the agreement is asserted over fewer steps (every step is the same program),
-# and rounds are few. Above HUGE only a GPU runs the peers.
+# and rounds are few. Above HUGE a CPU runs the peers with --large, once.
 LARGE, HUGE = 64, 512
 STEPS_CHECKED = 3
 SEED = 11
@@ -33,8 +33,8 @@ def variants_of(suite, samplers, batch):
     left_out = {}
     if suite.compile_obstacle is not None:
         left_out["compiled"] = suite.compile_obstacle
-    if cpu and batch > HUGE:
-        slow = f"takes minutes at B = {batch} on a CPU; see B = {HUGE}"
+    if cpu and batch > HUGE and not suite.large:
+        slow = f"takes minutes at B = {batch} on a CPU (--large does it); see B = {HUGE}"
         left_out |= dict.fromkeys(PEERS, slow)
     if cpu and batch > LARGE:
         same = "the threads are busy step by step; 'auto' takes that"

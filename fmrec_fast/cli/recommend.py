@@ -180,7 +180,7 @@ def _recommend_with_ray(options: Any) -> None:
 
 
 def _interaction_columns(options: Any, source: Any) -> dict[str, str | None]:
-    from fmrec_fast.data.readers import choose_columns
+    from fmrec_fast.data.columns import choose_columns
 
     for name in ("min_user", "min_item"):
         if options[name] is not None:

@@ -21,15 +21,10 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
+from .columns import check_id_column, choose_columns, is_conventional, timestamps
 from .dataset import MIN_HISTORY, Dataset, offsets_of
-from .readers import (
-    FORMATS,
-    check_id_column,
-    choose_columns,
-    from_table,
-    is_conventional,
-    timestamps,
-)
+from .readers import from_table
+from .sources import FORMATS
 
 WILDCARDS = "*?["
 UNKNOWN = ("error", "skip")
