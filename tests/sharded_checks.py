@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import traceback
 
 import ranks as runs
@@ -15,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from fmrec_fast import FMRecConfig, recommend
 from fmrec_fast.backend import dispatch_log, use_backend
+from fmrec_fast.checkpoint import CheckpointError
 from fmrec_fast.config import FaveConfig
+from fmrec_fast.data import Dataset, synthetic_dataset
 from fmrec_fast.distributed import exchange, items
 from fmrec_fast.models import build_recommender
 from fmrec_fast.models.tables import look_up
@@ -443,7 +446,7 @@ CHECKS = {
 
 
 def settings_of(folder):
-    """Runs by name, of one process too; all but the first on two ranks only."""
+    """Runs by name, of one process too."""
     start = str(folder / "whole" / "stage1")
     return {
         "fmrec": runs.FMREC,
@@ -455,10 +458,9 @@ def settings_of(folder):
 
 def train_sharded(world, folder):
     for name, config in settings_of(folder).items():
-        if world.size == 2 or name == "fmrec":
-            run = folder / f"on-{world.size}" / name
-            trainer = runs.train(world, run, config, checkpoint_steps=5, shard_items=True)
-            holds_its_share(world, trainer)
+        run = folder / f"on-{world.size}" / name
+        trainer = runs.train(world, run, config, checkpoint_steps=5, shard_items=True)
+        holds_its_share(world, trainer)
 
 
 def holds_its_share(world, trainer):
@@ -489,6 +491,41 @@ def hand_on(world, folder):
             resume=count > 1,
             shard_items=count < 3,
         )
+
+
+def refuses_other_runs(world, folder):
+    """Sharded tables are not read from a checkpoint of other items, histories or settings; what is
+    there stays as it is."""
+    run = folder / "on-2" / "fmrec"
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    more = synthetic_dataset(**runs.DATA | {"num_items": 25})
+    fewer = runs.dataset().history(0).tolist()[:-1]
+    others = [runs.dataset().history(user).tolist() for user in range(1, runs.DATA["num_users"])]
+    less = Dataset.from_histories([fewer, *others], item_ids=runs.dataset().item_ids)
+    stage2 = runs.SECOND.replace(ckpt_path=str(folder / "whole" / "stage1"))
+    wider = runs.FMREC.replace(hidden_size=16)
+    then, now = len(runs.dataset().item_ids), len(more.item_ids)
+    assert then < now
+    count = rf"trained on other items \({then}, now {now}: {now - then} new, 0 gone, such as"
+    for words, at, config, data, resume in (
+        (rf"on-2/fmrec was {count}", run, runs.FMREC, more, True),
+        (rf"whole/stage1 was {count}", folder / "none", stage2, more, False),
+        ("other histories of the same items", run, runs.FMREC, less, True),
+        ("other settings: hidden_size: 8 -> 16", run, wider, None, True),
+        ("is a run of fmrec, not of fave", run, runs.FIRST, None, True),
+        ("other settings: optimizer", run, runs.FMREC.replace(optimizer="SGD"), None, True),
+        (r"weight has shape \[.*, 8\], expected \[.*, 16\]", folder / "none",
+         stage2.replace(hidden_size=16), None, False),
+    ):  # fmt: skip
+        try:
+            runs.train(world, at, config, data=data, resume=resume, shard_items=True)
+        except CheckpointError as error:
+            assert re.search(words, str(error)), error
+        else:
+            raise AssertionError(f"{words!r} was not refused")
+    dist.barrier()
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (folder / "none").exists()
 
 
 def small_benchmark(world, folder):
@@ -536,3 +573,4 @@ def four_ranks(world, folder):
 def two_ranks(world, folder):
     train_sharded(world, folder)
     hand_on(world, folder)
+    refuses_other_runs(world, folder)

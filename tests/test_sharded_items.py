@@ -20,7 +20,7 @@ from fmrec_fast.distributed import World
 # FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
 # steps of lr of it, in either direction.
 OF_NO_EFFECT = re.compile(r"fm\..*\.attention\.linear_layers\.1\.bias$")
-RUNS = [("fmrec", 4), *((name, 2) for name in ("fmrec", "sgd", "stage1", "stage2"))]
+RUNS = [(name, size) for size in (2, 4) for name in ("fmrec", "sgd", "stage1", "stage2")]
 
 
 @pytest.fixture(scope="module")
