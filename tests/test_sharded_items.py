@@ -111,11 +111,11 @@ def test_one_rank_holds_all_items(tmp_path):
 
 
 def test_benchmark_gives_the_losses_of_one_process(folder):
-    from benchmarks import sharded
+    from benchmarks import scale_plan, sharded
 
     no_error(folder)
-    sizes = sharded.Sizes(items=203, batch=12, length=6, width=16, hidden=8)
-    alone = sharded.measure(World(), sizes, steps=2)["losses"]
+    sizes = scale_plan.Sizes(**sharded_checks.SMALL)
+    alone = sharded.measure(World(), sizes, steps=4)["losses"]
     for rank in range(4):
         several = json.loads((folder / f"benchmark-{rank}.json").read_text())
         assert several == pytest.approx(alone, rel=2e-6)
