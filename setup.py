@@ -30,6 +30,7 @@ HOST_SOURCES = [
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",
+    "csrc/attention_tangent.cpp",
     "csrc/noise_fusion.cpp",
     "csrc/dropout.cpp",
     "csrc/history_loss.cpp",
