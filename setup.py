@@ -39,6 +39,7 @@ KERNEL_SOURCES = [
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",
+    "csrc/rms_norm.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
 ]

@@ -353,6 +353,32 @@ def attention_backward(call: Call) -> None:
         call.output("g_d_qkv", *shape)
 
 
+def rms_norm_forward(call: Call) -> None:
+    rows, d = call.draw(sizes), call.draw(st.integers(1, 20))
+    call.floats("x", rows, d)
+    call.floats("weight", d)
+    call.output("out", rows, d)
+    if call.maybe("dx"):
+        call.floats("dx", rows, d)
+        call.output("d_out", rows, d)
+    else:
+        call.plain["d_out"] = None
+
+
+def rms_norm_backward(call: Call) -> None:
+    rms_norm_forward(call)
+    shape = call.arrays.pop("out").array.shape
+    call.floats("grad", *shape)
+    call.output("g_x", *shape)
+    call.output("g_weight", shape[1])
+    if call.arrays.pop("d_out", None) is None:
+        del call.plain["d_out"]
+        call.plain |= {"d_grad": None, "g_dx": None}
+    else:
+        call.floats("d_grad", *shape)
+        call.output("g_dx", *shape)
+
+
 def ranking(call: Call) -> tuple[int, int]:
     """What both rankings take; returns B and V."""
     b, v, d, e = sizes_of(call, "B V D E")
@@ -419,6 +445,8 @@ CALLS = {
         recommend,
         attention_forward,
         attention_backward,
+        rms_norm_forward,
+        rms_norm_backward,
         item_topk,
         target_rank,
     )
