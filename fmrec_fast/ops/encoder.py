@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, tangents
+from fmrec_fast import extension
 from fmrec_fast.backend import (
     Backend,
     candidate,
     choose,
     constant_when_compiled,
-    current_backend,
     use_backend,
 )
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
-from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
+from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.linear import linear
+from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
     FMREC,
@@ -257,12 +257,8 @@ def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition's norm; the RMS norm in fewer passes, with its tangent."""
-    if bias is not None or current_backend() is Backend.REFERENCE or is_wrapped(x):
-        return reference.norm(x, weight, bias)
-    value, tangent = split(x)
-    out, d_out = tangents.rms_norm(value, weight, tangent)
-    return out if d_out is None else join(out, d_out)
+    """The definition's norm; the RMS norm by its op."""
+    return rms_norm(x, weight) if bias is None else reference.norm(x, weight, bias)
 
 
 def _attend(drop: Drop, p: float) -> Attend | None:
