@@ -45,6 +45,7 @@ OPS = (
     "dropout",
     "linear",
     "attention",
+    "feed_forward",
     "encoder",
     "euler_sampler",
     "picard_sweep",
@@ -54,6 +55,7 @@ OPS = (
 )
 
 MISSING: dict[tuple[str, Backend], str] = {
+    ("feed_forward", Backend.TRITON): "its products are cuBLAS's there, so a block runs its parts",
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
 }
 
