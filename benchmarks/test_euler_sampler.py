@@ -9,13 +9,13 @@ import torch
 from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flops
 from benchmarks.memory import extra_bytes, measure
 from benchmarks.samplers import Samplers
-from fmrec_fast import dispatch_log, noise, use_backend
+from fmrec_fast import dispatch_log, extension, noise, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.config import PRECISIONS
 from fmrec_fast.picard import evaluation_flops, prefers_parallel
 
 # Above this batch the agreement is asserted over fewer steps (every step is the same program),
-# and rounds are few. Above HUGE only a GPU runs the peers.
+# and rounds are few. Above HUGE a CPU runs the peers with --large, once.
 LARGE, HUGE = 64, 512
 STEPS_CHECKED = 3
 SEED = 11
@@ -33,8 +33,8 @@ def variants_of(suite, samplers, batch):
     left_out = {}
     if suite.compile_obstacle is not None:
         left_out["compiled"] = suite.compile_obstacle
-    if cpu and batch > HUGE:
-        slow = f"takes minutes at B = {batch} on a CPU; see B = {HUGE}"
+    if cpu and batch > HUGE and not suite.large:
+        slow = f"takes minutes at B = {batch} on a CPU (--large does it); see B = {HUGE}"
         left_out |= dict.fromkeys(PEERS, slow)
     if cpu and batch > LARGE:
         same = "the threads are busy step by step; 'auto' takes that"
@@ -49,16 +49,19 @@ def variants_of(suite, samplers, batch):
         variants["graph"] = partial(samplers.ours, graph=True)
         variants["graph_parallel"] = partial(samplers.parallel, graph=True, sweeps=1)
     for precision in PRECISIONS[1:]:
-        names = (precision, f"parallel_{precision}")
-        if cpu:
-            left_out |= dict.fromkeys(names, "the C++ kernels have float32 only")
+        names = (precision,) if cpu else (precision, f"parallel_{precision}")
+        if cpu and extension.available() and extension.load().isa() != "amx":
+            left_out[precision] = "without AMX the C++ kernels multiply in float32"
             continue
+        options = {"precision": precision, "graph": not cpu}
         with dispatch_log() as log:
-            samplers.ours(1, rows=1, precision=precision, graph=False)
-        if any(entry.backend is Backend.TRITON for entry in log if entry.op == "euler_sampler"):
-            options = {"precision": precision, "graph": True}
-            variants[names[0]] = partial(samplers.ours, **options)
-            variants[names[1]] = partial(samplers.parallel, sweeps=1, **options)
+            samplers.ours(1, rows=1, **options)
+        entries = [entry for entry in log if entry.op == "euler_sampler"]
+        if any(entry.backend is not Backend.REFERENCE for entry in entries):
+            variants[precision] = partial(samplers.ours, **options)
+            if not cpu:
+                sweep = partial(samplers.parallel, sweeps=1, **options)
+                variants[f"parallel_{precision}"] = sweep
         else:
             reason = "; ".join({entry.reason for entry in log if entry.reason})
             left_out |= dict.fromkeys(names, reason)
