@@ -38,6 +38,8 @@ SIZES: dict[str, Any] = {
     "eval_interval": 1,
 }
 FMREC = FMRecConfig(**SIZES)
+# Stops after its fourth epoch, the first whose validation improves nothing.
+EARLY = FMREC.replace(epochs=9, patience=1)
 # Clipping is felt: the norm of the gradients is above it.
 FIRST = FaveConfig(**SIZES, emb_dropout=0.3, clip_norm=0.5)
 SECOND = FIRST.replace(stage_mode="finetune", weight_decay=0.01)
@@ -103,9 +105,10 @@ def _rank(rank: int, ranks: int, port: int, job: Callable, folder: Path) -> None
 
 
 def all_models(world: World, folder: Path) -> None:
-    """FMRec and both stages of Fave from beginning to end."""
+    """FMRec, also where it stops early, and both stages of Fave, from beginning to end."""
     at = folder / f"on-{world.size}"
     train(world, at / "fmrec", FMREC, checkpoint_steps=2)
+    train(world, at / "early", EARLY)
     train(world, at / "stage1", FIRST)
     train(world, at / "stage2", SECOND.replace(ckpt_path=str(folder / "on-1" / "stage1")))
 

@@ -446,11 +446,15 @@ CHECKS = {
 }
 
 
+STEPS = {"fmrec": 12, "early": 16, "sgd": 4, "stage1": 12, "stage2": 12}  # of each run
+
+
 def settings_of(folder):
     """Runs by name, of one process too."""
     start = str(folder / "whole" / "stage1")
     return {
         "fmrec": runs.FMREC,
+        "early": runs.EARLY,
         "sgd": runs.FMREC.replace(optimizer="SGD", momentum=0.9, epochs=1),
         "stage1": runs.FIRST,
         "stage2": runs.SECOND.replace(ckpt_path=start),

@@ -20,7 +20,7 @@ from fmrec_fast.distributed import World
 # FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
 # steps of lr of it, in either direction.
 OF_NO_EFFECT = re.compile(r"fm\..*\.attention\.linear_layers\.1\.bias$")
-RUNS = [(name, size) for size in (2, 4) for name in ("fmrec", "sgd", "stage1", "stage2")]
+RUNS = [(name, size) for size in (2, 4) for name in sharded_checks.STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_runs_are_those_of_one_process(folder, model, size):
     no_error(folder)
     one, several = (folder / at / model for at in ("whole", f"on-{size}"))
     steps = [json.loads((path / "steps.json").read_text()) for path in (one, several)]
-    assert len(steps[0]) == len(steps[1]) == (4 if model == "sgd" else 12)
+    assert len(steps[0]) == len(steps[1]) == sharded_checks.STEPS[model]
     for a, b in zip(*steps, strict=True):
         assert list(a.values()) == pytest.approx(list(b.values()), rel=2e-6)
     assert_same_training(one, several)
