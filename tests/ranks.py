@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,13 @@ def launch(ranks: int, job: Callable[[World, Path], None], folder: Path) -> None
 def _rank(rank: int, ranks: int, port: int, job: Callable, folder: Path) -> None:
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
+    # Ranks that disagree about what comes next fail, instead of waiting for half an hour.
+    patience = timedelta(seconds=120)
+    place = {"init_method": where, "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", timeout=patience, **place)
     try:
-        job(World(rank, ranks, torch.device("cpu"), dist.new_group(backend="gloo")), folder)
+        checkpoints = dist.new_group(backend="gloo", timeout=patience)
+        job(World(rank, ranks, torch.device("cpu"), checkpoints), folder)
     except BaseException:
         traceback.print_exc()
         raise
