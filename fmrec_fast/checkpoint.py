@@ -23,16 +23,15 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fmrec_fast.models import CONFIGS, FMRecommender, build_recommender
+from fmrec_fast.ops._checks import is_sharded
 
 FORMAT = "fmrec_fast checkpoint"
 VERSION = 1
@@ -256,10 +255,14 @@ def _read(path: Path, file: Any, name: str, target: Tensor | None) -> Tensor:
             f"{path}: {name} has shape {part.get_shape()}, expected {list(target.shape)}"
         )
     own = target
-    if isinstance(target, DTensor):
-        own = target.to_local()
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        whole = cast(DTensor, target)
+        own = whole.to_local()
         placed = compute_local_shape_and_global_offset(
-            target.shape, target.device_mesh, target.placements
+            whole.shape, whole.device_mesh, whole.placements
         )
         part = part[tuple(slice(at, at + size) for size, at in zip(*placed))]
     else:

@@ -28,7 +28,7 @@ from fmrec_fast.data import (
     convert,
     mapped,
     read_dataset,
-    readers,
+    sources,
     synthetic_dataset,
     verify,
 )
@@ -47,8 +47,8 @@ TINY = FMRecConfig(
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Everything that goes on a part at a time takes many parts, even of little data."""
-    monkeypatch.setattr(readers, "ROWS", 7)
-    monkeypatch.setattr(readers, "BLOCK", 256)
+    monkeypatch.setattr(sources, "ROWS", 7)
+    monkeypatch.setattr(sources, "BLOCK", 256)
     monkeypatch.setattr(conversion, "PART", 8)
     monkeypatch.setattr(conversion, "ROWS", 2048)
     monkeypatch.setattr(conversion, "ID_ROWS", 3)
