@@ -9,7 +9,7 @@ import torch
 from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flops
 from benchmarks.memory import extra_bytes, measure
 from benchmarks.samplers import Samplers
-from fmrec_fast import dispatch_log, noise, use_backend
+from fmrec_fast import dispatch_log, extension, noise, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.config import PRECISIONS
 from fmrec_fast.picard import evaluation_flops, prefers_parallel
@@ -50,12 +50,14 @@ def variants_of(suite, samplers, batch):
         variants["graph_parallel"] = partial(samplers.parallel, graph=True, sweeps=1)
     for precision in PRECISIONS[1:]:
         run = partial(samplers.ours, precision=precision, graph=not cpu)
-        if cpu:
-            left_out[precision] = "the C++ kernels have float32 only"
+        if cpu and extension.available() and extension.load().isa() != "amx":
+            left_out[precision] = "without AMX the C++ kernels multiply in float32"
             continue
         with dispatch_log() as log:
             run(1, rows=1)
-        if any(entry.backend is Backend.TRITON for entry in log if entry.op == "euler_sampler"):
+        if any(
+            entry.backend is not Backend.REFERENCE for entry in log if entry.op == "euler_sampler"
+        ):
             variants[precision] = run
         else:
             left_out[precision] = "; ".join({entry.reason for entry in log if entry.reason})

@@ -48,6 +48,7 @@ def recommend_users(options: Any) -> None:
             steps=options.steps,
             seed=options.seed,
             padding=options.padding,
+            precision=options.precision,
         )
         _write(options.out, ["history"], best, item_ids)
         return
@@ -61,7 +62,7 @@ def recommend_users(options: Any) -> None:
 
 
 def _bulk_options(options: Any) -> dict[str, Any]:
-    names = ("k", "exclude_seen", "steps", "seed", "padding")
+    names = ("k", "exclude_seen", "steps", "seed", "padding", "precision")
     return {name: options[name] for name in names if name in options}
 
 
