@@ -36,6 +36,7 @@ KERNEL_SOURCES = [
     "csrc/history_loss.cpp",
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",
+    "csrc/feed_forward.cpp",
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",

@@ -4,6 +4,7 @@ from fmrec_fast.ops.attention import attention
 from fmrec_fast.ops.dropout import StreamDropout, TorchDropout, dropout
 from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
+from fmrec_fast.ops.feed_forward import feed_forward
 from fmrec_fast.ops.history_loss import history_loss
 from fmrec_fast.ops.item_cross_entropy import item_cross_entropy
 from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, target_rank
@@ -21,6 +22,7 @@ __all__ = [
     "encoder",
     "euler_noise_fusion",
     "euler_sampler",
+    "feed_forward",
     "history_loss",
     "item_cross_entropy",
     "item_topk",
