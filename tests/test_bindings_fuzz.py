@@ -339,6 +339,13 @@ def attention_forward(call: Call) -> None:
     call.output("out", b, length, width)
     call.plain |= {"seed": call.draw(words), "site": call.draw(words)}
     call.plain |= {"p": call.draw(st.sampled_from([0.0, 0.3])), "num_heads": heads}
+    if call.maybe("rotary"):
+        call.floats("rotary", length, width // heads)
+    if call.maybe("d_qkv"):
+        call.floats("d_qkv", b, length, 3 * width)
+        call.output("d_out", b, length, width)
+    else:
+        call.plain["d_out"] = None
 
 
 def attention_backward(call: Call) -> None:
@@ -346,7 +353,39 @@ def attention_backward(call: Call) -> None:
     del call.arrays["out"]
     shape = call.arrays["qkv"].array.shape
     call.floats("grad", *shape[:2], shape[2] // 3)
-    call.output("d_qkv", *shape)
+    call.output("g_qkv", *shape)
+    if call.arrays.pop("d_out", None) is None:
+        del call.plain["d_out"]
+        call.plain |= {"d_grad": None, "g_d_qkv": None}
+    else:
+        call.floats("d_grad", *shape[:2], shape[2] // 3)
+        call.output("g_d_qkv", *shape)
+
+
+def rms_norm_forward(call: Call) -> None:
+    rows, d = call.draw(sizes), call.draw(st.integers(1, 20))
+    call.floats("x", rows, d)
+    call.floats("weight", d)
+    call.output("out", rows, d)
+    if call.maybe("dx"):
+        call.floats("dx", rows, d)
+        call.output("d_out", rows, d)
+    else:
+        call.plain["d_out"] = None
+
+
+def rms_norm_backward(call: Call) -> None:
+    rms_norm_forward(call)
+    shape = call.arrays.pop("out").array.shape
+    call.floats("grad", *shape)
+    call.output("g_x", *shape)
+    call.output("g_weight", shape[1])
+    if call.arrays.pop("d_out", None) is None:
+        del call.plain["d_out"]
+        call.plain |= {"d_grad": None, "g_dx": None}
+    else:
+        call.floats("d_grad", *shape)
+        call.output("g_dx", *shape)
 
 
 def ranking(call: Call) -> tuple[int, int]:
@@ -415,6 +454,8 @@ CALLS = {
         recommend,
         attention_forward,
         attention_backward,
+        rms_norm_forward,
+        rms_norm_backward,
         item_topk,
         target_rank,
     )

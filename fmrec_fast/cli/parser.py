@@ -187,7 +187,10 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     best.add_argument("--worker_cpus", type=int, default=1, help="cores of each worker")
     best.add_argument("--worker_gpus", type=float, default=0.0, help="GPUs of each worker")
     best.add_argument(
-        "--batch", type=int, default=8192, help="users that a worker is handed at once"
+        "--batch", type=int, default=8192, help="users that a worker recommends for at once"
+    )
+    best.add_argument(
+        "--resume", action="store_true", help="of ray: keep the shards of a run that did not finish"
     )
     commands.add_subcommand("recommend", best, help="recommend from a run")
 

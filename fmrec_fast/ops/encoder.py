@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, tangents
+from fmrec_fast import extension
 from fmrec_fast.backend import (
     Backend,
     candidate,
     choose,
     constant_when_compiled,
-    current_backend,
     use_backend,
 )
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
-from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
+from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
+from fmrec_fast.ops.feed_forward import feed_forward, joins
 from fmrec_fast.ops.linear import linear
+from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
     FMREC,
@@ -31,6 +32,7 @@ from fmrec_fast.reference.encoder import (
     BlockWeights,
     CrossWeights,
     Drop,
+    Feed,
     Paths,
     Variant,
     no_drop,
@@ -171,6 +173,7 @@ def encoder(
         norm=_norm,
         attend=_attend(drop, p),
         attend_last=_attend_last if _folds(x, linear_precision) else None,
+        feed=_feed(x, drop, linear_precision),
         precision=precision,
         first_key_bias=first_key_bias,
     )
@@ -257,12 +260,8 @@ def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition's norm; the RMS norm in fewer passes, with its tangent."""
-    if bias is not None or current_backend() is Backend.REFERENCE or is_wrapped(x):
-        return reference.norm(x, weight, bias)
-    value, tangent = split(x)
-    out, d_out = tangents.rms_norm(value, weight, tangent)
-    return out if d_out is None else join(out, d_out)
+    """The definition's norm; the RMS norm by its op."""
+    return rms_norm(x, weight) if bias is None else reference.norm(x, weight, bias)
 
 
 def _attend(drop: Drop, p: float) -> Attend | None:
@@ -270,6 +269,36 @@ def _attend(drop: Drop, p: float) -> Attend | None:
     if isinstance(drop, StreamDropout):
         return partial(attention_op, seed=drop.seed, rows=drop.rows)
     return _attend_without_dropout if drop is no_drop or p == 0 else None
+
+
+def _feed(x: Tensor, drop: Drop, linear_precision: str) -> Feed | None:
+    """A block's second half as one op: on a CPU, in float32, where masks come from the stream."""
+    if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
+        return None
+    if not isinstance(drop, StreamDropout):
+        return None
+
+    def feed(
+        x: Tensor, w: BlockWeights, *, p: float, site: int, position_offset: int
+    ) -> Tensor | None:
+        if not joins(x, w.w1_weight.shape[0]) or w.norm2_bias is None:
+            return None
+        return feed_forward(
+            x,
+            w.norm2_weight,
+            w.norm2_bias,
+            w.w1_weight,
+            w.w1_bias,
+            w.w2_weight,
+            w.w2_bias,
+            p,
+            seed=drop.seed,
+            rows=drop.rows,
+            site=site,
+            position_offset=position_offset,
+        )
+
+    return feed
 
 
 def _folds(x: Tensor, linear_precision: str) -> bool:
