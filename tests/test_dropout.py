@@ -8,13 +8,27 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from fmrec_fast import noise
+from fmrec_fast import dispatch_log, extension, forward_mode, noise, use_backend
+from fmrec_fast.backend import Backend
 from fmrec_fast.ops import StreamDropout, TorchDropout, dropout
 from fmrec_fast.reference import dropout as reference
 from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("dropout")
 SEED = torch.tensor(-987654321987654321)
+
+
+@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
+def isa(request):
+    if not extension.available():
+        pytest.skip(str(extension.reason()))
+    module = extension.load()
+    before = module.isa()
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(before)
+
+
 SHAPES = [(0, 5, 8), (1, 1, 1), (5, 1, 36), (2, 51, 96), (3, 50, 130), (2, 0, 4), (1, 3, 2)]
 
 
@@ -237,6 +251,53 @@ def test_gelu_before_dropping(place, shape, with_residual):
     truth = run(x.double(), residual.double(), grad.double(), of_definition)
     for mine, same, right in zip(got, plain, truth, strict=True):
         assert_close_to_truth(mine.cpu(), same, right)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 3, 8), (1, 1, 1), (5, 7, 33), (2, 3, 4), (2, 50, 96)])
+def test_tangents_of_dropped_gelu_on_every_instruction_set(isa, shape, p):
+    """Against torch.func.jvp of the definition in float64: value, tangent, gradients of both."""
+    g = torch.Generator().manual_seed(6)
+    tensors = [2 * torch.randn(shape, generator=g) for _ in range(4)]
+    rows = torch.arange(shape[0]) + 2**40
+
+    def run(function, jvp, dtype):
+        x, dx, *upstream = (t.to(dtype) for t in tensors)
+        leaves = [x.requires_grad_(), dx.requires_grad_()]
+        given = {"seed": SEED, "rows": rows, "site": 3, "activation": "gelu"}
+        pair = jvp(lambda x: function(x, p, **given), (x,), (dx,))
+        return [*(t.detach() for t in pair), *torch.autograd.grad(pair, leaves, upstream)]
+
+    truth, same = (
+        run(reference.dropout, torch.func.jvp, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    with use_backend("cpp"), dispatch_log() as log:
+        got = run(dropout, forward_mode.jvp, torch.float32)
+    assert {(entry.op, entry.backend) for entry in log} == {("dropout", Backend.CPP)}
+    for name, *three in zip(("out", "d_out", "g_x", "g_dx"), got, same, truth, strict=True):
+        assert_close_to_truth(*three, name=name)
+
+
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"d_out": None}, "dx and d_out must be given together"),
+        ({"d_grad": True}, "d_grad must be given with dx and gelu_at"),
+        ({"gelu_at": True}, "d_grad must be given with dx and gelu_at"),
+        ({"gelu": False}, "dx needs gelu or gelu_at, and no residual"),
+        ({"residual": True}, "dx needs gelu or gelu_at, and no residual"),
+        ({"d_out": torch.zeros(2, 3, 5).numpy()}, r"d_out .*\(2, 3, 5\)"),
+    ],
+)
+def test_the_boundary_refuses_of_tangents(changes, message):
+    array = lambda: torch.zeros(2, 3, 4).numpy()  # noqa: E731
+    given = {"x": array(), "residual": None, "rows": torch.arange(2).numpy(), "p": 0.1}
+    given |= {"seed": 1, "site": 0, "position_offset": 0, "position_stride": 1, "num_threads": 1}
+    given |= {"out": array(), "gelu": True, "dx": array(), "d_out": array()}
+    changes = {name: array() if value is True else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        extension.load().dropout(**(given | changes))
 
 
 def test_gelu_without_dropping_is_gelu():

@@ -64,7 +64,7 @@ def dropout(
     constants = (site, position_offset, position_stride, p)
     if activation == "gelu" and tangent is not None and current_backend() is not Backend.REFERENCE:
         rows = request_rows(rows, x.shape[0], x.device)
-        if p > 0 and residual is None and choose("dropout", value) is Backend.CPP:
+        if residual is None and choose("dropout", value) is Backend.CPP:
             return join(*_DropoutGelu.apply(value, tangent, rows, seed, constants))
         x, activation = join(*tangents.gelu(value, tangent)), None
     if p == 0 or activation not in (None, "gelu"):
@@ -117,7 +117,6 @@ def _run(
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
-    times: Tensor | None = None,
     backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
@@ -141,9 +140,38 @@ def _run(
         torch.get_num_threads(),
         gelu,
         None if gelu_at is None else gelu_at.contiguous().detach().numpy(),
-        None if times is None else times.contiguous().detach().numpy(),
     )
     return out
+
+
+def _run_pair(
+    x: Tensor,
+    dx: Tensor,
+    rows: Tensor,
+    seed: Tensor,
+    constants: tuple,
+    *,
+    gelu_at: Tensor | None = None,
+    d_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dropped GELU at `x` and its derivative along `dx`, by the C++ kernel; with `gelu_at` the
+    gradients of that point and of `dx`, from those of both results."""
+    out, d_out = memory.empty(*x.shape), memory.empty(*x.shape)
+    extension.load().dropout(
+        x.detach().contiguous().numpy(),
+        None,
+        rows.numpy(),
+        int(seed),
+        *constants,
+        out.numpy(),
+        torch.get_num_threads(),
+        gelu_at is None,
+        None if gelu_at is None else gelu_at.detach().contiguous().numpy(),
+        dx.detach().contiguous().numpy(),
+        None if d_grad is None else d_grad.contiguous().numpy(),
+        d_out.numpy(),
+    )
+    return out, d_out
 
 
 class _Dropout(torch.autograd.Function):
@@ -173,17 +201,15 @@ class _DropoutGelu(torch.autograd.Function):
     def forward(ctx, x, dx, rows, seed, constants):
         ctx.save_for_backward(x, dx, rows, seed)
         ctx.constants = constants
-        value = _run(x, None, rows, seed, constants, gelu=True)
-        return value, _run(dx, None, rows, seed, constants, gelu_at=x)
+        return _run_pair(x, dx, rows, seed, constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, grad_tangent):
         x, dx, rows, seed = ctx.saved_tensors
-        d_x = _run(grad, None, rows, seed, ctx.constants, gelu_at=x)
-        d_x = _run(grad_tangent, d_x, rows, seed, ctx.constants, gelu_at=x, times=dx)
-        d_dx = _run(grad_tangent, None, rows, seed, ctx.constants, gelu_at=x)
-        return d_x, d_dx, None, None, None
+        given = {"gelu_at": x, "d_grad": grad_tangent}
+        gradients = _run_pair(grad, dx, rows, seed, ctx.constants, **given)
+        return *gradients, None, None, None
 
 
 class StreamDropout:
