@@ -173,7 +173,7 @@ setup(
     packages=[*packages, "fmrec_fast.kernels"],
     # The Triton kernels lie in a folder of their own, next to csrc/.
     package_dir={"fmrec_fast": "fmrec_fast", "fmrec_fast.kernels": "kernels"},
-    package_data={"fmrec_fast": ["py.typed"]},
+    package_data={"fmrec_fast": ["py.typed"], "fmrec_fast.kernels": ["*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

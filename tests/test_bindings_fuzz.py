@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmrec_fast import extension
+from fmrec_fast.config import PRECISIONS
 
 if not extension.available():
     pytest.skip(str(extension.reason()), allow_module_level=True)
@@ -138,7 +139,8 @@ def packed(call: Call, length: int) -> int:
         norm_biases = (1, 11)
         blocks = [tuple(None if i in norm_biases else a for i, a in enumerate(b)) for b in blocks]
         rotary = np.random.default_rng(0).standard_normal((length, width // heads), np.float32)
-    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary)
+    precision = call.draw(st.sampled_from(PRECISIONS))
+    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary, precision)
     return width
 
 
@@ -185,12 +187,18 @@ def dropout(call: Call) -> None:
             call.floats("d_grad", *shape)
 
 
+def linear_precision(call: Call) -> None:
+    names = ["float32", "bf16"] if C.isa() == "amx" else ["float32"]
+    call.plain["precision"] = call.draw(st.sampled_from(names))
+
+
 def linear_forward(call: Call) -> None:
     m, i, o = call.draw(sizes), *(16 * call.draw(st.integers(1, 4)) for _ in "IO")
     call.floats("x", m, i)
     call.floats("weight", o, i)
     call.floats("bias", o)
     call.output("out", m, o)
+    linear_precision(call)
 
 
 def linear_backward(call: Call) -> None:
@@ -201,6 +209,7 @@ def linear_backward(call: Call) -> None:
     for name, shape in (("d_x", (m, i)), ("d_weight", (o, i)), ("d_bias", (o,))):
         if call.maybe(name):
             call.output(name, *shape)
+    linear_precision(call)
 
 
 def history_loss_forward(call: Call) -> None:
