@@ -13,7 +13,7 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
              const py::object& seed, const py::object& site, const py::object& position_offset,
              const py::object& position_stride, double p, const py::object& out_,
              int num_threads, bool gelu, const py::object& gelu_at_, const py::object& dx_,
-             const py::object& d_grad_, const py::object& d_out_) {
+             const py::object& d_grad_, const py::object& d_out_, const py::object& row_scale_) {
     const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -69,6 +69,13 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
         a.dx = data<float>(dx);
         a.d_out = target(d_out);
     }
+    py::array row_scale;
+    if (!row_scale_.is_none()) {
+        row_scale = input<float>(row_scale_, "row_scale", 1);
+        check_shape(row_scale, "row_scale", "[B]", {a.batch});
+        check_overlap(out, "out", row_scale, "row_scale", false);
+        a.row_scale = data<float>(row_scale);
+    }
     a.gelu = gelu;
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
     a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
@@ -96,10 +103,12 @@ void bind_dropout(py::module_& m) {
           py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
           py::arg("dx").none(true) = py::none(), py::arg("d_grad").none(true) = py::none(),
           py::arg("d_out").none(true) = py::none(),
+          py::arg("row_scale").none(true) = py::none(),
           "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
           "tanh-GELU (gelu) or x * gelu'(gelu_at). With dx also d_out, the derivative of the "
           "dropped tanh-GELU along it; with gelu_at and d_grad the adjoint of both: the gradients "
-          "of the point gelu_at and of dx, from x and d_grad. out may be x.");
+          "of the point gelu_at and of dx, from x and d_grad. All but the residual is multiplied by "
+          "the row's row_scale [B] where it is given. out may be x.");
 }
 
 }  // namespace fmrec

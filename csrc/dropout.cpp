@@ -135,7 +135,9 @@ FMREC_INLINE void apply_run(const Dropout* a, const uint32_t* words, int64_t at,
     }
 }
 
-void apply(const Dropout* a, int64_t begin, int64_t end) {
+void apply(const Dropout* all, int64_t begin, int64_t end) {
+    Dropout row_of = *all;  // with the scale of the row
+    const Dropout* a = &row_of;
     const int64_t groups = (a->channels + 3) / 4, counters = groups * a->positions;
     const int64_t per_row = chunks_per_row(a);
     CounterWalk walk;
@@ -146,6 +148,7 @@ void apply(const Dropout* a, int64_t begin, int64_t end) {
         int64_t count = counters - start < CHUNK ? counters - start : CHUNK;
         fill_words(&walk, (uint64_t)start, (uint64_t)count, a->site, (uint32_t)a->rows[b], a->seed,
                    words);
+        if (a->row_scale) row_of.scale = all->scale * a->row_scale[b];
         const int64_t row = b * a->positions * a->channels;
         if (a->channels % 4 == 0) {
             // The channels fill their groups: the chunk is one run of the row.

@@ -1,4 +1,5 @@
-// Counter-based dropout, with an optional residual added: out = residual + mask * f(x) / (1 - p).
+// Counter-based dropout, with an optional residual added: out = residual + mask * f(x) / (1 - p),
+// the second term times the row's factor where there are factors.
 // f is the identity or tanh-GELU; for the backward pass of the latter, f(x) = x * gelu'(gelu_at).
 //
 // With a tangent dx, no residual and tanh-GELU, also d_out = mask * gelu'(x) dx / (1 - p); backward,
@@ -27,6 +28,7 @@ struct Dropout {
     uint32_t site;
     // The words of the positions: offset + stride * i, modulo 2^32.
     uint64_t position_offset, position_stride;
+    const float* row_scale;  // [B] that the kept ones are multiplied by, or null
     uint32_t threshold;  // kept where word >= threshold
     float scale;
 };

@@ -179,6 +179,8 @@ def dropout(call: Call) -> None:
     call.plain |= {name: call.draw(words) for name in ("seed", "site")}
     call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
+    if call.maybe("row_scale"):
+        call.floats("row_scale", shape[0])
     if "residual" not in call.arrays and call.maybe("dx"):
         call.floats("dx", *shape)
         call.output("d_out", *shape)

@@ -300,6 +300,48 @@ def test_the_boundary_refuses_of_tangents(changes, message):
         extension.load().dropout(**(given | changes))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 3, 8), (1, 1, 5), (4, 7, 33), (2, 5, 32)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_factors_of_rows(place, shape, with_residual, p):
+    """Drop path's, one of them 0; with a tangent too."""
+    g = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(shape, generator=g) for _ in range(5)]
+    factors = torch.tensor([1.25, 0.0, -2.0, 1.0])[: shape[0]]
+
+    def run(dtype, tensors, factors, seed, function):
+        x, residual, dx, *upstream = (t.to(dtype) for t in tensors)
+        added = {"residual": residual.requires_grad_()} if with_residual else {}
+        given = {"seed": seed, "site": 3, "row_scale": factors.to(dtype), **added}
+        leaves = [x.requires_grad_(), dx.requires_grad_(), *added.values()]
+        pair = forward_mode.jvp(lambda x: function(x, p, **given), (x,), (dx,))
+        plain = function(x, p, **given)
+        found = torch.autograd.grad(pair, leaves, upstream, allow_unused=True)
+        (of_plain,) = torch.autograd.grad(plain, x, upstream[0])
+        return [t.detach().cpu() for t in (*pair, plain, *found, of_plain)]
+
+    rows = torch.arange(shape[0])
+    definition = lambda x, p, **given: reference.dropout(x, p, rows=rows, **given)  # noqa: E731
+    truth, same = (
+        run(dtype, tensors, factors, SEED, definition) for dtype in (torch.float64, torch.float32)
+    )
+    if p > 0:
+        with place.forced("dropout"):
+            got = run(torch.float32, place.put(*tensors), *place.put(factors, SEED), dropout)
+    else:
+        got = run(torch.float32, tensors, factors, SEED, dropout)
+    for three in zip(got, same, truth, strict=True):
+        assert_close_to_truth(*three)
+
+
+def test_factors_that_need_a_gradient_or_have_another_shape_are_refused():
+    x, factors = torch.ones(2, 3, 4), torch.ones(2)
+    with pytest.raises(ValueError, match=r"row_scale must .*got \(3,\)"):
+        dropout(x, 0.1, seed=SEED, row_scale=torch.ones(3))
+    with pytest.raises(ValueError, match="row_scale must need no derivative"):
+        dropout(x, 0.1, seed=SEED, row_scale=factors.requires_grad_())
+
+
 def test_gelu_without_dropping_is_gelu():
     x = torch.randn(2, 3, 5)
     out = dropout(x, 0.0, seed=torch.tensor(1), activation="gelu")
