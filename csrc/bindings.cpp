@@ -181,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
     bind_dropout(m);
     bind_linear(m);
     bind_item_cross_entropy(m);
+    bind_fingerprint(m);
     bind_history_loss(m);
     bind_item_ranking(m);
     bind_encoder(m);

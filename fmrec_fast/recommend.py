@@ -95,8 +95,9 @@ def recommend(
             graphed = graphs.shared_sampler(
                 model, steps=steps, method=method, precision=precision, padding=padding, k=k
             )
-    if graphed is None and not serving.obstacle(model, method, precision, padding):
-        return serving.PackedModel(model).recommend(request, seed, method)
+    packed = None if graphed else serving.packed_model(model, method, precision, padding)
+    if packed is not None:
+        return packed.recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)

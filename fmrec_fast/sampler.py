@@ -7,8 +7,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
-from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded
+from fmrec_fast.noise import as_seed
+from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded, request_rows
 from fmrec_fast.randomness import random_source
 
 METHODS = (*INTEGRATORS, "rk45")
@@ -180,6 +182,10 @@ def sample(
                     padding=padding,
                 )
                 return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
+    if z0 is None and noise is None and not (return_residual or torch.compiler.is_compiling()):
+        found = _in_one_call(model, sequences, q, seed, rows, method, precision, padding)
+        if found is not None:
+            return found
     training = _training_modules(model)
     for module in training:
         module.training = False
@@ -222,6 +228,34 @@ def sample(
     finally:
         for module in training:
             module.training = True
+
+
+def _in_one_call(
+    model: FMRecommender,
+    sequences: Tensor,
+    steps: int,
+    seed: int | Tensor | None,
+    rows: Tensor | None,
+    method: str,
+    precision: str,
+    padding: str,
+) -> Tensor | None:
+    """`sample` step by step in one C++ call, which does not care how large the batch is; None where
+    there is none."""
+    from fmrec_fast import serving  # which imports this module
+
+    if sequences.device.type != "cpu" or (seed is None and current_rng() is Rng.PUBLISHED):
+        return None
+    if method == "auto" and model.fm.prefers_parallel(*sequences.shape, steps, sequences.device):
+        return None
+    if method not in ("euler", "auto"):
+        return None
+    packed = serving.packed_model(model, "euler", precision, padding, sequences.shape[1])
+    if packed is None:
+        return None
+    names = request_rows(rows, len(sequences), sequences.device)
+    key = as_seed(seed, sequences.device)
+    return packed.sample(sequences.contiguous(), names, steps, key, padding)
 
 
 def _training_modules(model: FMRecommender) -> list[torch.nn.Module]:

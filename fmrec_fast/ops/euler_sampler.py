@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
 from fmrec_fast.reference.noise_fusion import euler_update
 
+if TYPE_CHECKING:
+    from fmrec_fast.packing import Weights
+
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
 
@@ -45,12 +48,19 @@ class SamplerWeights:
     attention: str
     delta: float
     variant: Variant = FMREC
+    kept: Weights | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def packed(self) -> Any:
-        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
-        call of the sampler and does not outlive it, so that no change of a weight is missed."""
-        return pack(self.blocks, self.num_heads)
+        """The blocks as the C++ kernels read them, found or packed once for this object: it is made
+        for one call of the sampler and does not outlive it, so that no change of a weight is
+        missed."""
+        return self._pack(None)
+
+    def _pack(self, length: int | None) -> Any:
+        if self.kept is not None:
+            return self.kept.state().packed(self.num_heads, length)
+        return pack(self.blocks, self.num_heads, length)
 
     def parameters(self) -> list[Tensor]:
         """Those of the blocks, one block after another."""
@@ -74,7 +84,7 @@ class SamplerWeights:
 
     def packed_for(self, length: int) -> Any:
         """`packed`; with rotary embedding, for histories of `length` positions."""
-        return pack(self.blocks, self.num_heads, length) if self.variant.rotary else self.packed
+        return self._pack(length) if self.variant.rotary else self.packed
 
 
 def euler_sampler(
