@@ -60,6 +60,13 @@ struct SumsBlock {
     int64_t row, column, height, width, next;
 };
 
+// Memory that is wanted next: asked for piece by piece, while the tiles multiply.
+struct Ahead {
+    const char* at;
+    const char* end;
+    int64_t lines;  // at a time
+};
+
 // A call of its own: the compiler moves nothing of it over the tile instructions.
 template <typename Finish>
 __attribute__((noinline)) static void finish_row(const Finish& finish, const SumsBlock& block) {
@@ -71,7 +78,7 @@ __attribute__((noinline)) static void finish_row(const Finish& finish, const Sum
 // at a time, more than the processor looks ahead by itself.
 template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
-                      SumsBlock* previous, const Finish& finish) {
+                      SumsBlock* previous, Ahead* ahead, const Finish& finish) {
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
     const int64_t share = steps > 0 ? (previous->height + steps - 1) / steps : 0;
     memory_is_written();
@@ -93,6 +100,10 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
     for (int64_t n = 0; n < share && previous->next < previous->height; ++n) {         \
         finish_row(finish, *previous);                                                 \
         ++previous->next;                                                              \
+    }                                                                                  \
+    for (int64_t n = 0; n < ahead->lines && ahead->at < ahead->end; ++n) {             \
+        _mm_prefetch(ahead->at, _MM_HINT_T1);                                          \
+        ahead->at += 64;                                                               \
     }
     for (int64_t t = 0; t < depth_tiles; ++t) {
         FMREC_LOAD_A(0);
@@ -132,15 +143,23 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 
 // Calls finish(row, column, sums, width) on pieces of the rows of A B, 32 or 16 columns wide, in
 // some order; columns is a multiple of 16. A has PLANES planes, B has STORED, of which the first
-// PLANES are used. finish must not write what A and B are in. The thread holds a TileState.
+// PLANES are used. finish must not write what A and B are in. The thread holds a TileState. `next`
+// (or null) is the B that is multiplied afterwards, about as large: in no cache, which is where a
+// single sequence finds the weights, it takes as long to read as this product takes.
 template <int PLANES, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
-                             int64_t columns, const Finish& finish) {
+                             int64_t columns, const Finish& finish,
+                             const uint16_t* next = nullptr) {
     static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
     const int64_t depth_tiles = round_to(depth, 32) / 32;
     alignas(64) float memory[2][32 * 32];
     SumsBlock previous = {memory[1], 0, 0, 0, 0, 0};
     int turn = 0;
+    const int64_t size = next ? 2 * amx_columns_size(depth, columns, STORED) : 0;
+    const int64_t times = round_to(rows, 32) / 32 * (round_to(columns, 32) / 32) * depth_tiles *
+                          (PLANES * (PLANES + 1) / 2);
+    Ahead ahead = {(const char*)next, (const char*)next + size,
+                   times > 0 ? (size / 64 + times - 1) / times : 0};
     for (int64_t i = 0; i < rows; i += 32) {
         const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
         const int64_t height = rows - i < 32 ? rows - i : 32;
@@ -151,15 +170,17 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
             if (height > 16) {
                 if (wide) {
                     tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 } else {
                     tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 }
             } else if (wide) {
-                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             } else {
-                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             }
             // Products without a depth leave it all.
             for (; previous.next < previous.height; ++previous.next) finish_row(finish, previous);
@@ -179,6 +200,7 @@ struct AmxProduct {
     float* c;            // element (i, j) at c[i * c_row + j]
     int64_t c_row;
     int64_t depth;
+    const uint16_t* next = nullptr;  // as amx_blocks
 };
 
 // `columns` is a multiple of 16; C, bias and B have as many. The thread holds a TileState.
@@ -196,7 +218,8 @@ static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t colum
                 if (q.add) sum += load(c + j);
                 store(c + j, sum);
             }
-        });
+        },
+        q.next);
 }
 
 }  // namespace

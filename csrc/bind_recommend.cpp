@@ -1,4 +1,5 @@
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "bind_encoder.h"
@@ -90,6 +91,7 @@ struct Sampling {
     EulerSampler a{};
     Recommend r{};
     py::array norm_weight, norm_bias, items, embedded_weight, embedded_bias, ids, taus, rows;
+    std::vector<std::int64_t> numbered;  // rows where none are given
     double tolerance;
     bool tied;
     int num_threads;
@@ -110,7 +112,6 @@ void read_sampling(Sampling& s, const PackedEncoder& packed, const py::object& n
     s.embedded_bias = input<float>(embedded_bias, "embedded_bias", 1);
     s.ids = input<std::int64_t>(ids, "ids", 2);
     s.taus = input<float>(taus, "taus", 2);
-    s.rows = input<std::int64_t>(rows, "rows", 1);
     s.num_threads = check_threads(num_threads);
     s.tied = tied;
     s.tolerance = tolerance;
@@ -126,7 +127,15 @@ void read_sampling(Sampling& s, const PackedEncoder& packed, const py::object& n
     check_shape(s.embedded_weight, "embedded_weight", "[D]", {channels});
     check_shape(s.embedded_bias, "embedded_bias", "[D]", {channels});
     check_shape(s.taus, "taus", "[q, D]", {a.steps, channels});
-    check_shape(s.rows, "rows", "[B]", {a.batch});
+    if (rows.is_none()) {
+        s.numbered.resize(static_cast<std::size_t>(a.batch));
+        std::iota(s.numbered.begin(), s.numbered.end(), std::int64_t{0});
+        a.rows = s.numbered.data();
+    } else {
+        s.rows = input<std::int64_t>(rows, "rows", 1);
+        check_shape(s.rows, "rows", "[B]", {a.batch});
+        a.rows = data<std::int64_t>(s.rows);
+    }
     if (velocity && tolerance > 0.0) {
         throw py::value_error("all steps at once are for a network that predicts the end");
     }
@@ -141,7 +150,6 @@ void read_sampling(Sampling& s, const PackedEncoder& packed, const py::object& n
     a.delta = static_cast<float>(delta);
     a.norm_weight = data<float>(s.norm_weight);
     a.norm_bias = data<float>(s.norm_bias);
-    a.rows = data<std::int64_t>(s.rows);
     a.taus = data<float>(s.taus);
     a.velocity = velocity;
     Recommend& r = s.r;
@@ -245,14 +253,14 @@ void recommend(const PackedEncoder& packed, const py::object& norm_weight,
 void bind_recommend(py::module_& m) {
     m.def("recommend", &recommend, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
           py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
-          py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
+          py::arg("taus"), py::arg("rows").none(true), py::arg("seed"), py::arg("start_seed"),
           py::arg("delta"), py::arg("exclude").none(true), py::arg("scores"), py::arg("best"),
           py::arg("num_threads"), py::arg("tied") = false, py::arg("tolerance") = 0.0,
           py::arg("start") = "noise", py::arg("keep") = 1.0, py::arg("velocity") = false,
           "From left-padded ids to the k best items: embedding, start, sampler, ranking.");
     m.def("sample", &sample, py::arg("packed"), py::arg("norm_weight"), py::arg("norm_bias"),
           py::arg("items"), py::arg("embedded_weight"), py::arg("embedded_bias"), py::arg("ids"),
-          py::arg("taus"), py::arg("rows"), py::arg("seed"), py::arg("start_seed"),
+          py::arg("taus"), py::arg("rows").none(true), py::arg("seed"), py::arg("start_seed"),
           py::arg("delta"), py::arg("out"), py::arg("num_threads"), py::arg("tied") = false,
           py::arg("tolerance") = 0.0, py::arg("start") = "noise", py::arg("keep") = 1.0,
           py::arg("velocity") = false,

@@ -16,10 +16,10 @@ void pack_planes(const float* weight, int64_t row, int64_t column, int64_t depth
     }
 }
 
-// c = a weight + bias, or c += ... : a is `planes`.
+// c = a weight + bias, or c += ... : a is `planes`. `next` are the weights used afterwards.
 FMREC_INLINE void amx_linear(const uint16_t* planes, const PackedLinear* w, bool add, float* c,
-                             int64_t c_row, int64_t rows) {
-    const AmxProduct p = {planes, w->planes, w->bias, nullptr, add, c, c_row, w->depth};
+                             int64_t c_row, int64_t rows, const uint16_t* next = nullptr) {
+    const AmxProduct p = {planes, w->planes, w->bias, nullptr, add, c, c_row, w->depth, next};
     amx_multiply<AMX_PLANES>(&p, rows, round_up(w->columns, UNIT));
 }
 
@@ -33,9 +33,9 @@ FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* 
     layer_norm(&norm, x, out, row_stride(e->channels), rows);
 }
 
-// x += feed_forward(norm(x)) on `rows` rows; normed is overwritten.
+// x += feed_forward(norm(x)) on `rows` rows; normed is overwritten. `after`: the weights used next.
 void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
-                      int64_t rows, float* normed) {
+                      int64_t rows, float* normed, const uint16_t* after) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     norm_rows(e, &b->norm2, x, normed, rows);
     split_rows(e, normed, rows, w->planes);
@@ -46,6 +46,8 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
         const int64_t depth_tiles = round_to(depth, 32) / 32;
         const float* bias = b->inner.bias + first;
         uint16_t* inner = w->inner_planes;
+        const uint16_t* outer =
+            b->outer.planes + first / INNER * amx_columns_size(INNER, e->channels, AMX_PLANES);
         // A block's columns are one tile of depth of the next product.
         amx_blocks<AMX_PLANES, AMX_PLANES>(
             w->planes, b->inner.planes + amx_columns_size(e->channels, first, AMX_PLANES),
@@ -58,11 +60,14 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
                 f32v high = broadcast(0.0f);
                 if (width > 16) high = gelu(load(sums + 16) + load(bias + column + 16));
                 split_pairs<AMX_PLANES>(low, high, out, spacing);
-            });
-        const AmxProduct p = {inner,
-                              b->outer.planes + first / INNER *
-                                  amx_columns_size(INNER, e->channels, AMX_PLANES),
-                              first == 0 ? b->outer.bias : nullptr, nullptr, true, x, stride, depth};
+            },
+            outer);
+        const uint16_t* next = after;
+        if (first + INNER < features) {
+            next = b->inner.planes + amx_columns_size(e->channels, first + INNER, AMX_PLANES);
+        }
+        const AmxProduct p = {inner, outer, first == 0 ? b->outer.bias : nullptr, nullptr,
+                              true,  x,     stride, depth, next};
         amx_multiply<AMX_PLANES>(&p, rows, padded);
     }
 }
@@ -86,12 +91,13 @@ FMREC_INLINE void amx_keys_and_values(const Encoder* e, const PackedBlock* b, co
     const int64_t stride = row_stride(e->channels);
     norm_rows(e, &b->norm1, x, w->normed, rows);
     split_rows(e, w->normed, rows, w->planes);
-    amx_linear(w->planes, &b->key, false, w->key, stride, rows);
+    amx_linear(w->planes, &b->key, false, w->key, stride, rows, b->value.planes);
     // Whole sequences of L rows: a ragged group is never rotated.
     for (int64_t row = 0; e->rotary && row < rows; row += e->length) {
         rotate_rows(e, w->key + row * stride, e->length, 0);
     }
-    amx_linear(w->planes, &b->value, false, w->value, stride, rows);
+    amx_linear(w->planes, &b->value, false, w->value, stride, rows,
+               b->key_back ? b->output.planes : b->query.planes);
 }
 
 // x = block(x) at all positions of the sequences first .. end - 1, a chunk; x is the group's.
@@ -111,7 +117,7 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
         }
     }
     if (queries < rows) split_rows(e, w->normed, queries, w->planes);
-    amx_linear(w->planes, &b->query, false, w->query, stride, queries);
+    amx_linear(w->planes, &b->query, false, w->query, stride, queries, b->output.planes);
     // What the heads mix, and the mean of the values for the padding, takes the norm's place.
     float* mixed = w->normed;
     float* query = w->query;
@@ -136,9 +142,9 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
     const int64_t outputs = (mixed - w->normed) / stride;
     split_rows(e, w->normed, outputs, w->planes);
     if (queries == rows) {
-        amx_linear(w->planes, &b->output, true, x, stride, rows);
+        amx_linear(w->planes, &b->output, true, x, stride, rows, b->inner.planes);
     } else {
-        amx_linear(w->planes, &b->output, false, w->query, stride, outputs);
+        amx_linear(w->planes, &b->output, false, w->query, stride, outputs, b->inner.planes);
         const float* y = w->query;
         for (int64_t s = first; s < end; ++s) {
             const int64_t row = row_of(e, r, s) - base, past = row_of(e, r, s + 1) - base;
@@ -150,7 +156,9 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
             }
         }
     }
-    amx_feed_forward(e, b, w, x, rows, w->normed);
+    const PackedBlock* after = b + 1;  // the last one begins with its query
+    amx_feed_forward(e, b, w, x, rows, w->normed,
+                     after->key_back ? after->query.planes : after->key.planes);
 }
 
 // What the heads mix for the last positions' queries, in their place in last_mixed, without keys and
@@ -171,7 +179,7 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
     }
     split_rows(e, w->by_head, all, w->planes);
     const AmxProduct back = {w->planes, b->key_back, nullptr, nullptr,
-                             false,     w->turned,   stride,  e->channels};
+                             false,     w->turned,   stride,  e->channels, b->value.planes};
     amx_multiply<AMX_PLANES>(&back, all, padded);
     for (int64_t s = 0; s < count; ++s) {
         const int64_t row = row_of(e, r, s), length = row_of(e, r, s + 1) - row;
@@ -194,7 +202,7 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
         multiply(&mean, heads, padded);
     }
     split_rows(e, w->by_head, all, w->planes);
-    amx_linear(w->planes, &b->value, false, w->turned, stride, all);
+    amx_linear(w->planes, &b->value, false, w->turned, stride, all, b->output.planes);
     for (int64_t i = 0; i < all; ++i) {
         const int64_t head = i % heads * width;
         __builtin_memcpy(w->last_mixed + i / heads * stride + head, w->turned + i * stride + head,
@@ -231,15 +239,16 @@ void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, 
     }
     norm_rows(e, &b->norm1, last, w->last_normed, count);
     split_rows(e, w->last_normed, count, w->planes);
-    amx_linear(w->planes, &b->query, false, w->last_mixed, stride, count);
+    amx_linear(w->planes, &b->query, false, w->last_mixed, stride, count,
+               e->rotary ? b->key.planes : b->key_back);
     if (e->rotary) {
         amx_mix_values(e, b, w, x, mask, r, count);
     } else {
         amx_mix_norms(e, b, w, x, mask, r, count);
     }
     split_rows(e, w->last_mixed, count, w->planes);
-    amx_linear(w->planes, &b->output, true, last, stride, count);
-    amx_feed_forward(e, b, w, last, count, w->last_mixed);
+    amx_linear(w->planes, &b->output, true, last, stride, count, b->inner.planes);
+    amx_feed_forward(e, b, w, last, count, w->last_mixed, nullptr);
 }
 
 void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,

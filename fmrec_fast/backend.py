@@ -200,7 +200,7 @@ def log_again(entries: list[Dispatch]) -> None:
 
 
 def log_run(op: str, backend: str) -> None:
-    """Enter that a compiled program runs `op` on `backend`, chosen when it was compiled."""
+    """Enter that `op` runs on `backend`, as was chosen before: when a program was compiled, say."""
     log = _log.get()
     if log is not None:
         log.append(Dispatch(op, Backend(backend)))

@@ -22,7 +22,7 @@ from fmrec_fast.ops.encoder import pack, variant_declined
 from fmrec_fast.reference.encoder import BlockWeights
 
 if TYPE_CHECKING:
-    from fmrec_fast.models.fmrec import FMRec
+    from fmrec_fast.models.fmrec import FMRec, FMRecommender
 
 # Kinds kept at a time: for rotary embedding weights are packed for a length, and time embeddings
 # belong to a number of steps.
@@ -31,24 +31,35 @@ T = TypeVar("T")
 
 
 class Weights:
-    """The parameters that a core's sampler reads, as they were found in its modules."""
+    """The parameters that sampling reads of a core or of a joint model, as they were found in its
+    modules."""
 
-    def __init__(self, core: FMRec) -> None:
+    def __init__(self, root: FMRec | FMRecommender) -> None:
+        core = self.core = _core_of(root)
         network = core.xstart_model
         self.blocks: list[BlockWeights] = network.att.weights()
         self.norm = (network.norm_fm_rep.weight, network.norm_fm_rep.bias)
-        self.tensors = [tensor for block in self.blocks for tensor in block.tensors()]
-        self.tensors += [p for layer in network.time_layers() for p in layer.parameters()]
+        # Of the joint model, read where they lie.
+        self.joint: tuple[Tensor, ...] = ()
+        if root is not core:
+            embedding, norm = root.item_embeddings, root.LayerNorm  # type: ignore[union-attr]
+            self.joint = (embedding.weight, norm.weight, norm.bias)
+        self._made_from = [tensor for block in self.blocks for tensor in block.tensors()]
+        self._made_from += [p for layer in network.time_layers() for p in layer.parameters()]
+        self.tensors = [*self._made_from, *self.norm, *self.joint]
         # The dictionaries on the way to them, with what they hold.
         self._ways: list[tuple[dict[str, Any], list[Any]]] = []
-        used = {id(tensor) for tensor in (*self.tensors, *self.norm)}
-        found = _ways(core, used, self._ways)
+        used = {id(tensor) for tensor in self.tensors}
+        found = _ways(root, used, self._ways)
         # Not where a weight is computed when it is read (a parametrization), or is no plain memory.
-        self.can_stay = found == used and all(map(_is_plain, (*self.tensors, *self.norm)))
+        self.can_stay = found == used and all(map(_is_plain, self.tensors))
         self._places = self._where()
+        # Both share what is made of the core's.
+        self._of_core = weights_of(core) if self.joint else self
         self._lock = threading.Lock()
         self._watch: Any = None
         self._state: State | None = None
+        self._arrays: list[Any] | None = None
 
     def _where(self) -> list[Any]:
         read = self.tensors
@@ -58,12 +69,12 @@ class Weights:
             *[t.stride() for t in read],
         ]
 
-    def are_those_of(self, core: FMRec) -> bool:
-        """Whether the core's modules still hold these tensors, and those their memory. What is in
-        the memory is not looked at."""
+    def are_those_of(self, root: FMRec | FMRecommender) -> bool:
+        """Whether the modules still hold these tensors, and those their memory. What is in the
+        memory is not looked at."""
         return (
             self.can_stay
-            and self._ways[0][0] is core._modules
+            and self._ways[0][0] is root._modules
             and extension.load().same_values(self._ways)
             and self._where() == self._places
         )
@@ -75,16 +86,26 @@ class Weights:
         Values that differ in any bit are taken for the same with a chance below 2^-61, whatever
         they are: the hash is keyed by random numbers of the process (`csrc/fingerprint.h`).
         """
+        if self._of_core is not self:
+            return self._of_core.state()
         if not self.can_stay:
             return State(self, None)
         if self._watch is None:
             # The arrays share the tensors' memory and keep it: no other storage comes to lie there.
-            self._watch = extension.load().Watch([t.detach().numpy() for t in self.tensors])
+            self._watch = extension.load().Watch([_array(t) for t in self._made_from])
         mark = self._watch.read()
         state = self._state
         if state is None or state.mark != mark:
             state = self._state = State(self, mark)
         return state
+
+    def arrays(self) -> list[Any]:
+        """The final norm's, and those of the joint model: their memory, where they can stay."""
+        found = self._arrays
+        if found is None:
+            found = [_array(tensor) for tensor in (*self.norm, *self.joint)]
+            self._arrays = found if self.can_stay else None
+        return found
 
     def unchanged(self, mark: bytes | None) -> bool:
         """Whether the values are still those that were read as `mark`."""
@@ -97,7 +118,6 @@ class State:
     def __init__(self, weights: Weights, mark: bytes | None) -> None:
         self.mark = mark
         self.weights = weights
-        self.norm = weights.norm
         self._packed: OrderedDict[Any, Any] = OrderedDict()
         self._taus: OrderedDict[Any, Any] = OrderedDict()
         self._declined: str | None = None
@@ -135,7 +155,7 @@ class State:
 
 
 class Keeper:
-    """Holds the `Weights` of a core from call to call. A copy or a pickle of it is empty."""
+    """Holds a model's `Weights` from call to call. A copy or a pickle of it is empty."""
 
     def __init__(self) -> None:
         self.weights: Weights | None = None
@@ -147,14 +167,14 @@ class Keeper:
         return Keeper, ()
 
 
-def weights_of(core: FMRec) -> Weights:
-    """The weights of a core, kept where they can be: then they are found once."""
-    keeper: Keeper | None = core.__dict__.get("_keeper")
+def weights_of(root: FMRec | FMRecommender) -> Weights:
+    """The weights of a core or a joint model, kept where they can be: then they are found once."""
+    keeper: Keeper | None = root.__dict__.get("_keeper")
     if keeper is None:
-        keeper = core.__dict__["_keeper"] = Keeper()
+        keeper = root.__dict__["_keeper"] = Keeper()
     weights = keeper.weights
-    if weights is None or not weights.are_those_of(core):
-        weights = Weights(core)
+    if weights is None or not weights.are_those_of(root):
+        weights = Weights(root)
         keeper.weights = weights if weights.can_stay else None
     return weights
 
@@ -164,6 +184,14 @@ def time_embeddings(core: FMRec, steps: int) -> Any:
     """Time embeddings [q, D] of the steps, as an array."""
     times = flow.step_times(steps, core.eps)
     return core.xstart_model.embed_time(times * core.time_scale).contiguous().numpy()
+
+
+def _core_of(root: Any) -> FMRec:
+    return root.fm if hasattr(root, "item_embeddings") else root
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
 
 
 def _ways(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast.backend import Rng, current_rng
+from fmrec_fast.config import PADDINGS
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
 from fmrec_fast.noise import as_seed
 from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded, request_rows
@@ -134,6 +135,14 @@ def sample(
         TypeError, ValueError: dtypes, shapes, steps or method are off, an option is not for the
             method, (on CPU) an id is out of range, or `graph` is True for what cannot be one.
     """
+    if (
+        not (graph or return_residual)
+        and all(given is None for given in (z0, noise, sweeps, tol))
+        and not torch.compiler.is_compiling()
+    ):
+        found = _in_one_call(model, sequences, steps, seed, rows, method, precision, padding)
+        if found is not None:
+            return found
     model.check_sequence(sequences)
     check_steps(steps)
     if method not in METHODS:
@@ -182,10 +191,6 @@ def sample(
                     padding=padding,
                 )
                 return sampler.call(sequences, seed=seed, rows=rows, z0=z0, at_once=bool(graph))
-    if z0 is None and noise is None and not (return_residual or torch.compiler.is_compiling()):
-        found = _in_one_call(model, sequences, q, seed, rows, method, precision, padding)
-        if found is not None:
-            return found
     training = _training_modules(model)
     for module in training:
         module.training = False
@@ -233,29 +238,40 @@ def sample(
 def _in_one_call(
     model: FMRecommender,
     sequences: Tensor,
-    steps: int,
+    steps: int | None,
     seed: int | Tensor | None,
     rows: Tensor | None,
     method: str,
     precision: str,
     padding: str,
 ) -> Tensor | None:
-    """`sample` step by step in one C++ call, which does not care how large the batch is; None where
-    there is none."""
+    """`sample` step by step in one C++ call; None where there is none, and where an argument is
+    off, which the other way names."""
     from fmrec_fast import serving  # which imports this module
 
-    if sequences.device.type != "cpu" or (seed is None and current_rng() is Rng.PUBLISHED):
+    if not isinstance(sequences, Tensor) or sequences.device.type != "cpu":
         return None
-    if method == "auto" and model.fm.prefers_parallel(*sequences.shape, steps, sequences.device):
+    if sequences.dtype != torch.int64 or sequences.ndim != 2 or sequences.shape[1] == 0:
         return None
-    if method not in ("euler", "auto"):
+    if method not in ("euler", "auto") or padding not in PADDINGS:
+        return None
+    if seed is None and current_rng() is Rng.PUBLISHED:
+        return None
+    check_steps(steps)
+    q = model.fm.steps if steps is None else steps
+    if method == "auto" and model.fm.prefers_parallel(*sequences.shape, q, sequences.device):
         return None
     packed = serving.packed_model(model, "euler", precision, padding, sequences.shape[1])
     if packed is None:
         return None
-    names = request_rows(rows, len(sequences), sequences.device)
-    key = as_seed(seed, sequences.device)
-    return packed.sample(sequences.contiguous(), names, steps, key, padding)
+    if rows is not None:
+        rows = request_rows(rows, len(sequences), sequences.device)
+    word = as_seed(seed, sequences.device)
+    try:
+        return packed.sample(sequences.contiguous(), rows, q, word, padding)
+    except ValueError:
+        model.check_sequence(sequences)  # names an id that is out of range
+        raise
 
 
 def _training_modules(model: FMRecommender) -> list[torch.nn.Module]:

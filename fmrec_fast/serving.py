@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, noise, packing
-from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
+from fmrec_fast.backend import Backend, BackendError, availability, current_backend, log_run
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops._checks import is_sharded
-from fmrec_fast.packing import State
+from fmrec_fast.packing import State, Weights
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
 
@@ -49,37 +49,34 @@ def packed_model(
     return None if isinstance(found, str) else PackedModel(model, found, length)
 
 
-def _find(model: FMRecommender, method: str, precision: str, padding: str) -> State | str:
-    """What is made of the weights, or why there is no such call."""
+def _find(
+    model: FMRecommender, method: str, precision: str, padding: str
+) -> tuple[Weights, State] | str:
+    """The weights and what is made of them, or why there is no such call."""
     if method not in METHODS or precision != "float32":
         return f"the call has methods {METHODS} in float32, got {method!r} in {precision!r}"
     backend = current_backend()
     if backend not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {backend.value!r}"
-    core, others = model.fm, model_weights(model)
-    if is_sharded(others[0]):
+    if is_sharded(model.item_embeddings.weight):
         return "its items are over ranks"
-    missing = availability(Backend.CPP, others[0].device)
+    missing = availability(Backend.CPP, model.item_embeddings.weight.device)
     if missing:
         return missing
-    stack = core.xstart_model.att
+    weights = packing.weights_of(model)
+    core, stack = weights.core, weights.core.xstart_model.att
+    if not weights.can_stay:
+        for tensor in weights.tensors:
+            if tensor.dtype != torch.float32:
+                return f"the call takes float32, got {tensor.dtype}"
     if (stack.attention, core.trajectory) != ("published", "straight"):
         options = (stack.attention, core.trajectory)
         return f"the call covers the published options only, got {options}"
-    weights = packing.weights_of(core)
-    for tensor in others if weights.can_stay else (*others, *weights.tensors):
-        if tensor.dtype != torch.float32:
-            return f"the call takes float32, got {tensor.dtype}"
     reason = unable(model, method, padding)
     if reason:
         return reason
     state = weights.state()
-    return state.declined() or state
-
-
-def model_weights(model: FMRecommender) -> tuple[Tensor, Tensor, Tensor]:
-    """What a call reads of the joint model besides its core."""
-    return model.item_embeddings.weight, model.LayerNorm.weight, model.LayerNorm.bias
+    return state.declined() or (weights, state)
 
 
 def unable(model: FMRecommender, method: str, padding: str) -> str:
@@ -97,7 +94,7 @@ class PackedModel:
     The transformer's are a packed copy; the others are read where they lie.
 
     Args:
-        state: what `packing` keeps of the core's weights; None looks it up.
+        found: weights and what is made of them; None looks them up.
         length: of the histories; None is the model's ``max_len``.
 
     Raises:
@@ -105,20 +102,22 @@ class PackedModel:
     """
 
     def __init__(
-        self, model: FMRecommender, state: State | None = None, length: int | None = None
+        self,
+        model: FMRecommender,
+        found: tuple[Weights, State] | None = None,
+        length: int | None = None,
     ) -> None:
-        if state is None:
-            found = _find(model, "auto", "float32", "published")
-            if isinstance(found, str):
-                raise BackendError(f"the model cannot be served in one call: {found}")
-            state = found
-        network = model.fm.xstart_model
-        self.model, self._state = model, state
+        if found is None:
+            looked_up = _find(model, "auto", "float32", "published")
+            if isinstance(looked_up, str):
+                raise BackendError(f"the model cannot be served in one call: {looked_up}")
+            found = looked_up
+        self.model, (weights, self._state) = model, found
+        network = weights.core.xstart_model
         self.delta = network.lambda_uncertainty
-        others = (*state.norm, *model_weights(model))
-        self.others = [tensor.detach().contiguous().numpy() for tensor in others]
+        self.others = weights.arrays()
         length = model.config.max_len if length is None else length
-        self.packed = state.packed(network.att.num_heads, length)
+        self.packed = self._state.packed(network.att.num_heads, length)
 
     def recommend(self, request: Request, seed: Tensor, method: str) -> Recommendations:
         """The best items for checked `request`s."""
@@ -131,13 +130,13 @@ class PackedModel:
 
         self._run("recommend", places, request.sequences, request.rows, request.steps, seed,
                   request.padding, method)  # fmt: skip
-        choose("item_ranking", scores)
+        log_run("item_ranking", "cpp")
         return Recommendations(ids, scores)
 
     def sample(
         self,
         sequences: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         steps: int,
         seed: Tensor,
         padding: str = "published",
@@ -154,7 +153,7 @@ class PackedModel:
         name: str,
         places: Callable[[slice], tuple[Any, ...]],
         sequences: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         steps: int,
         seed: Tensor,
         padding: str,
@@ -170,10 +169,13 @@ class PackedModel:
             wins = prefers_parallel(batch, steps, self.delta, sequences.device)
             method = "parallel" if wins else "euler"
         parallel = method == "parallel" and steps > 1
-        # What runs inside, for the log.
-        choose("picard_sweep" if parallel else "euler_sampler", sequences)
+        # What runs inside.
+        log_run("picard_sweep" if parallel else "euler_sampler", "cpp")
+        if rows is None and batch > ROWS:
+            rows = torch.arange(batch)
         use = noise.Use.START if start.name == "noise" else noise.Use.ANCHOR
-        seeds = int(seed), int(noise.derive_seed(seed, use))
+        key = int(seed)
+        seeds = key, noise.derived_word(key, use)
         call = getattr(extension.load(), name)
         for first in range(0, batch, ROWS):
             part = slice(first, first + ROWS)
@@ -182,7 +184,7 @@ class PackedModel:
                 *self.others,
                 sequences[part].numpy(),
                 taus,
-                rows[part].numpy(),
+                None if rows is None else rows[part].numpy(),
                 *seeds,
                 self.delta,
                 *places(part),
