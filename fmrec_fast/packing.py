@@ -42,8 +42,9 @@ class Weights:
         # Of the joint model, read where they lie.
         self.joint: tuple[Tensor, ...] = ()
         if root is not core:
-            embedding, norm = root.item_embeddings, root.LayerNorm  # type: ignore[union-attr]
-            self.joint = (embedding.weight, norm.weight, norm.bias)
+            outer: Any = root
+            norm = outer.LayerNorm
+            self.joint = (outer.item_embeddings.weight, norm.weight, norm.bias)
         self._made_from = [tensor for block in self.blocks for tensor in block.tensors()]
         self._made_from += [p for layer in network.time_layers() for p in layer.parameters()]
         self.tensors = [*self._made_from, *self.norm, *self.joint]
@@ -203,7 +204,7 @@ def _ways(
     for child in module._modules.values():
         if child is not None:
             found |= _ways(child, used, ways)
-    own = [module._modules] if found else []
+    own: list[dict[str, Any]] = [module._modules] if found else []
     for tensors in (module._parameters, module._buffers):
         here = {id(tensor) for tensor in tensors.values()} & used
         own += [tensors] if here else []

@@ -259,13 +259,14 @@ def _in_one_call(
         return None
     check_steps(steps)
     q = model.fm.steps if steps is None else steps
-    if method == "auto" and model.fm.prefers_parallel(*sequences.shape, q, sequences.device):
+    batch, length = sequences.shape
+    if method == "auto" and model.fm.prefers_parallel(batch, length, q, sequences.device):
         return None
-    packed = serving.packed_model(model, "euler", precision, padding, sequences.shape[1])
+    packed = serving.packed_model(model, "euler", precision, padding, length)
     if packed is None:
         return None
     if rows is not None:
-        rows = request_rows(rows, len(sequences), sequences.device)
+        rows = request_rows(rows, batch, sequences.device)
     word = as_seed(seed, sequences.device)
     try:
         return packed.sample(sequences.contiguous(), rows, q, word, padding)

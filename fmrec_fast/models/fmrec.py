@@ -432,7 +432,8 @@ class FMRec(nn.Module):
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
-            wins = self.prefers_parallel(*item_rep.shape[:2], len(times), z0.device)
+            batch, length = item_rep.shape[:2]
+            wins = self.prefers_parallel(batch, length, len(times), z0.device)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
