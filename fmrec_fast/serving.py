@@ -15,10 +15,11 @@ from torch import Tensor
 from fmrec_fast import extension, noise, packing
 from fmrec_fast.backend import Backend, BackendError, availability, current_backend, log_run
 from fmrec_fast.models.fmrec import FMRecommender
-from fmrec_fast.ops._checks import is_sharded
+from fmrec_fast.ops._checks import check_padding, is_sharded, request_rows
 from fmrec_fast.packing import State, Weights
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
+from fmrec_fast.sampler import check_steps
 
 ROWS = 512  # taken together, so that a batch of any size needs little memory
 
@@ -265,9 +266,36 @@ class Server:
             rows=rows,
             padding=padding,
         )
+        packed = self._ready(method, padding)
+        return packed.recommend(request, noise.as_seed(seed, "cpu"), method)
+
+    def sample(
+        self,
+        sequences: Tensor,
+        *,
+        steps: int | None = None,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+        padding: str = "published",
+        method: str = "auto",
+    ) -> Tensor:
+        """As `fmrec_fast.sample`, for histories [B, L]; with rotary embedding L is ``max_len``."""
+        self.model.check_sequence(sequences)
+        check_steps(steps)
+        check_padding(padding)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        if rows is not None:
+            rows = request_rows(rows, len(sequences), sequences.device)
+        packed = self._ready(method, padding)
+        q = self.model.fm.steps if steps is None else steps
+        word = noise.as_seed(seed, "cpu")
+        return packed.sample(sequences.contiguous(), rows, q, word, padding, method)
+
+    def _ready(self, method: str, padding: str) -> PackedModel:
         reason = unable(self.model, method, padding)
         if reason:
             raise BackendError(f"the model cannot be served in one call: {reason}")
         if self._read_state() != self._state:
             self.refresh()
-        return self._packed.recommend(request, noise.as_seed(seed, "cpu"), method)
+        return self._packed
