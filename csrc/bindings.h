@@ -78,6 +78,7 @@ void bind_attention(py::module_& m);
 void bind_dropout(py::module_& m);
 void bind_encoder(py::module_& m);
 void bind_euler_sampler(py::module_& m);
+void bind_feed_forward(py::module_& m);
 void bind_fingerprint(py::module_& m);
 void bind_history_loss(py::module_& m);
 void bind_item_cross_entropy(py::module_& m);
@@ -87,5 +88,6 @@ void bind_memory(py::module_& m);
 void bind_noise_fusion(py::module_& m);
 void bind_picard_sweep(py::module_& m);
 void bind_recommend(py::module_& m);
+void bind_rms_norm(py::module_& m);
 
 }  // namespace fmrec

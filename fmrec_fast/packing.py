@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Kinds kept at a time: for rotary embedding weights are packed for a length, and time embeddings
 # belong to a number of steps.
-MOST_PACKED, MOST_TAUS = 2, 64
+MOST_PACKED, MOST_TAUS = 3, 64
 T = TypeVar("T")
 
 
@@ -53,7 +53,9 @@ class Weights:
         used = {id(tensor) for tensor in self.tensors}
         found = _ways(root, used, self._ways)
         # Not where a weight is computed when it is read (a parametrization), or is no plain memory.
-        self.can_stay = found == used and all(map(_is_plain, self.tensors))
+        self.can_stay = (
+            found == used and all(map(_is_plain, self.tensors)) and extension.available()
+        )
         self._places = self._where()
         # Both share what is made of the core's.
         self._of_core = weights_of(core) if self.joint else self
@@ -67,7 +69,7 @@ class Weights:
         return [
             *[t.data_ptr() for t in read],
             *[t.shape for t in read],
-            *[t.stride() for t in read],
+            *[t.is_contiguous() for t in read],
         ]
 
     def are_those_of(self, root: FMRec | FMRecommender) -> bool:
@@ -135,12 +137,15 @@ class State:
                         kept.popitem(last=False)
         return found
 
-    def packed(self, num_heads: int, length: int | None) -> Any:
-        """The blocks as the C++ kernels read them, for histories of `length` positions."""
+    def packed(self, num_heads: int, length: int | None, precision: str) -> Any:
+        """The blocks as the C++ kernels read them, for histories of `length` positions and products
+        of this `precision`."""
         blocks = self.weights.blocks
         rotary = blocks[0].inv_freq is not None
-        key = (extension.load().isa(), num_heads, length if rotary else None)
-        return self._keep(self._packed, key, MOST_PACKED, lambda: pack(blocks, num_heads, length))
+        key = (extension.load().isa(), num_heads, length if rotary else None, precision)
+        return self._keep(
+            self._packed, key, MOST_PACKED, lambda: pack(blocks, num_heads, length, precision)
+        )
 
     def taus(self, core: FMRec, steps: int) -> Any:
         """The array of `time_embeddings`."""
@@ -170,14 +175,19 @@ class Keeper:
 
 def weights_of(root: FMRec | FMRecommender) -> Weights:
     """The weights of a core or a joint model, kept where they can be: then they are found once."""
-    keeper: Keeper | None = root.__dict__.get("_keeper")
-    if keeper is None:
-        keeper = root.__dict__["_keeper"] = Keeper()
-    weights = keeper.weights
-    if weights is None or not weights.are_those_of(root):
+    weights = kept_weights(root)
+    if weights is None:
         weights = Weights(root)
+        keeper = root.__dict__.setdefault("_keeper", Keeper())
         keeper.weights = weights if weights.can_stay else None
     return weights
+
+
+def kept_weights(root: FMRec | FMRecommender) -> Weights | None:
+    """`weights_of` where they are kept already and the modules still hold them."""
+    keeper: Keeper | None = root.__dict__.get("_keeper")
+    weights = None if keeper is None else keeper.weights
+    return weights if weights is not None and weights.are_those_of(root) else None
 
 
 @torch.no_grad()

@@ -47,8 +47,9 @@ def recommend(
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
 
-    On a CPU with the C++ kernels this is one call, from ids to the best items; the weights are
-    packed for it afresh. A `Server` keeps them packed.
+    On a CPU with the C++ kernels this is one call, from ids to the best items; the weights stay
+    packed from call to call for as long as no bit of them changes, and are read to see that. A
+    `Server` does not read them.
 
     Args:
         model: the joint model.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import PADDINGS
+from fmrec_fast.forward_mode import is_wrapped
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
 from fmrec_fast.noise import as_seed
 from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded, request_rows
@@ -249,7 +250,8 @@ def _in_one_call(
     off, which the other way names."""
     from fmrec_fast import serving  # which imports this module
 
-    if not isinstance(sequences, Tensor) or sequences.device.type != "cpu":
+    # Not a subclass, nor inside a transform: memory that the kernels can read.
+    if type(sequences) is not Tensor or is_wrapped(sequences) or sequences.device.type != "cpu":
         return None
     if sequences.dtype != torch.int64 or sequences.ndim != 2 or sequences.shape[1] == 0:
         return None

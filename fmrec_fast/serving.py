@@ -16,6 +16,7 @@ from fmrec_fast import extension, noise, packing
 from fmrec_fast.backend import Backend, BackendError, availability, current_backend, log_run
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops._checks import check_padding, is_sharded, request_rows
+from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.packing import State, Weights
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
@@ -30,11 +31,10 @@ METHODS = ("euler", "parallel", "auto")
 def obstacle(
     model: FMRecommender,
     method: str = "auto",
-    precision: str = "float32",
     padding: str = "published",
 ) -> str:
     """Why recommendations do not come from one C++ call here; empty if they do."""
-    found = _find(model, method, precision, padding)
+    found = _find(model, method, padding)
     return found if isinstance(found, str) else ""
 
 
@@ -46,25 +46,26 @@ def packed_model(
     length: int | None = None,
 ) -> PackedModel | None:
     """The model for one call with its weights as they are now; None where it has no such call."""
-    found = _find(model, method, precision, padding)
-    return None if isinstance(found, str) else PackedModel(model, found, length)
+    found = _find(model, method, padding)
+    return None if isinstance(found, str) else PackedModel(model, precision, found, length)
 
 
-def _find(
-    model: FMRecommender, method: str, precision: str, padding: str
-) -> tuple[Weights, State] | str:
+def _find(model: FMRecommender, method: str, padding: str) -> tuple[Weights, State] | str:
     """The weights and what is made of them, or why there is no such call."""
-    if method not in METHODS or precision != "float32":
-        return f"the call has methods {METHODS} in float32, got {method!r} in {precision!r}"
+    if method not in METHODS:
+        return f"the call has methods {METHODS}, got {method!r}"
     backend = current_backend()
     if backend not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {backend.value!r}"
-    if is_sharded(model.item_embeddings.weight):
-        return "its items are over ranks"
-    missing = availability(Backend.CPP, model.item_embeddings.weight.device)
-    if missing:
-        return missing
-    weights = packing.weights_of(model)
+    weights = packing.kept_weights(model)  # which are on the CPU, and those of an extension
+    if weights is None:
+        table = model.item_embeddings.weight
+        if is_sharded(table):
+            return "its items are over ranks"
+        missing = availability(Backend.CPP, table.device)
+        if missing:
+            return missing
+        weights = packing.weights_of(model)
     core, stack = weights.core, weights.core.xstart_model.att
     if not weights.can_stay:
         for tensor in weights.tensors:
@@ -92,7 +93,8 @@ def unable(model: FMRecommender, method: str, padding: str) -> str:
 class PackedModel:
     """The weights that a recommendation reads, as the C++ call takes them.
 
-    The transformer's are a packed copy; the others are read where they lie.
+    The transformer's are a packed copy, for products of a precision; the others are read where they
+    lie.
 
     Args:
         found: weights and what is made of them; None looks them up.
@@ -105,11 +107,13 @@ class PackedModel:
     def __init__(
         self,
         model: FMRecommender,
+        precision: str = "float32",
         found: tuple[Weights, State] | None = None,
         length: int | None = None,
     ) -> None:
+        check_precision(precision)
         if found is None:
-            looked_up = _find(model, "auto", "float32", "published")
+            looked_up = _find(model, "auto", "published")
             if isinstance(looked_up, str):
                 raise BackendError(f"the model cannot be served in one call: {looked_up}")
             found = looked_up
@@ -118,7 +122,7 @@ class PackedModel:
         self.delta = network.lambda_uncertainty
         self.others = weights.arrays()
         length = model.config.max_len if length is None else length
-        self.packed = self._state.packed(network.att.num_heads, length)
+        self.packed = self._state.packed(network.att.num_heads, length, precision)
 
     def recommend(self, request: Request, seed: Tensor, method: str) -> Recommendations:
         """The best items for checked `request`s."""
@@ -208,18 +212,20 @@ class Server:
 
     Args:
         model: in evaluation mode or not, dropout is off.
+        precision: as in `sample`.
 
     Raises:
+        ValueError: no such precision.
         BackendError: the model cannot be served by the C++ kernels here; the message says why.
     """
 
-    def __init__(self, model: FMRecommender) -> None:
-        self.model = model
+    def __init__(self, model: FMRecommender, precision: str = "float32") -> None:
+        self.model, self.precision = model, precision
         self.refresh()
 
     def refresh(self) -> None:
         """Pack the weights as they are now."""
-        self._packed = PackedModel(self.model)
+        self._packed = PackedModel(self.model, self.precision)
         self._places = [
             (tensors, name)
             for module in self.model.modules()

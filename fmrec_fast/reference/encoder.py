@@ -144,6 +144,15 @@ class AttendLast(Protocol):
     ) -> Tensor: ...
 
 
+class Feed(Protocol):
+    """A block's second half, its dropouts included, in the definition's place; None where it does
+    not cover `x`."""
+
+    def __call__(
+        self, x: Tensor, w: BlockWeights, *, p: float, site: int, position_offset: int
+    ) -> Tensor | None: ...
+
+
 def no_drop(
     x: Tensor,
     p: float,
@@ -406,6 +415,7 @@ def block(
     norm: Norm = norm,
     attend: Attend | None = None,
     attend_last: AttendLast | None = None,
+    feed: Feed | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """One block (paper, section 4.2): [B, L, D] -> [B, L, D], or [B, 1, D] with `last_only`.
@@ -447,6 +457,10 @@ def block(
             path=paths(index, 1),
             linear=linear,
         )
+    if feed is not None and paths is no_paths and variant == FMREC:
+        fed = feed(x, w, p=p, site=sites[2], position_offset=start)
+        if fed is not None:
+            return fed
     normed = norm(x, w.norm2_weight, w.norm2_bias)
     inner = linear(normed, w.w1_weight, w.w1_bias)
     inner = drop(inner, p, sites[2], activation="gelu", position_offset=start)
@@ -478,6 +492,7 @@ def encoder(
     norm: Norm = norm,
     attend: Attend | None = None,
     attend_last: AttendLast | None = None,
+    feed: Feed | None = None,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -491,9 +506,9 @@ def encoder(
         variant: the kind of block; paths: its drop path.
         cross, context: Fave's cross-attention steps over `context` [B, L, D].
         linear, norm: compute the linear layers and the norms.
-        attend, attend_last: see `attention`.
+        attend, attend_last: see `attention`; feed: see `Feed`.
         precision: both operands of every product are `rounded` to it and multiplied in float32;
-            with one that is not 'float32', `linear` and the attentions given are not used.
+            with one that is not 'float32', `linear`, `feed` and the attentions given are not used.
         first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
@@ -502,7 +517,7 @@ def encoder(
     tapped = None
     bias = attention_bias(mask, attention)
     if precision != "float32":
-        attend, attend_last = None, None
+        attend, attend_last, feed = None, None, None
         linear = partial(_rounded_linear, precision=precision)
     if first_key_bias is not None:
         bias = first_key_bias_of(first_key_bias, x.shape[1])
@@ -525,6 +540,7 @@ def encoder(
             norm=norm,
             attend=attend,
             attend_last=attend_last,
+            feed=feed,
             precision=precision,
         )
         if index == tap:
