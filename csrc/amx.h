@@ -65,6 +65,13 @@ struct Rows {
     static constexpr int count = COUNT;
 };
 
+// Memory that is wanted next: asked for piece by piece, while the tiles multiply.
+struct Ahead {
+    const char* at;
+    const char* end;
+    int64_t lines;  // at a time
+};
+
 // A call of its own: the compiler moves nothing of it over the tile instructions.
 template <int COUNT, typename Finish>
 __attribute__((noinline)) static void finish_rows(const Finish& finish, SumsBlock* block) {
@@ -85,7 +92,7 @@ FMREC_INLINE void finish_block(const Finish& finish, SumsBlock* block) {
 // at a time, more than the processor looks ahead by itself.
 template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
-                      SumsBlock* previous, const Finish& finish) {
+                      SumsBlock* previous, Ahead* ahead, const Finish& finish) {
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
     int64_t due = 0;  // pairs of rows, times steps
     memory_is_written();
@@ -106,6 +113,10 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
     if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);                    \
     for (due += previous->height / 2; due >= steps; due -= steps) {                    \
         finish_rows<2>(finish, previous);                                              \
+    }                                                                                  \
+    for (int64_t n = 0; n < ahead->lines && ahead->at < ahead->end; ++n) {             \
+        _mm_prefetch(ahead->at, _MM_HINT_T1);                                          \
+        ahead->at += 64;                                                               \
     }
     for (int64_t t = 0; t < depth_tiles; ++t) {
         FMREC_LOAD_A(0);
@@ -145,16 +156,24 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 
 // Calls finish(Rows<N>(), row, column, sums, width) on pieces of N rows of A B, 32 apart, 32 or 16
 // columns wide, in some order; columns is a multiple of 16. N is 2, of which the first row is even,
-// or 1. A has PLANES planes, B has STORED, of which the first
-// PLANES are used. finish must not write what A and B are in. The thread holds a TileState.
+// or 1. A has PLANES planes, B has STORED, of which the first PLANES are used. finish must not write
+// what A and B are in. The thread holds a TileState. `next` (or null) is the B that is multiplied
+// afterwards, about as large: in no cache, which is where a single sequence finds the weights, it
+// takes as long to read as this product takes.
 template <int PLANES, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
-                             int64_t columns, const Finish& finish) {
+                             int64_t columns, const Finish& finish,
+                             const uint16_t* next = nullptr) {
     static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
     const int64_t depth_tiles = round_to(depth, 32) / 32;
     alignas(64) float memory[2][32 * 32];
     SumsBlock previous = {memory[1], 0, 0, 0, 0, 0};
     int turn = 0;
+    const int64_t size = next ? 2 * amx_columns_size(depth, columns, STORED) : 0;
+    const int64_t times = round_to(rows, 32) / 32 * (round_to(columns, 32) / 32) * depth_tiles *
+                          (PLANES * (PLANES + 1) / 2);
+    Ahead ahead = {(const char*)next, (const char*)next + size,
+                   times > 0 ? (size / 64 + times - 1) / times : 0};
     for (int64_t i = 0; i < rows; i += 32) {
         const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
         const int64_t height = rows - i < 32 ? rows - i : 32;
@@ -165,15 +184,17 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
             if (height > 16) {
                 if (wide) {
                     tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 } else {
                     tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 }
             } else if (wide) {
-                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             } else {
-                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             }
             // An odd row; products without a depth leave it all.
             finish_block(finish, &previous);
@@ -193,6 +214,7 @@ struct AmxProduct {
     float* c;            // element (i, j) at c[i * c_row + j]
     int64_t c_row;
     int64_t depth;
+    const uint16_t* next = nullptr;  // as amx_blocks
 };
 
 // `columns` is a multiple of 16; C, bias and B have as many. The thread holds a TileState.
@@ -213,7 +235,8 @@ static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t colum
                     store(c + j, sum);
                 }
             }
-        });
+        },
+        q.next);
 }
 
 }  // namespace

@@ -21,7 +21,8 @@ const int64_t CHUNK_ROWS = 400;
 const int64_t CHUNK_ROWS = 96;
 #endif
 
-// Memory of a chunk's block, all rows padded; R = max(L, CHUNK_ROWS), or all rows that there are.
+// Memory of a chunk's block, all rows padded; R is as many as a chunk has: L, or more up to
+// CHUNK_ROWS.
 struct Workspace {
     float* normed;      // [R, stride]
     float* query;       // [R + 3, stride]; then the heads' mixed values
@@ -57,8 +58,9 @@ FMREC_INLINE float* take(float** memory, int64_t count) {
 int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     float* const start = memory;
     const int64_t stride = row_stride(e->channels), queries = padded_queries(e);
-    const int64_t most = e->length > CHUNK_ROWS ? e->length : CHUNK_ROWS;
-    const int64_t rows = count * e->length < most ? count * e->length : most;
+    // What one sequence takes should stay in the cache, and is cleared at every call.
+    const int64_t all = count * e->length, most_rows = all < CHUNK_ROWS ? all : CHUNK_ROWS;
+    const int64_t rows = e->length > most_rows ? e->length : most_rows;
     w->normed = take(&memory, rows * stride);
     w->query = take(&memory, (rows + 3) * stride);
     w->key = take(&memory, rows * stride);

@@ -225,9 +225,7 @@ def pack(
     """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
     `length` positions and products of this `precision`, see `encoder`.
 
-    Packed anew for every call and never kept: that takes less than a network evaluation of one
-    sequence, and no note of a tensor's address and version sees every way to write to it
-    (``parameter.data``, a numpy view).
+    A copy, of the weights as they are now: `packing` keeps it for as long as they stay so.
     """
     arrays = [
         tuple(None if part is None else part.detach().contiguous().numpy() for part in block[:-1])
