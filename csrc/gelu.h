@@ -47,13 +47,16 @@ FMREC_INLINE f32v gelu_derivative(f32v x) {
     return s + x * s * (e * s) * (x * x * quadratic + linear_term);
 }
 
-// With y = d(2 u)/dx: 2 s (1 - s) y + x s (1 - s) ((1 - 2 s) y^2 + dy/dx).
-FMREC_INLINE f32v gelu_second_derivative(f32v x) {
+// gelu(x) and its first two derivatives. With y = d(2 u)/dx the second one is
+// 2 s (1 - s) y + x s (1 - s) ((1 - 2 s) y^2 + dy/dx).
+FMREC_INLINE void gelu_derivatives(f32v x, f32v* value, f32v* first, f32v* second) {
     const f32v linear_term = broadcast(1.595769122f), quadratic = broadcast(0.2140644888f);
     const f32v e = gelu_exponential(x);
     const f32v s = reciprocal(e + 1.0f), bell = s * (e * s);
     const f32v y = x * x * quadratic + linear_term;
-    return bell * (y + y + x * ((1.0f - s - s) * y * y + (x + x) * quadratic));
+    *value = x * s;
+    *first = s + x * bell * y;
+    *second = bell * (y + y + x * ((1.0f - s - s) * y * y + (x + x) * quadratic));
 }
 
 }  // namespace
