@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--interactions", type=int, default=100_000_000)
     parser.add_argument("--users", type=int, help="default: a 50th of the interactions")
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=3000, help="of training")
+    parser.add_argument("--steps", type=int, default=2000, help="of training")
     parser.add_argument("--folder", type=Path, help="where; default: a temporary folder")
     parser.add_argument("--keep", action="store_true", help="leave what was made")
     parser.add_argument("--out", type=Path, help="JSON; default: in results/")
