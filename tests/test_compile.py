@@ -19,7 +19,7 @@ from fmrec_fast import (
     use_rng,
 )
 from fmrec_fast.backend import availability
-from fmrec_fast.ops import attention, dropout, encoder, linear, noise_fusion
+from fmrec_fast.ops import attention, dropout, encoder, feed_forward, linear, noise_fusion
 from fmrec_fast.ops.encoder import unflatten
 from fmrec_fast.randomness import random_source
 from fmrec_fast.testing import make_sequences
@@ -47,6 +47,11 @@ def block_weights(blocks: int) -> list[Tensor]:
     d = 16
     shapes = [(d,), (d,), *[(d, d), (d,)] * 4, (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [0.3 * randn(*s, seed=i) for i, s in enumerate(shapes * blocks)]
+
+
+def feed_weights(grad: bool = False) -> list[Tensor]:
+    shapes = [(16,), (16,), (32, 16), (32,), (16, 32), (16,)]
+    return [randn(*shape, seed=i + 1, grad=grad) for i, shape in enumerate(shapes)]
 
 
 # --- the registered ops, each with every kind of argument ---------------------------------------
@@ -78,6 +83,17 @@ REGISTERED = [
         lambda: (ops.linear, (WIDE, randn(32, 16, seed=1, grad=True), randn(32, grad=True))),
         id="linear",
         marks=CPP,
+    ),
+    *(
+        pytest.param(
+            lambda p=p: (
+                ops.feed_forward,
+                (randn(3, 5, 16, grad=True), *feed_weights(grad=True), ROWS, SEED, 2, 1, 3, p),
+            ),
+            id=f"feed_forward-{p}",
+            marks=CPP,
+        )
+        for p in (0.0, 0.3)
     ),
     pytest.param(
         lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, SEED, 1, 0.2, 4, "cpp")),
@@ -163,7 +179,7 @@ def test_opcheck(case):
 
 
 def test_every_kernel_that_has_to_be_is_registered():
-    names = {"noise_fusion", "dropout", "linear", "attention", "encoder"}
+    names = {"noise_fusion", "dropout", "linear", "feed_forward", "attention", "encoder"}
     names |= {"euler_sampler", "picard_sweep"}
     for name in names:
         assert hasattr(ops, name), name
@@ -186,7 +202,12 @@ def attend(qkv: Tensor) -> Tensor:
     return attention(qkv, MASK, num_heads=4, p=0.2, seed=SEED, rows=ROWS, site=1)
 
 
+def feed(*tensors: Tensor) -> Tensor:
+    return feed_forward(*tensors, 0.3, seed=SEED, rows=ROWS, site=3, position_offset=1)
+
+
 CALLS = {
+    "feed_forward": (feed, (randn(3, 30, 16), *feed_weights())),
     "noise_fusion": (fuse, (randn(3, 5, 16), randn(3, 16, seed=1), randn(16, seed=2))),
     "dropout": (drop, (randn(3, 5, 16), randn(3, 5, 16, seed=1))),
     "linear": (linear, (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2))),

@@ -109,9 +109,11 @@ def covers(width: int, inner: int) -> bool:
 
 def joins(x: Tensor, inner: int) -> bool:
     """Whether a block is to call the op: where its own kernel would run, on [B, P, D]."""
-    if is_wrapped(x) or is_dual(x) or not covers(x.shape[-1], inner):
+    if not covers(x.shape[-1], inner):
         return False
-    return torch.compiler.is_compiling() or x.shape[0] * x.shape[1] >= FEWEST_ROWS
+    if torch.compiler.is_compiling():
+        return True
+    return x.shape[0] * x.shape[1] >= FEWEST_ROWS and not (is_wrapped(x) or is_dual(x))
 
 
 def _forward(
