@@ -30,6 +30,7 @@ HOST_SOURCES = [
 # One op, one stem.
 KERNEL_SOURCES = [
     "csrc/attention.cpp",
+    "csrc/attention_tangent.cpp",
     "csrc/noise_fusion.cpp",
     "csrc/dropout.cpp",
     "csrc/history_loss.cpp",
@@ -39,6 +40,7 @@ KERNEL_SOURCES = [
     "csrc/linear.cpp",
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",
+    "csrc/rms_norm.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
 ]
@@ -172,7 +174,7 @@ setup(
     packages=[*packages, "fmrec_fast.kernels"],
     # The Triton kernels lie in a folder of their own, next to csrc/.
     package_dir={"fmrec_fast": "fmrec_fast", "fmrec_fast.kernels": "kernels"},
-    package_data={"fmrec_fast": ["py.typed"]},
+    package_data={"fmrec_fast": ["py.typed"], "fmrec_fast.kernels": ["*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

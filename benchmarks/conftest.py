@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fmrec_fast benchmarks")
     group.addoption("--quick", action="store_true", help="small sizes, three rounds")
     group.addoption("--compiled", action="store_true", help="torch.compile in a quick run too")
-    group.addoption("--large", action="store_true", help="item tables of up to 1e6 rows too")
+    group.addoption("--large", action="store_true", help="cases of minutes: 1e6 items, B = 4096")
     group.addoption("--save", action="store_true", help=f"write the record to {RESULTS}")
     group.addoption("--results", metavar="DIR", type=Path, help="folder of the record")
     group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
@@ -49,6 +49,7 @@ class Suite:
 
     def __init__(self, config: pytest.Config) -> None:
         self.quick: bool = config.getoption("quick")
+        self.large: bool = config.getoption("large")
         cuda = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(config.getoption("device") or cuda)
         self.sizes: Sizes = QUICK if self.quick else FULL

@@ -274,8 +274,9 @@ def automatic_backend(op: str, function: Callable[[], Any]) -> Backend:
 class RoundRobin:
     """Times variants in rounds, every variant once a round, the order turning from round to round.
 
-    A variant that has used up the budget alone sits out after `ROUNDS_OF_THE_SLOW` rounds; the
-    record says how many rounds each one had.
+    A variant that has used up the budget alone sits out after `ROUNDS_OF_THE_SLOW` rounds, one
+    whose single run takes longer than the budget after that; the record says how many rounds each
+    one had.
 
     Args:
         variants: name to function.
@@ -308,7 +309,8 @@ class RoundRobin:
         turn = self.rounds % len(names)
         for name in names[turn:] + names[:turn]:
             seconds = self.timings[name].seconds
-            if len(seconds) < ROUNDS_OF_THE_SLOW or sum(seconds) < self.budget:
+            few = len(seconds) < ROUNDS_OF_THE_SLOW and max(seconds, default=0) < self.budget
+            if few or sum(seconds) < self.budget:
                 seconds.append(self.once(name))
         self.rounds += 1
 

@@ -21,26 +21,43 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
 MARKS = "<!-- plan -->\n", "<!-- /plan -->"
 ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes three of them
 GRADIENT_BYTES = 8  # a parameter: zeroed and added to
+ITEM_COLLECTIVES = 12  # of a step, for tables over ranks
+# And of gradients (at least one), the losses; and with tables on every rank, the rows' counts.
+SHARDED_COLLECTIVES, DATA_PARALLEL_COLLECTIVES = ITEM_COLLECTIVES + 2, 3
 KB, MB, GB, TB = 1e3, 1e6, 1e9, 1e12
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank has: FLOP/s, bytes/s of memory, bytes/s of its link, bytes of memory."""
+    """What one rank has: FLOP/s, bytes/s of memory, bytes/s of its link, bytes of memory; and the
+    bytes of a number that the loss's kernel gives a row (float64 in C++, float32 in Triton)."""
 
     name: str
     flops: float
     bandwidth: float
     link: float
     memory: float
+    statistic: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured of ranks that all compute at once, so that they share a machine's cores and
+    memory as in a step: seconds of a step of the whole batch on each and of Adam on all parameters;
+    bytes/s of a large all-reduce out of each, and seconds of a small one."""
+
+    step: float
+    update: float
+    link: float
+    latency: float
 
 
 # Measured here (docs/performance.md): the matrix kernel on 2 cores, 2 x 185 GFLOP/s; fused Adam,
 # 28.3 M parameters in 17 ms. The link is an assumption, 10 Gbit/s.
-CPU = Machine("2 CPU cores", 370e9, 28.3e6 * ADAM_BYTES / 17e-3, 1.25e9, 64 * GB)
+CPU = Machine("2 CPU cores", 370e9, 28.3e6 * ADAM_BYTES / 17e-3, 1.25e9, 64 * GB, 8)
 # Data sheet of an H100 (SXM): float32 without tensor cores, HBM3. The link is an assumption, 400
 # Gbit/s a GPU.
-GPU = Machine("H100", 67e12, 3.35e12, 50e9, 80 * GB)
+GPU = Machine("H100", 67e12, 3.35e12, 50e9, 80 * GB, 4)
 # Of a rank's memory, what tables and optimizer may take; the rest is activations and buffers.
 USABLE = 0.75
 
@@ -112,17 +129,30 @@ class Sizes:
         """A ring all-reduce of all gradients: 2 (N - 1) / N of 4 P."""
         return 2 * (ranks - 1) / ranks * 4 * (self.table_parameters + self.other_parameters)
 
-    def sharded_bytes(self, ranks: int) -> float:
-        """All-reduce of the rest; of the tables, looked-up rows and what the losses exchange.
+    def small_bytes(self, ranks: int, losses: int = 4) -> float:
+        """Beside gradients, data parallel: of every row how many distinct items it has (8 bytes,
+        gathered), and the losses (8 bytes each, summed)."""
+        return (ranks - 1) / ranks * (8 * self.batch + 2 * 8 * losses)
 
-        A rank's B / N sequences send L + 1 ids (8 bytes) and get and return rows (4 D); every rank
-        sees all B representations (4 D) and decoder inputs (4 Hd), and returns their gradients; and
-        each row's maximum, sum and target logit (12 bytes) are combined.
+    def item_bytes(self, ranks: int, statistic: int, distinct: float | None = None) -> float:
+        """For tables over ranks, in `ITEM_COLLECTIVES` collectives.
+
+        Every rank sees of all B rows the representation and its gradient (8 D), the decoder's input
+        and its gradient (8 Hd), the history and the target (8 L + 8), and gives 4 statistics of
+        each forward, gets 5 backward. Of its own histories and targets it looks up `distinct` ids
+        (at most all of them): 8 bytes go to the owner, a row comes back (4 D), its gradient goes.
+        Before, each tells every other how many (8 bytes).
         """
-        others = (ranks - 1) / ranks
-        lookups = self.batch / ranks * (self.length + 1) * (8 + 8 * self.width)
-        losses = self.batch * (8 * self.width + 8 * self.last + 12)
-        return others * (lookups + losses) + 2 * others * 4 * self.other_parameters
+        if distinct is None:
+            distinct = self.batch / ranks * (self.length + 1)
+        row = 8 * (self.width + self.last + self.length + 1) + 9 * statistic
+        lookups = distinct * (8 + 8 * self.width)
+        return (ranks - 1) / ranks * (self.batch * row + lookups) + 8 * (ranks - 1)
+
+    def sharded_bytes(self, ranks: int, statistic: int) -> float:
+        """The same and the all-reduce of all other parameters' gradients."""
+        rest = 2 * (ranks - 1) / ranks * 4 * self.other_parameters
+        return self.item_bytes(ranks, statistic) + rest
 
     # Seconds of a step: floors.
 
@@ -136,8 +166,26 @@ class Sizes:
         return touched / machine.bandwidth
 
     def link_seconds(self, machine: Machine, ranks: int, sharded: bool) -> float:
-        sent = self.sharded_bytes(ranks) if sharded else self.data_parallel_bytes(ranks)
-        return sent / machine.link
+        if sharded:
+            return self.sharded_bytes(ranks, machine.statistic) / machine.link
+        return self.data_parallel_bytes(ranks) / machine.link
+
+    def predicted_seconds(self, rates: Rates, ranks: int, sharded: bool) -> float:
+        """A step of `ranks` ranks, by what was measured on them: the work on a row shrinks with
+        their number, that on a parameter only if the parameter is spread; and the exchange, of
+        which nothing is hidden. Of one rank it is the step that was measured."""
+        held = self.table_parameters / (ranks if sharded else 1) + self.other_parameters
+        part = held / (self.table_parameters + self.other_parameters)
+        update = rates.update * (ADAM_BYTES + GRADIENT_BYTES) / ADAM_BYTES
+        sent = self.data_parallel_bytes(ranks) + self.small_bytes(ranks)
+        collectives = DATA_PARALLEL_COLLECTIVES
+        if sharded:
+            sent = self.sharded_bytes(ranks, CPU.statistic)
+            collectives = SHARDED_COLLECTIVES
+        if ranks == 1:
+            sent, collectives = 0.0, 0
+        computing = (rates.step - update) / ranks + update * part
+        return computing + sent / rates.link + collectives * rates.latency
 
     def fewest_ranks(self, machine: Machine) -> int:
         """The smallest power of 2 whose ranks can hold the tables in shards."""
@@ -187,7 +235,7 @@ def training_table(machine: Machine, items: Sequence[int]) -> str:
         ("tables, gradients, Adam, in all", "16 V (D + Hd + 1) + 4 V D"),
         ("ranks that hold them", f"{USABLE:.0%} of {amount(machine.memory)} each, a power of 2"),
         ("a rank's share", "the same / N, and 16 P'"),
-        ("sent in a step, `--shard-items`", "see `sharded_bytes`"),
+        ("sent in a step, `--shard-items`", "`item_bytes` + 2 (N-1)/N 4 P'"),
         ("sent in a step, data parallel", "2 (N-1)/N 4 P"),
         ("arithmetic", "B (3 E + 6 V D + ...) / N / FLOP/s"),
         ("gradients and Adam", "36 P / N / bytes/s"),
@@ -206,7 +254,7 @@ def training_table(machine: Machine, items: Sequence[int]) -> str:
             amount(sizes.training_memory(1, True)),
             str(ranks),
             amount(sizes.training_memory(ranks, True)),
-            amount(sizes.sharded_bytes(ranks)),
+            amount(sizes.sharded_bytes(ranks, machine.statistic)),
             amount(sizes.data_parallel_bytes(ranks)),
             duration(compute),
             duration(memory),

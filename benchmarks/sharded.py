@@ -1,7 +1,7 @@
 """Training steps with the item tables over ranks: memory, time and what is sent, for each rank.
 
-    python -m benchmarks.sharded --items 4000000
-    torchrun --nproc-per-node 4 -m benchmarks.sharded --items 4000000
+    python -m benchmarks.sharded --items 4000000 --save
+    torchrun --nproc-per-node 4 -m benchmarks.sharded --items 4000000 --save
 
 Alone it is one process with whole tables. Histories are random; every rank has one thread. The
 losses of the steps are printed too: they do not depend on the number of ranks.
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from benchmarks.exchanged import Exchanged
+from benchmarks.scale_plan import CPU, MB, Sizes
+from benchmarks.scale_records import save
 from fmrec_fast import FMRecConfig, backend
 from fmrec_fast.distributed import World, items, joined
 from fmrec_fast.distributed.data_parallel import Replicas, local
@@ -29,32 +32,19 @@ from fmrec_fast.testing import make_sequences
 from fmrec_fast.training import build_optimizer
 
 LOSSES = ("total", "flow", "cross_entropy", "reconstruction")
-MB = 1e6
 
 
-class Sizes(NamedTuple):
-    """V, the global batch, L, D and the width of the decoder's last layer."""
-
-    items: int
-    batch: int = 128
-    length: int = 50
-    width: int = 64
-    hidden: int = 64
-
-    def config(self) -> FMRecConfig:
-        return FMRecConfig(
-            item_num=self.items,
-            batch_size=self.batch,
-            max_len=self.length,
-            hidden_size=self.width,
-            num_blocks=2,
-            last=1,
-            decoder_dims=(64, self.hidden),
-        )
-
-    def item_floats(self) -> int:
-        """Parameters of the item side."""
-        return self.items * (self.width + self.hidden + 1)
+def settings(sizes: Sizes) -> FMRecConfig:
+    """Of a model of these sizes."""
+    return FMRecConfig(
+        item_num=sizes.items,
+        batch_size=sizes.batch,
+        max_len=sizes.length,
+        hidden_size=sizes.width,
+        num_blocks=sizes.blocks,
+        last=1,
+        decoder_dims=(sizes.inner, sizes.last),
+    )
 
 
 def resident() -> float:
@@ -68,55 +58,6 @@ def highest() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-class Sent:
-    """Bytes that a rank sends in the package's collectives, by kind; a ring for all but all-to-all.
-
-    The dense layers' gradients are the 'all-reduce'; all else belongs to the item tables.
-    """
-
-    def __init__(self) -> None:
-        self.bytes: Counter[str] = Counter()
-        self._real = {
-            name: getattr(dist, name)
-            for name in ("all_gather_into_tensor", "all_to_all_single", "all_reduce")
-        }
-
-    def __enter__(self) -> Sent:
-        dist.all_gather_into_tensor = self._gather
-        dist.all_to_all_single = self._exchange
-        dist.all_reduce = self._reduce
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, function in self._real.items():
-            setattr(dist, name, function)
-
-    def _gather(self, found, own, *rest, **options):
-        self.bytes["all-gather"] += own.nbytes * (found.numel() // max(own.numel(), 1) - 1)
-        return self._real["all_gather_into_tensor"](found, own, *rest, **options)
-
-    def _exchange(self, found, x, received, sent, **options):
-        group = options["group"]
-        rank = dist.get_rank(group)
-        others = sum(sent) - sent[rank]
-        self.bytes["all-to-all"] += x.nbytes * others // max(len(x), 1)
-        return self._real["all_to_all_single"](found, x, received, sent, **options)
-
-    def _reduce(self, x, *rest, **options):
-        ranks = dist.get_world_size()
-        self.bytes["all-reduce"] += 2 * (ranks - 1) * x.nbytes // ranks
-        return self._real["all_reduce"](x, *rest, **options)
-
-
-def expected_bytes(sizes: Sizes, ranks: int, distinct: float) -> float:
-    """What a rank sends for the item tables in a step, by docs/scale.md: with equal shares of the
-    batch and `distinct` ids in each rank's histories and targets; 8 bytes a statistic, as on CPUs.
-    """
-    share = sizes.batch / ranks
-    row = 8 * (sizes.width + sizes.hidden + sizes.length + 1) + 9 * 8
-    return (ranks - 1) * (share * row + distinct / ranks * 8 * (sizes.width + 1))
-
-
 def item_bytes(model: FMRecommender, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Of this rank's part of the item side: parameters, gradients, moments."""
     tables = [getattr(module, name) for module, name in items.item_tables(model)]
@@ -128,26 +69,25 @@ def item_bytes(model: FMRecommender, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def measure(world: World, sizes: Sizes, steps: int) -> dict[str, Any]:
-    """Train some steps; what this rank found."""
-    config, before = sizes.config(), resident()
+def measure(world: World, sizes: Sizes, steps: int, spread: bool = True) -> dict[str, Any]:
+    """Train some steps; what this rank found. Without `spread` every rank has whole tables."""
+    config, before = settings(sizes), resident()
     torch.manual_seed(0)
-    if world.alone:
+    if world.alone or not spread:
         model = build_recommender(config)
     else:
         model = items.build_sharded(config, world.mesh())
     model.train()
     optimizer, _ = build_optimizer(model, config)
     replicas = None if world.alone else Replicas(model, LOSSES, world)
-    seconds, losses, counts, distinct = [], [], [], []
+    seconds, losses, counts, away = [], [], [], 0
     for step in range(steps):
         whole = make_sequences(sizes.batch, sizes.length, sizes.items, step)
         own = world.share(sizes.batch)
         sequence, target = (part[own.start : own.stop] for part in whole)
-        distinct.append(len(torch.cat((sequence, target), 1).unique()))
-        with Sent() as sent:
-            world.sum(torch.zeros(()))  # all start together
-            sent.bytes.clear()
+        away = foreign_ids(world, sizes, torch.cat((sequence, target), 1))
+        world.sum(torch.zeros(()))  # all start together
+        with Exchanged() as sent:
             began = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             if replicas is None:
@@ -159,29 +99,46 @@ def measure(world: World, sizes: Sizes, steps: int) -> dict[str, Any]:
             optimizer.step()
             losses.append(float(world.sum(parts.detach().double())[0]))
             seconds.append(time.perf_counter() - began)
-        counts.append(sent.bytes)
-    last = counts[-1]
+        counts.append(sent)
+    sent = counts[-1]
+    whole_tables = {id(getattr(*at)) for at in items.item_tables(model)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in whole_tables]
+    for_items = sent.bytes["all-gather"] + sent.bytes["all-to-all"]
+    # As many distinct ids as it would take for those of other ranks to be (N - 1)/N of them.
+    distinct = away * world.size / max(world.size - 1, 1)
     return {
         "tensors": item_bytes(model, optimizer),
+        "others": sum(p.numel() for p in others),
         "grown": resident() - before,
         "peak": highest() - before,
         "seconds": seconds[1:] or seconds,
         "losses": losses,
-        "sent": dict(last),
-        "item side sent": last["all-gather"] + last["all-to-all"],
-        "expected": expected_bytes(sizes, world.size, distinct[-1]) if not world.alone else 0.0,
+        "sent": dict(sent.bytes),
+        "calls": dict(sent.calls),
+        "item side sent": for_items if spread else 0,
+        "expected": sizes.item_bytes(world.size, CPU.statistic, distinct) if spread else 0,
     }
 
 
-def report(world: World, sizes: Sizes, found: dict[str, Any]) -> None:
-    """Every rank's figures, by rank 0."""
-    everyone: list[dict[str, Any]] = [found]
+def foreign_ids(world: World, sizes: Sizes, ids: Tensor) -> int:
+    """How many of the distinct ids are rows of other ranks."""
+    first, last = items.chunk(sizes.items, world.rank, world.size)
+    distinct = ids.unique()
+    return int(((distinct < first) | (distinct >= last)).sum())
+
+
+def gathered(world: World, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What all ranks found."""
+    everyone = [found]
     if not world.alone:
         everyone = [{} for _ in range(world.size)]
         dist.all_gather_object(everyone, found)
-    if not world.is_main:
-        return
-    whole = 4 * 4 * sizes.item_floats()
+    return everyone
+
+
+def report(world: World, sizes: Sizes, everyone: list[dict[str, Any]]) -> None:
+    """Every rank's figures."""
+    whole = 16 * sizes.table_parameters
     print(f"{world.size} ranks, {sizes}: item side of all {whole / MB:,.1f} MB")
     for rank, one in enumerate(everyone):
         held = sum(one["tensors"].values())
@@ -205,12 +162,24 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the embeddings")
     parser.add_argument("--hidden", type=int, default=64, help="in front of the decoder's last")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--save", action="store_true", help="a record beside the others")
     options = parser.parse_args()
     torch.set_num_threads(1)
     backend.keep_freed_memory()
-    sizes = Sizes(options.items, options.batch, width=options.width, hidden=options.hidden)
+    sizes = Sizes(
+        options.items,
+        batch=options.batch,
+        width=options.width,
+        inner=64,
+        last=options.hidden,
+        blocks=2,
+    )
     with joined() as world:
-        report(world, sizes, measure(world, sizes, options.steps))
+        everyone = gathered(world, measure(world, sizes, options.steps))
+        if world.is_main:
+            report(world, sizes, everyone)
+            if options.save:
+                save(f"sharded-{sizes.items}-on-{world.size}", sizes=sizes, ranks=everyone)
 
 
 if __name__ == "__main__":

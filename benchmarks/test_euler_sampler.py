@@ -9,13 +9,13 @@ import torch
 from benchmarks.harness import ROUNDS_FOR_P99, Work, assert_agreement, count_flops
 from benchmarks.memory import extra_bytes, measure
 from benchmarks.samplers import Samplers
-from fmrec_fast import dispatch_log, noise, use_backend
+from fmrec_fast import dispatch_log, extension, noise, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.config import PRECISIONS
 from fmrec_fast.picard import evaluation_flops, prefers_parallel
 
 # Above this batch the agreement is asserted over fewer steps (every step is the same program),
-# and rounds are few. Above HUGE only a GPU runs the peers.
+# and rounds are few. Above HUGE a CPU runs the peers with --large, once.
 LARGE, HUGE = 64, 512
 STEPS_CHECKED = 3
 SEED = 11
@@ -33,8 +33,8 @@ def variants_of(suite, samplers, batch):
     left_out = {}
     if suite.compile_obstacle is not None:
         left_out["compiled"] = suite.compile_obstacle
-    if cpu and batch > HUGE:
-        slow = f"takes minutes at B = {batch} on a CPU; see B = {HUGE}"
+    if cpu and batch > HUGE and not suite.large:
+        slow = f"takes minutes at B = {batch} on a CPU (--large does it); see B = {HUGE}"
         left_out |= dict.fromkeys(PEERS, slow)
     if cpu and batch > LARGE:
         same = "the threads are busy step by step; 'auto' takes that"
@@ -50,12 +50,14 @@ def variants_of(suite, samplers, batch):
         variants["graph_parallel"] = partial(samplers.parallel, graph=True, sweeps=1)
     for precision in PRECISIONS[1:]:
         run = partial(samplers.ours, precision=precision, graph=not cpu)
-        if cpu:
-            left_out[precision] = "the C++ kernels have float32 only"
+        if cpu and extension.available() and extension.load().isa() != "amx":
+            left_out[precision] = "without AMX the C++ kernels multiply in float32"
             continue
         with dispatch_log() as log:
             run(1, rows=1)
-        if any(entry.backend is Backend.TRITON for entry in log if entry.op == "euler_sampler"):
+        if any(
+            entry.backend is not Backend.REFERENCE for entry in log if entry.op == "euler_sampler"
+        ):
             variants[precision] = run
         else:
             left_out[precision] = "; ".join({entry.reason for entry in log if entry.reason})

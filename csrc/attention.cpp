@@ -1,6 +1,6 @@
 #include "attention.h"
 
-#include "encoder.h"
+#include "attention_head.h"
 #include "gemm.h"
 #include "philox.h"
 #include "transpose.h"
@@ -27,12 +27,6 @@ struct Head {
     uint32_t* words;    // of the stream: [L, groups, 4]
     int64_t width, keys, groups;  // padded; groups of channels
 };
-
-FMREC_INLINE float* take(float** memory, int64_t count) {
-    float* part = *memory;
-    *memory += round_up(count, UNIT);
-    return part;
-}
 
 int64_t lay_out(const Attention* a, float* memory, Head* h) {
     float* const start = memory;
@@ -69,14 +63,6 @@ void prepare(const Attention* a, float* memory, Head* h, CounterWalk* walk) {
     if (a->drop) make_walk(walk, (uint64_t)h->groups, 0, 1);
 }
 
-// A head's columns of `rows` rows, as padded rows, and back.
-FMREC_INLINE void gather(const float* in, int64_t in_row, int64_t rows, int64_t columns,
-                         float* out, int64_t out_row) {
-    for (int64_t i = 0; i < rows; ++i) {
-        __builtin_memcpy(out + i * out_row, in + i * in_row, (uint64_t)columns * sizeof(float));
-    }
-}
-
 FMREC_INLINE void transpose(const Head* h, const float* in) {
     for (int64_t i = 0; i < h->keys; i += 4) {
         for (int64_t j = 0; j < h->width; j += 4) {
@@ -94,37 +80,6 @@ FMREC_INLINE void multiply_out(const Head* h, Product p, int64_t rows, int64_t c
     p.c_row = whole ? out_row : h->width;
     multiply(&p, rows, h->width);
     if (!whole) gather(h->mixed, h->width, rows, columns, out, out_row);
-}
-
-// 2^scores of a row, less its largest, in place; returns 1 / their sum. NaN stays NaN, as it does
-// in PyTorch.
-FMREC_INLINE float softmax_row(float* row, int64_t keys) {
-    f32v most = load(row);
-    for (int64_t j = FLOATS; j < keys; j += FLOATS) most = larger(most, load(row + j));
-    const float shift = largest(most);
-    f32v total = broadcast(0.0f);
-    for (int64_t j = 0; j < keys; j += FLOATS) {
-        const f32v x = load(row + j) - shift, p = exponential2(x);
-        const i32v valid = x == x;
-        const f32v result = (f32v)(((i32v)p & valid) | ((i32v)x & ~valid));
-        total += result;
-        store(row + j, result);
-    }
-    return 1.0f / sum(total);
-}
-
-// x where it is kept, else 0: selected, so that NaN and infinity drop too.
-FMREC_INLINE f32v kept(uint32_t threshold, const uint32_t* words, f32v x) {
-    u32v word;
-    __builtin_memcpy(&word, words, sizeof word);
-    return (f32v)((u32v)x & (u32v)(word >= threshold));
-}
-
-// Queries before the first one of a scale other than 0: their scores are all 0.
-FMREC_INLINE int64_t padding_of(const Attention* a, const float* query_scale) {
-    int64_t padding = 0;
-    while (padding < a->length && query_scale[padding] == 0.0f) ++padding;
-    return padding;
 }
 
 // Asks for the rows that the work after this one begins with: a head's columns of a sequence are
@@ -171,12 +126,14 @@ void probabilities(const Attention* a, const Head* h, const CounterWalk* walk, i
         const float factor = query_scale[i] * 1.44269504f;
         const float* in = qkv + i * row;
         float* out = h->query + i * h->width;
-#pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) out[j] = in[j] * factor;
+rotate_row(in, angles_at(a, i), 1.0f, factor, columns, out);
     }
     gather(qkv + 2 * a->channels, row, length, columns, h->value, h->width);
     if (padding < length) {
-        gather(qkv + a->channels, row, length, columns, h->key, h->width);
+        for (int64_t i = 0; i < length; ++i) {
+            rotate_row(qkv + a->channels + i * row, angles_at(a, i), 1.0f, 1.0f, columns,
+                       h->key + i * h->width);
+        }
         transpose(h, h->key);
         float* scores = h->scores + padding * h->keys;
         const Product p = {h->query + padding * h->width, h->width, 1, h->transposed, h->keys,
@@ -305,6 +262,12 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
             const Product d_keys = {d_scores, 1, h.keys, h.query + padding * h.width, h.width,
                                     nullptr, h.natural, false, nullptr, 0, queries};
             multiply_out(&h, d_keys, length, columns, d_key, row);
+            for (int64_t i = 0; a->rotary && i < length; ++i) {
+                float* const parts[] = {d_query + i * row, d_key + i * row};
+                for (float* part : parts) {
+                    rotate_row(part, angles_at(a, i), -1.0f, 1.0f, columns, part);
+                }
+            }
         }
     }
 }

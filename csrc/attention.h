@@ -1,5 +1,7 @@
 // Multi-head self-attention of all positions, with counter-based dropout on the probabilities:
-// out = dropout(softmax(query_scale q k^T)) v for each head, and its adjoint.
+// out = dropout(softmax(query_scale q k^T)) v for each head, with queries and keys that may be
+// rotated by their position, and its adjoint. `attention_tangent` computes also the derivative of
+// out along d_qkv, and the adjoint of both.
 #pragma once
 
 #include <stdint.h>
@@ -11,9 +13,14 @@ namespace fmrec {
 struct Attention {
     const float* qkv;          // [B, L, 3 D]: queries, keys and values, heads side by side in each
     const float* query_scale;  // [B, L]
+    const float* rotary;       // [L, D / H]: cosines, then sines, of half a head each; or null
     const int64_t* rows;       // [B]
     const float* grad;         // [B, L, D]; backward only
     float* out;                // forward: [B, L, D]; backward: [B, L, 3 D]
+    // Of attention with its tangent: the same along another direction.
+    const float* d_qkv;
+    const float* d_grad;
+    float* d_out;
     int64_t batch, length, channels, heads;
     uint64_t seed;
     uint32_t site;
@@ -30,5 +37,6 @@ struct AttentionKernels {
 };
 
 FMREC_DECLARE_TABLE(AttentionKernels, attention)
+FMREC_DECLARE_TABLE(AttentionKernels, attention_tangent)
 
 }  // namespace fmrec

@@ -21,8 +21,18 @@ const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
     {"w2_bias", "[D]"},
 };
 
+// Planes of the products' operands.
+int read_precision(const std::string& precision) {
+    if (precision == "float32") return MOST_PLANES;
+    if (precision == "tf32") return 2;
+    if (precision == "bf16") return 1;
+    throw py::value_error("precision must be 'float32', 'tf32' or 'bf16', got '" + precision + "'");
+}
+
 std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int64_t heads,
-                                            const py::object& rotary_) {
+                                            const py::object& rotary_,
+                                            const std::string& precision) {
+    const int planes = read_precision(precision);
     if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
     std::vector<py::array> kept;  // the arrays, for as long as they are read
     std::vector<BlockArrays> arrays;
@@ -86,7 +96,7 @@ std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int
     }
     py::gil_scoped_release release;
     return std::unique_ptr<PackedEncoder>(
-        new PackedEncoder(arrays, channels, features, heads, rotary, length));
+        new PackedEncoder(arrays, channels, features, heads, rotary, length, planes));
 }
 
 void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py::object& mask_,
@@ -151,6 +161,7 @@ Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
     encoder.tap = -1;
     encoder.rms = packed.rms();
     encoder.rotary = packed.rotary();
+    encoder.planes = packed.planes();
     if (encoder.rotary && packed.length() != length) {
         throw py::value_error("rotary must be for L = " + std::to_string(length) +
                               " positions, got " + std::to_string(packed.length()));
@@ -208,9 +219,10 @@ void bind_encoder(py::module_& m) {
     py::class_<PackedEncoder>(m, "PackedEncoder",
                               "The weights of a transformer stack, copied and packed.")
         .def(py::init(&pack_encoder), py::arg("blocks"), py::arg("num_heads"),
-             py::arg("rotary") = py::none(),
+             py::arg("rotary") = py::none(), py::arg("precision") = "float32",
              "blocks: the arrays of each block, as BlockWeights, None for the biases of RMS norms; "
-             "rotary: cosines and sines of half a head at each position [L, D / num_heads].")
+             "rotary: cosines and sines of half a head at each position [L, D / num_heads]; precision: of "
+             "the linear layers' operands on AMX tiles.")
         .def_property_readonly("nbytes", &PackedEncoder::bytes);
     m.def("encoder_forward", &encoder_forward, py::arg("packed"), py::arg("x"), py::arg("mask"),
           py::arg("tap"), py::arg("out"), py::arg("tapped").none(true), py::arg("num_threads"),

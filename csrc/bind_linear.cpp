@@ -18,22 +18,36 @@ void check_width(std::int64_t width, const char* what) {
     }
 }
 
+// Planes of the products' operands. Without tiles there is float32 only.
+int read_precision(const std::string& precision) {
+    if (precision == "float32") return LINEAR_PLANES;
+    if (precision != "bf16") {
+        throw py::value_error("precision must be 'float32' or 'bf16', got '" + precision + "'");
+    }
+    if (isa() != Isa::amx) {
+        throw py::value_error(std::string("precision 'bf16' needs the instruction set amx, got ") +
+                              isa_name(isa()));
+    }
+    return LINEAR_BF16_PLANES;
+}
+
 // out = in B + bias with element (k, j) of B at weight[k * row + j * column].
 void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
                     std::int64_t row, std::int64_t column, const float* bias, float* out,
-                    std::int64_t rows, std::int64_t depth, std::int64_t columns,
+                    std::int64_t rows, std::int64_t depth, std::int64_t columns, int planes,
                     int num_threads) {
     const Floats panels = allocate_floats(linear_packed(depth, columns), false);
     prefer_huge_pages(out, rows * columns * 4);
-    kernels.pack(weight, row, column, depth, columns, panels.get());
-    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns};
+    kernels.pack(weight, row, column, depth, columns, planes, panels.get());
+    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns, planes};
     parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
                    rows * depth * columns >= GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
 }
 
 void linear_forward(const py::object& x_, const py::object& weight_, const py::object& bias_,
-                    const py::object& out_, int num_threads) {
+                    const py::object& out_, int num_threads, const std::string& precision) {
+    const int planes = read_precision(precision);
     const py::array x = input<float>(x_, "x", 2), weight = input<float>(weight_, "weight", 2);
     const py::array bias = input<float>(bias_, "bias", 1);
     py::array out = output<float>(out_, "out", 2);
@@ -50,12 +64,13 @@ void linear_forward(const py::object& x_, const py::object& weight_, const py::o
     float* const to = target(out);
     py::gil_scoped_release release;
     linear_product(kernels, data<float>(x), data<float>(weight), 1, in, data<float>(bias), to,
-                   rows, in, columns, num_threads);
+                   rows, in, columns, planes, num_threads);
 }
 
 void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
                      const py::object& d_x_, const py::object& d_weight_,
-                     const py::object& d_bias_, int num_threads) {
+                     const py::object& d_bias_, int num_threads, const std::string& precision) {
+    const int planes = read_precision(precision);
     const py::array grad = input<float>(grad_, "grad", 2), x = input<float>(x_, "x", 2);
     const py::array weight = input<float>(weight_, "weight", 2);
     check_threads(num_threads);
@@ -82,11 +97,21 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     }
     const LinearKernels& kernels = FMREC_TABLE(linear);
     py::gil_scoped_release release;
-    if (d_x && rows > 0) {
-        linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x, rows,
-                       columns, in, num_threads);
+    if (!d_weight && !d_bias) {
+        if (d_x && rows > 0) {
+            linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x,
+                           rows, columns, in, planes, num_threads);
+        }
+        return;
     }
-    if (!d_weight && !d_bias) return;
+    LinearProduct product{data<float>(grad), nullptr, nullptr, d_x, rows, columns, in, planes};
+    Floats panels;
+    if (d_x && rows > 0) {
+        panels = allocate_floats(linear_packed(columns, in), false);
+        prefer_huge_pages(d_x, rows * in * 4);
+        kernels.pack(data<float>(weight), in, 1, columns, in, planes, panels.get());
+        product.panels = panels.get();
+    }
     const bool swapped = in < columns;  // then the sums are those of the transposed gradient
     LinearGradient g{};
     g.a = swapped ? data<float>(x) : data<float>(grad);
@@ -96,6 +121,8 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     g.narrow = swapped ? in : columns;
     g.wide = swapped ? columns : in;
     g.width_of_grad = columns;
+    g.planes = planes;
+    g.product = product.panels ? &product : nullptr;
     const std::int64_t size = g.narrow * g.wide;
     const Floats partial = allocate_floats(LINEAR_PARTS * size, true);
     const Floats sums = allocate_floats(LINEAR_PARTS * columns, true);
@@ -122,10 +149,12 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
 
 void bind_linear(py::module_& m) {
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
-          py::arg("out"), py::arg("num_threads"), "out = x @ weight.T + bias.");
+          py::arg("out"), py::arg("num_threads"), py::arg("precision") = "float32",
+          "out = x @ weight.T + bias; precision 'bf16', on AMX tiles, rounds the operands of every "
+          "product.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
-          py::arg("num_threads"),
+          py::arg("num_threads"), py::arg("precision") = "float32",
           "d_x = grad @ weight, d_weight = grad.T @ x, d_bias = grad.sum(0), each unless None.");
 }
 

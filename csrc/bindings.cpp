@@ -188,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
     bind_euler_sampler(m);
     bind_picard_sweep(m);
     bind_recommend(m);
+    bind_rms_norm(m);
     bind_memory(m);
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");

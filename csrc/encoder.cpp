@@ -70,9 +70,9 @@ int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     w->row = take(&memory, 2 * stride);
 #if defined(__AMX_BF16__)
     const int64_t heads = count * e->heads, most = rows > heads ? rows : heads;
-    w->planes = (uint16_t*)take(&memory, amx_rows_size(most, e->channels, AMX_PLANES) / 2);
+    w->planes = (uint16_t*)take(&memory, amx_rows_size(most, e->channels, e->planes) / 2);
     w->inner_planes =
-        (uint16_t*)take(&memory, amx_rows_size(rows > count ? rows : count, INNER, AMX_PLANES) / 2);
+        (uint16_t*)take(&memory, amx_rows_size(rows > count ? rows : count, INNER, e->planes) / 2);
     w->by_head = take(&memory, (heads + 3) * stride);
     w->turned = take(&memory, (heads + 3) * stride);
 #endif
@@ -366,7 +366,8 @@ void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, 
     }
 }
 
-void (*const pack_planes)(const float*, int64_t, int64_t, int64_t, int64_t, uint16_t*) = nullptr;
+void (*const pack_planes)(const float*, int64_t, int64_t, int64_t, int64_t, int,
+                          uint16_t*) = nullptr;
 #endif
 
 void run(const Encoder* e, float* x, const float* mask, int64_t count, float* last, float* tapped,

@@ -20,15 +20,17 @@ FMREC_INLINE constexpr int64_t round_up(int64_t size, int64_t unit) {
 constexpr int64_t INNER = 2 * PANEL;
 
 // A matrix [depth, columns], packed, and its bias; both padded with zeros to whole units. For the
-// instruction set amx the matrix is AMX_PLANES planes of B (csrc/amx.h), of at most INNER rows one
-// after the other if it is the feed-forward's outer one, and `weight` is null; for others `planes`.
+// instruction set amx the matrix is Encoder::planes planes of B (csrc/amx.h), of at most INNER rows
+// one after the other if it is the feed-forward's outer one, and `weight` is null; for others
+// `planes`.
 struct PackedLinear {
     const float* weight;
     const float* bias;
     int64_t depth, columns;
     const uint16_t* planes;
 };
-constexpr int64_t AMX_PLANES = 3;
+// Planes of the operands of float32 products. Two make products closer than tf32's, one bfloat16's.
+constexpr int MOST_PLANES = 3;
 
 struct PackedNorm {
     const float* weight;
@@ -49,6 +51,9 @@ struct Encoder {
     // Fave's variant: RMS norms in the blocks, and queries and keys rotated by their position.
     bool rms;
     const float* rotary;  // [L, D / H]: cosines, then sines, of half a head each; or null
+    // Of the linear layers' operands, 1 to MOST_PLANES; of the instruction set amx only: all others
+    // multiply in float32.
+    int planes;
 };
 
 // Of the rows of activations.
@@ -76,10 +81,10 @@ struct EncoderKernels {
                 float* tapped, float* scratch);
     void (*run_ragged)(const Encoder*, float* x, const float* mask, const Ragged*, int64_t count,
                        float* last, float* tapped, float* scratch);
-    // Planes of the matrix whose element (k, j) is weight[k * row + j * column], one of the two 1;
-    // null where the instruction set has none.
+    // `count` planes of the matrix whose element (k, j) is weight[k * row + j * column], one of the
+    // two 1; null where the instruction set has none.
     void (*pack)(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                 uint16_t* planes);
+                 int count, uint16_t* planes);
 };
 
 // All of x [batch, L, D]: out and tapped (or null) are [batch, D].

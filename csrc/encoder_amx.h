@@ -7,24 +7,33 @@
 // (W_k^T q) . h_t plus what is the same for all t, and its output W_v (sum_t p_t h_t) + b_v, head by
 // head. So neither keys nor values are computed.
 
-void pack_planes(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                 uint16_t* planes) {
+template <int PLANES>
+void pack_as(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
+             uint16_t* planes) {
     if (column == 1) {
-        amx_split<AMX_PLANES, false, STRIPS_INSIDE>(weight, row, columns, depth, planes);
+        amx_split<PLANES, false, STRIPS_INSIDE>(weight, row, columns, depth, planes);
     } else {
-        amx_split<AMX_PLANES, false, DEPTH_INSIDE>(weight, column, columns, depth, planes);
+        amx_split<PLANES, false, DEPTH_INSIDE>(weight, column, columns, depth, planes);
     }
 }
 
+void pack_planes(const float* weight, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                 int count, uint16_t* planes) {
+    const auto pack = count == 1 ? pack_as<1> : count == 2 ? pack_as<2> : pack_as<3>;
+    pack(weight, row, column, depth, columns, planes);
+}
+
 // c = a weight + bias, or c += ... : a is `planes`.
+template <int PLANES>
 FMREC_INLINE void amx_linear(const uint16_t* planes, const PackedLinear* w, bool add, float* c,
                              int64_t c_row, int64_t rows) {
     const AmxProduct p = {planes, w->planes, w->bias, nullptr, add, c, c_row, w->depth};
-    amx_multiply<AMX_PLANES>(&p, rows, round_up(w->columns, UNIT));
+    amx_multiply<PLANES>(&p, rows, round_up(w->columns, UNIT));
 }
 
+template <int PLANES>
 FMREC_INLINE void split_rows(const Encoder* e, const float* x, int64_t rows, uint16_t* planes) {
-    amx_split<AMX_PLANES, true, DEPTH_INSIDE>(x, row_stride(e->channels), rows, e->channels, planes);
+    amx_split<PLANES, true, DEPTH_INSIDE>(x, row_stride(e->channels), rows, e->channels, planes);
 }
 
 FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* x, float* out,
@@ -34,11 +43,12 @@ FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* 
 }
 
 // x += feed_forward(norm(x)) on `rows` rows; normed is overwritten.
+template <int PLANES>
 void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
                       int64_t rows, float* normed) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     norm_rows(e, &b->norm2, x, normed, rows);
-    split_rows(e, normed, rows, w->planes);
+    split_rows<PLANES>(e, normed, rows, w->planes);
     const int64_t features = b->inner.columns, all = round_up(features, UNIT);
     for (int64_t first = 0; first < features; first += INNER) {
         const int64_t columns = all - first < INNER ? all - first : INNER;
@@ -47,23 +57,23 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
         const float* bias = b->inner.bias + first;
         uint16_t* inner = w->inner_planes;
         // A block's columns are one tile of depth of the next product.
-        amx_blocks<AMX_PLANES, AMX_PLANES>(
-            w->planes, b->inner.planes + amx_columns_size(e->channels, first, AMX_PLANES),
+        amx_blocks<PLANES, PLANES>(
+            w->planes, b->inner.planes + amx_columns_size(e->channels, first, PLANES),
             e->channels, rows, columns,
             [=](int64_t row, int64_t column, const float* sums, int64_t width) {
                 int64_t spacing;
-                uint16_t* out = row_of_planes<AMX_PLANES>(inner, rows, depth_tiles, row,
+                uint16_t* out = row_of_planes<PLANES>(inner, rows, depth_tiles, row,
                                                           column / 32, &spacing);
                 const f32v low = gelu(load(sums) + load(bias + column));
                 f32v high = broadcast(0.0f);
                 if (width > 16) high = gelu(load(sums + 16) + load(bias + column + 16));
-                split_pairs<AMX_PLANES>(low, high, out, spacing);
+                split_pairs<PLANES>(low, high, out, spacing);
             });
         const AmxProduct p = {inner,
                               b->outer.planes + first / INNER *
-                                  amx_columns_size(INNER, e->channels, AMX_PLANES),
+                                  amx_columns_size(INNER, e->channels, PLANES),
                               first == 0 ? b->outer.bias : nullptr, nullptr, true, x, stride, depth};
-        amx_multiply<AMX_PLANES>(&p, rows, padded);
+        amx_multiply<PLANES>(&p, rows, padded);
     }
 }
 
@@ -81,27 +91,29 @@ FMREC_INLINE int64_t padding_of(const Encoder* e, const Ragged* r, const float* 
 }
 
 // The norm of a chunk's rows, their keys and their values.
+template <int PLANES>
 FMREC_INLINE void amx_keys_and_values(const Encoder* e, const PackedBlock* b, const Workspace* w,
                                       const float* x, int64_t rows) {
     const int64_t stride = row_stride(e->channels);
     norm_rows(e, &b->norm1, x, w->normed, rows);
-    split_rows(e, w->normed, rows, w->planes);
-    amx_linear(w->planes, &b->key, false, w->key, stride, rows);
+    split_rows<PLANES>(e, w->normed, rows, w->planes);
+    amx_linear<PLANES>(w->planes, &b->key, false, w->key, stride, rows);
     // Whole sequences of L rows: a ragged group is never rotated.
     for (int64_t row = 0; e->rotary && row < rows; row += e->length) {
         rotate_rows(e, w->key + row * stride, e->length, 0);
     }
-    amx_linear(w->planes, &b->value, false, w->value, stride, rows);
+    amx_linear<PLANES>(w->planes, &b->value, false, w->value, stride, rows);
 }
 
 // x = block(x) at all positions of the sequences first .. end - 1, a chunk; x is the group's.
+template <int PLANES>
 void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
                const float* mask, const Ragged* r, int64_t first, int64_t end) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     const int64_t base = row_of(e, r, first), rows = row_of(e, r, end) - base;
     x += base * stride;
     mask += base;
-    amx_keys_and_values(e, b, w, x, rows);
+    amx_keys_and_values<PLANES>(e, b, w, x, rows);
     // The rows that have queries move together.
     int64_t queries = 0;
     for (int64_t s = first; s < end; ++s) {
@@ -110,8 +122,8 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
             if (i != queries) copy_row(w->normed + queries * stride, w->normed + i * stride, padded);
         }
     }
-    if (queries < rows) split_rows(e, w->normed, queries, w->planes);
-    amx_linear(w->planes, &b->query, false, w->query, stride, queries);
+    if (queries < rows) split_rows<PLANES>(e, w->normed, queries, w->planes);
+    amx_linear<PLANES>(w->planes, &b->query, false, w->query, stride, queries);
     // What the heads mix, and the mean of the values for the padding, takes the norm's place.
     float* mixed = w->normed;
     float* query = w->query;
@@ -134,11 +146,11 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
         mixed += (length - padding) * stride;
     }
     const int64_t outputs = (mixed - w->normed) / stride;
-    split_rows(e, w->normed, outputs, w->planes);
+    split_rows<PLANES>(e, w->normed, outputs, w->planes);
     if (queries == rows) {
-        amx_linear(w->planes, &b->output, true, x, stride, rows);
+        amx_linear<PLANES>(w->planes, &b->output, true, x, stride, rows);
     } else {
-        amx_linear(w->planes, &b->output, false, w->query, stride, outputs);
+        amx_linear<PLANES>(w->planes, &b->output, false, w->query, stride, outputs);
         const float* y = w->query;
         for (int64_t s = first; s < end; ++s) {
             const int64_t row = row_of(e, r, s) - base, past = row_of(e, r, s + 1) - base;
@@ -150,11 +162,12 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
             }
         }
     }
-    amx_feed_forward(e, b, w, x, rows, w->normed);
+    amx_feed_forward<PLANES>(e, b, w, x, rows, w->normed);
 }
 
 // What the heads mix for the last positions' queries, in their place in last_mixed, without keys and
 // values; for keys that are not rotated.
+template <int PLANES>
 void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
                    const float* mask, const Ragged* r, int64_t count) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
@@ -169,10 +182,10 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
         __builtin_memcpy(row + head, w->last_mixed + i / heads * stride + head,
                          (size_t)width * sizeof(float));
     }
-    split_rows(e, w->by_head, all, w->planes);
+    split_rows<PLANES>(e, w->by_head, all, w->planes);
     const AmxProduct back = {w->planes, b->key_back, nullptr, nullptr,
                              false,     w->turned,   stride,  e->channels};
-    amx_multiply<AMX_PLANES>(&back, all, padded);
+    amx_multiply<PLANES>(&back, all, padded);
     for (int64_t s = 0; s < count; ++s) {
         const int64_t row = row_of(e, r, s), length = row_of(e, r, s + 1) - row;
         norm_rows(e, &b->norm1, x + row * stride, w->normed, length);
@@ -193,8 +206,8 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
                               w->by_head + s * heads * stride, stride, length};
         multiply(&mean, heads, padded);
     }
-    split_rows(e, w->by_head, all, w->planes);
-    amx_linear(w->planes, &b->value, false, w->turned, stride, all);
+    split_rows<PLANES>(e, w->by_head, all, w->planes);
+    amx_linear<PLANES>(w->planes, &b->value, false, w->turned, stride, all);
     for (int64_t i = 0; i < all; ++i) {
         const int64_t head = i % heads * width;
         __builtin_memcpy(w->last_mixed + i / heads * stride + head, w->turned + i * stride + head,
@@ -203,12 +216,13 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
 }
 
 // The same with keys and values, rotated.
+template <int PLANES>
 void amx_mix_values(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
                     const float* mask, const Ragged* r, int64_t count) {
     const int64_t stride = row_stride(e->channels), length = e->length;
     for (int64_t first = 0, end = 0; first < count; first = end) {
         end = chunk_end(e, r, first, count);
-        amx_keys_and_values(e, b, w, x + first * length * stride, (end - first) * length);
+        amx_keys_and_values<PLANES>(e, b, w, x + first * length * stride, (end - first) * length);
         for (int64_t s = first; s < end; ++s) {
             float* query = w->query;
             copy_row(query, w->last_mixed + s * stride, round_up(e->channels, UNIT));
@@ -223,6 +237,7 @@ void amx_mix_values(const Encoder* e, const PackedBlock* b, const Workspace* w, 
 }
 
 // The last block at the last positions of all sequences, [count, stride].
+template <int PLANES>
 void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, const float* x,
                     const float* mask, const Ragged* r, int64_t count, float* last) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
@@ -230,19 +245,20 @@ void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, 
         copy_row(last + s * stride, x + (row_of(e, r, s + 1) - 1) * stride, padded);
     }
     norm_rows(e, &b->norm1, last, w->last_normed, count);
-    split_rows(e, w->last_normed, count, w->planes);
-    amx_linear(w->planes, &b->query, false, w->last_mixed, stride, count);
+    split_rows<PLANES>(e, w->last_normed, count, w->planes);
+    amx_linear<PLANES>(w->planes, &b->query, false, w->last_mixed, stride, count);
     if (e->rotary) {
-        amx_mix_values(e, b, w, x, mask, r, count);
+        amx_mix_values<PLANES>(e, b, w, x, mask, r, count);
     } else {
-        amx_mix_norms(e, b, w, x, mask, r, count);
+        amx_mix_norms<PLANES>(e, b, w, x, mask, r, count);
     }
-    split_rows(e, w->last_mixed, count, w->planes);
-    amx_linear(w->planes, &b->output, true, last, stride, count);
-    amx_feed_forward(e, b, w, last, count, w->last_mixed);
+    split_rows<PLANES>(e, w->last_mixed, count, w->planes);
+    amx_linear<PLANES>(w->planes, &b->output, true, last, stride, count);
+    amx_feed_forward<PLANES>(e, b, w, last, count, w->last_mixed);
 }
 
-void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,
+template <int PLANES>
+void run_planes(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,
                 float* last, float* tapped, float* scratch) {
     const TileState tiles;
     Workspace w;
@@ -251,14 +267,20 @@ void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, 
     for (int64_t n = 0; n + 1 < e->num_blocks; ++n) {
         for (int64_t s = 0, end = 0; s < count; s = end) {
             end = chunk_end(e, r, s, count);
-            amx_block(e, e->blocks + n, &w, x, mask, r, s, end);
+            amx_block<PLANES>(e, e->blocks + n, &w, x, mask, r, s, end);
         }
         for (int64_t s = 0; n == e->tap && s < count; ++s) {
             copy_row(tapped + s * stride, x + (row_of(e, r, s + 1) - 1) * stride, padded);
         }
     }
-    amx_last_block(e, e->blocks + e->num_blocks - 1, &w, x, mask, r, count, last);
+    amx_last_block<PLANES>(e, e->blocks + e->num_blocks - 1, &w, x, mask, r, count, last);
     for (int64_t s = 0; e->tap == e->num_blocks - 1 && s < count; ++s) {
         copy_row(tapped + s * stride, last + s * stride, padded);
     }
+}
+
+void run_ragged(const Encoder* e, float* x, const float* mask, const Ragged* r, int64_t count,
+                float* last, float* tapped, float* scratch) {
+    const auto run = e->planes == 1 ? run_planes<1> : e->planes == 2 ? run_planes<2> : run_planes<3>;
+    run(e, x, mask, r, count, last, tapped, scratch);
 }

@@ -21,12 +21,12 @@ void add_rows(const float* rows, int64_t count, int64_t width, float* sums) {
 
 // Rows of a block, and the depth that they are packed for at a time (96 kB).
 const int64_t HEIGHT = 32, DEPTH = 512;
-const int PLANES = 3;
 
 FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
 
-void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
-          float* panels) {
+template <int PLANES>
+void pack_planes(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                 float* panels) {
     // One block of the depth after the other, as `product` goes through them.
     uint16_t* to = (uint16_t*)panels;
     for (int64_t k = 0; k < depth; k += DEPTH) {
@@ -40,7 +40,8 @@ void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64
     }
 }
 
-void product(const LinearProduct* p, int64_t begin, int64_t end) {
+template <int PLANES>
+void product_of_planes(const LinearProduct* p, int64_t begin, int64_t end) {
     alignas(64) uint16_t a[HEIGHT * DEPTH * PLANES];
     const TileState tiles;
     const int64_t last = at_most(end * LINEAR_ROWS, p->rows), columns = p->columns;
@@ -60,17 +61,19 @@ void product(const LinearProduct* p, int64_t begin, int64_t end) {
     }
 }
 
-void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
+template <int PLANES>
+void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
     const int64_t chunks = (g->rows + LINEAR_CHUNK - 1) / LINEAR_CHUNK;
     uint16_t* a = (uint16_t*)(g->scratch + begin * linear_gradient_scratch(g->narrow, g->wide));
     uint16_t* b = a + amx_rows_size(g->narrow, LINEAR_CHUNK, PLANES);
-    const TileState tiles;
     for (int64_t part = begin; part < end; ++part) {
         float* partial = g->partial + part * g->narrow * g->wide;
         const int64_t last = chunks * (part + 1) / LINEAR_PARTS;
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
             const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
+            if (g->product) product_of_planes<PLANES>(g->product, chunk, chunk + 1);
+            const TileState tiles;
             amx_split<PLANES, true, STRIPS_INSIDE>(g->a + first * g->narrow, g->narrow, g->narrow,
                                                    rows, a);
             amx_split<PLANES, false, STRIPS_INSIDE>(g->b + first * g->wide, g->wide, g->wide, rows,
@@ -85,13 +88,32 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
     }
 }
 
+void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
+          int planes, float* panels) {
+    const auto run = planes == LINEAR_BF16_PLANES ? pack_planes<LINEAR_BF16_PLANES>
+                                                  : pack_planes<LINEAR_PLANES>;
+    run(source, row, column, depth, columns, panels);
+}
+
+void product(const LinearProduct* p, int64_t begin, int64_t end) {
+    const auto run = p->planes == LINEAR_BF16_PLANES ? product_of_planes<LINEAR_BF16_PLANES>
+                                                     : product_of_planes<LINEAR_PLANES>;
+    run(p, begin, end);
+}
+
+void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
+    const auto run = g->planes == LINEAR_BF16_PLANES ? gradient_of_planes<LINEAR_BF16_PLANES>
+                                                     : gradient_of_planes<LINEAR_PLANES>;
+    run(g, begin, end);
+}
+
 #else
 
 // Rows that meet a panel while it is in the first-level cache.
 const int64_t HEIGHT = 48;
 
 void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
-          float* panels) {
+          int, float* panels) {
     for (int64_t first = 0; first < columns; first += LINEAR_PANEL) {
         const int64_t width = columns - first < LINEAR_PANEL ? columns - first : LINEAR_PANEL;
         for (int64_t k = 0; k < depth; ++k) {
@@ -126,6 +148,7 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
             const int64_t rows = g->rows - first < LINEAR_CHUNK ? g->rows - first : LINEAR_CHUNK;
+            if (g->product) product(g->product, chunk, chunk + 1);
             for (int64_t j = 0; j < g->wide; j += LINEAR_PANEL) {
                 const int64_t width = g->wide - j < LINEAR_PANEL ? g->wide - j : LINEAR_PANEL;
                 for (int64_t k = 0; k < rows; ++k) {

@@ -53,29 +53,29 @@ PackedLinear pack(const float* weight, const float* bias, std::int64_t depth,
     return linear;
 }
 
-// Floats that the planes of a matrix take; 0 where there are no tiles.
-std::int64_t planes_size(std::int64_t depth, std::int64_t columns, bool tiles) {
-    return tiles ? amx_columns_size(depth, columns, AMX_PLANES) / 2 : 0;
+// Floats that `count` planes of a matrix take.
+std::int64_t planes_size(std::int64_t depth, std::int64_t columns, int count) {
+    return amx_columns_size(depth, columns, count) / 2;
 }
 
-// Planes of the matrix of `weight` [columns, depth], in parts of at most `part` rows of depth; of
-// `weight` [depth, columns] if it is not transposed. Null where there are no tiles.
+// `count` planes of the matrix of `weight` [columns, depth], in parts of at most `part` rows of
+// depth; of `weight` [depth, columns] if it is not transposed. Null where there are none.
 const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::int64_t columns,
-                                 std::int64_t part, bool transposed, bool tiles, float** memory) {
+                                 std::int64_t part, bool transposed, int count, float** memory) {
 #ifdef FMREC_AMX
-    if (tiles) {
+    if (count > 0) {
         const std::uint16_t* planes = reinterpret_cast<std::uint16_t*>(*memory);
         for (std::int64_t first = 0; first < depth; first += part) {
             const std::int64_t deep = depth - first < part ? depth - first : part;
             amx::encoder.pack(weight + (transposed ? first : first * columns),
                               transposed ? 1 : columns, transposed ? depth : 1, deep, columns,
-                              reinterpret_cast<std::uint16_t*>(*memory));
-            *memory += planes_size(deep, columns, tiles);
+                              count, reinterpret_cast<std::uint16_t*>(*memory));
+            *memory += planes_size(deep, columns, count);
         }
         return planes;
     }
 #else
-    (void)weight, (void)depth, (void)columns, (void)part, (void)transposed, (void)tiles;
+    (void)weight, (void)depth, (void)columns, (void)part, (void)transposed, (void)count;
     (void)memory;
 #endif
     return nullptr;
@@ -85,22 +85,26 @@ const std::uint16_t* pack_planes(const float* weight, std::int64_t depth, std::i
 
 PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
                              std::int64_t features, std::int64_t heads, const float* rotary,
-                             std::int64_t length)
+                             std::int64_t length, int planes)
     : blocks_(blocks.size()),
       channels_(channels),
       heads_(heads),
       length_(length),
+      planes_(planes),
       tiles_(isa() == Isa::amx),
       rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
     const auto panels = [this](std::int64_t k, std::int64_t n) { return linear_size(k, n, tiles_); };
-    const auto planes = [this](std::int64_t k, std::int64_t n) { return planes_size(k, n, tiles_); };
+    const int stored = tiles_ ? planes : 0;
+    const auto tiled = [stored](std::int64_t k, std::int64_t n) {
+        return planes_size(k, n, stored);
+    };
     const std::int64_t block_size = 4 * round_up(d, UNIT) + 4 * panels(d, d) + panels(d, f) +
-                                    panels(f, d) + 4 * planes(d, d) + planes(d, f) +
-                                    f / INNER * planes(INNER, d) + planes(f % INNER, d);
+                                    panels(f, d) + 4 * tiled(d, d) + tiled(d, f) +
+                                    f / INNER * tiled(INNER, d) + tiled(f % INNER, d);
     const std::int64_t count = static_cast<std::int64_t>(blocks.size());
     const std::int64_t table = rotary ? length * (channels / heads) : 0;
-    const std::int64_t floats = count * block_size + planes(d, d) + table;
+    const std::int64_t floats = count * block_size + tiled(d, d) + table;
     bytes_ = floats * static_cast<std::int64_t>(sizeof(float));
     memory_ = allocate_floats(floats, false);
     float* memory = memory_.get();
@@ -121,13 +125,13 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
         PackedLinear* const square[] = {&b.query, &b.key, &b.value, &b.output};
         const int weights[] = {QUERY_WEIGHT, KEY_WEIGHT, VALUE_WEIGHT, OUTPUT_WEIGHT};
         for (int i = 0; i < 4; ++i) {
-            square[i]->planes = pack_planes(a[weights[i]], d, d, d, true, tiles_, &memory);
+            square[i]->planes = pack_planes(a[weights[i]], d, d, d, true, stored, &memory);
         }
-        b.inner.planes = pack_planes(a[INNER_WEIGHT], d, f, d, true, tiles_, &memory);
-        b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, tiles_, &memory);
+        b.inner.planes = pack_planes(a[INNER_WEIGHT], d, f, d, true, stored, &memory);
+        b.outer.planes = pack_planes(a[OUTER_WEIGHT], f, d, INNER, true, stored, &memory);
         const bool last = n + 1 == blocks.size();
         b.key_back =
-            last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, tiles_, &memory) : nullptr;
+            last ? pack_planes(a[KEY_WEIGHT], d, d, d, false, stored, &memory) : nullptr;
     }
     if (rotary) {
         std::memcpy(memory, rotary, static_cast<std::size_t>(table) * sizeof(float));

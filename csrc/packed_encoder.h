@@ -23,10 +23,11 @@ struct BlockArrays {
 class PackedEncoder {
   public:
     // `blocks` at least one; `features` is the feed-forward's inner width. Blocks with RMS norms
-    // have no norm biases (null). `rotary` is Encoder::rotary for `length` positions, or null.
+    // have no norm biases (null). `rotary` is Encoder::rotary for `length` positions, or null;
+    // `planes` is Encoder::planes, which nothing but the instruction set amx reads.
     PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_t channels,
                   std::int64_t features, std::int64_t heads, const float* rotary,
-                  std::int64_t length);
+                  std::int64_t length, int planes);
     PackedEncoder(const PackedEncoder&) = delete;
     PackedEncoder& operator=(const PackedEncoder&) = delete;
 
@@ -37,6 +38,7 @@ class PackedEncoder {
     bool rms() const { return rms_; }
     const float* rotary() const { return rotary_; }
     std::int64_t length() const { return length_; }
+    int planes() const { return planes_; }
     // Whether the weights are in tiles, as the instruction set amx reads them, or in panels, as all
     // others do: decided by the one in use when they were packed.
     bool tiles() const { return tiles_; }
@@ -46,6 +48,7 @@ class PackedEncoder {
     std::vector<PackedBlock> blocks_;
     std::int64_t channels_, heads_, bytes_, length_;
     const float* rotary_ = nullptr;
+    int planes_;
     bool tiles_, rms_;
 };
 

@@ -21,6 +21,7 @@ from fmrec_fast.data.users import Histories
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import item_topk
 from fmrec_fast.ops._checks import check_padding
+from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.request import PADDING, Request, check_k
 from fmrec_fast.sampler import check_steps, sample
 
@@ -69,11 +70,11 @@ class BulkRecommender:
     Args:
         model: in evaluation mode.
         item_ids: external ids of its items 1 .. V-1.
-        k, exclude_seen, steps, padding: as in `recommend`.
+        k, exclude_seen, steps, padding, precision: as in `recommend`.
         seed: keys the noise, together with the user's id.
 
     Raises:
-        TypeError, ValueError: k, steps, padding or seed out of range.
+        TypeError, ValueError: k, steps, padding, precision or seed out of range.
     """
 
     def __init__(
@@ -86,19 +87,21 @@ class BulkRecommender:
         steps: int | None = None,
         seed: int = 0,
         padding: str = "published",
+        precision: str = "float32",
     ) -> None:
         check_k(model, k)
         check_steps(steps)
         check_padding(padding)
+        check_precision(precision)
         self.model, self.k, self.exclude_seen = model, k, exclude_seen
         self.steps = model.fm.steps if steps is None else steps
-        self.padding = padding
+        self.padding, self.precision = padding, precision
         self.device = model.item_embeddings.weight.device
         self.seed = noise.as_seed(seed, self.device)
         self._labels = external_ids(item_ids)
         # Packed once, not for each batch.
         served = not serving.obstacle(model, METHOD)
-        self._packed = serving.PackedModel(model) if served else None
+        self._packed = serving.PackedModel(model, precision) if served else None
 
     def __call__(self, users: Histories) -> pa.Table:
         """Raises ValueError where a score is NaN."""
@@ -153,6 +156,7 @@ class BulkRecommender:
             seed=self.seed,
             rows=part.rows,
             padding=self.padding,
+            precision=self.precision,
         )
 
     def _best(self, part: Request) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,17 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fmrec_fast.models import CONFIGS, FMRecommender, build_recommender
+from fmrec_fast.ops._checks import is_sharded
 
 FORMAT = "fmrec_fast checkpoint"
 VERSION = 1
@@ -66,11 +66,11 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo `_split`."""
+def _join(tree: Any, tensors: dict[str, Tensor] | None) -> Any:
+    """Undo `_split`; without tensors, None is in their place."""
     if isinstance(tree, dict):
         if _TENSOR_KEY in tree:
-            return tensors[tree[_TENSOR_KEY]]
+            return None if tensors is None else tensors[tree[_TENSOR_KEY]]
         if _DICT_KEY not in tree:
             raise ValueError(f"expected {_DICT_KEY!r} or {_TENSOR_KEY!r}, got {list(tree)}")
         return {key: _join(value, tensors) for key, value in tree[_DICT_KEY]}
@@ -183,13 +183,19 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or not JSON: {error}") from None
 
 
-def load(directory: str | Path, into: dict[str, Tensor] | None = None) -> dict[str, Any]:
+def load(
+    directory: str | Path,
+    into: dict[str, Tensor] | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """The state that was saved, by one rank or several; tensors on the CPU.
 
     Args:
         directory: of the checkpoint.
         into: tensors to read in place, by their path in the state (as 'model/LayerNorm.bias'), of
             a DTensor the rows of this rank only.
+        accept: called with the state before a tensor is read, None in the place of each; raises
+            what it has against it.
 
     Raises:
         CheckpointError: a file is missing, truncated, or of another program or version.
@@ -207,6 +213,11 @@ def load(directory: str | Path, into: dict[str, Tensor] | None = None) -> dict[s
     for part in ("state", *(("files", "tensors", "ranks") if version == SHARDED else ())):
         if part not in tree:
             raise CheckpointError(f"{directory / STATE} is damaged: it has no {part!r}")
+    try:
+        if accept is not None:
+            accept(_join(tree["state"], None))
+    except KeyError as error:
+        raise CheckpointError(f"{directory / STATE} lacks {error}") from None
     into = {f"/{path}": tensor for path, tensor in (into or {}).items()}
     if version == SHARDED:
         from fmrec_fast.distributed.checkpoints import read_shards
@@ -228,24 +239,30 @@ def _read_file(path: Path, into: dict[str, Tensor]) -> dict[str, Tensor]:
         if not into:
             return load_file(path)
         with safe_open(path, "pt") as file:
-            return {name: _read(file, name, into.get(name)) for name in file.keys()}
+            return {name: _read(path, file, name, into.get(name)) for name in file.keys()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing from the checkpoint") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or foreign: {error}") from None
 
 
-def _read(file: Any, name: str, target: Tensor | None) -> Tensor:
+def _read(path: Path, file: Any, name: str, target: Tensor | None) -> Tensor:
     if target is None:
         return file.get_tensor(name)
     part = file.get_slice(name)
     if part.get_shape() != list(target.shape):
-        raise CheckpointError(f"{name} has shape {part.get_shape()}, expected {list(target.shape)}")
+        raise CheckpointError(
+            f"{path}: {name} has shape {part.get_shape()}, expected {list(target.shape)}"
+        )
     own = target
-    if isinstance(target, DTensor):
-        own = target.to_local()
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        whole = cast(DTensor, target)
+        own = whole.to_local()
         placed = compute_local_shape_and_global_offset(
-            target.shape, target.device_mesh, target.placements
+            whole.shape, whole.device_mesh, whole.placements
         )
         part = part[tuple(slice(at, at + size) for size, at in zip(*placed))]
     else:
@@ -306,13 +323,17 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     return model.to(device).eval()
 
 
-def starting_weights(path: str | Path, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def starting_weights(
+    path: str | Path,
+    into: dict[str, Tensor] | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Tensor]:
     """The weights that a stage 2 starts from.
 
     Args:
         path: a run directory (its best checkpoint), a checkpoint's directory, or a file that
             ``torch.save`` wrote of a published model's state dict.
-        into: as of `load`.
+        into, accept: as of `load`; a file says nothing that could be refused.
 
     Raises:
         CheckpointError: it is none of these.
@@ -332,7 +353,7 @@ def starting_weights(path: str | Path, into: dict[str, Tensor] | None = None) ->
             raise CheckpointError(f"{path}: expected a state dict, got {type(state).__name__}")
         return state
     directory = path if (path / STATE).is_file() else locate(path)
-    state = load(directory, into)
+    state = load(directory, into, accept)
     if "model" not in state:
         raise CheckpointError(f"{directory} has no 'model'; it holds {sorted(state)}")
     return state["model"]

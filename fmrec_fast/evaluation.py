@@ -54,6 +54,7 @@ def model_ranks(
     batch_size: int = BATCH,
     progress: Callable[[int], None] | None = None,
     padding: str = "published",
+    precision: str = "float32",
     world: World = ALONE,
 ) -> Tensor:
     """The target's rank among all V scores (id 0 included, as published): int64 [S].
@@ -63,7 +64,7 @@ def model_ranks(
     Args:
         exclude_seen: leave the items of the input history out of the ranking.
         progress: called with the number of users done in each batch.
-        padding: as in `sample`.
+        padding, precision: as in `sample`.
         world: the ranks, each of which does its share of the users; all get all ranks.
     """
     device = model.item_embeddings.weight.device
@@ -75,7 +76,15 @@ def model_ranks(
         rows = samples.user_rows(index)
         exclude = samples.seen(index) if exclude_seen else None
         with batch_shares(_sizes(samples, batch_size, world, len(ranks) - 1)):
-            rep = sample(model, sequence, steps=steps, seed=seed, rows=rows, padding=padding)
+            rep = sample(
+                model,
+                sequence,
+                steps=steps,
+                seed=seed,
+                rows=rows,
+                padding=padding,
+                precision=precision,
+            )
             ranks.append(target_rank(rep, model.item_embeddings.weight, target, exclude=exclude))
         if progress is not None:
             before, done = done, done + len(index)
@@ -159,12 +168,13 @@ def evaluate(
     averaging: str = "user",
     progress: Callable[[int], None] | None = None,
     padding: str = "published",
+    precision: str = "float32",
     world: World = ALONE,
 ) -> Evaluation:
     """Evaluate on the validation ('val') or test items, once for each sampling seed.
 
-    `steps` and `padding` are those of `sample`; of several ranks in `world` each does its share of
-    the users, and all get the result.
+    `steps`, `padding` and `precision` are those of `sample`; of several ranks in `world` each does
+    its share of the users, and all get the result.
 
     Raises:
         ValueError: unknown split or averaging, no seeds, or nobody to evaluate.
@@ -183,6 +193,7 @@ def evaluate(
             exclude_seen=exclude_seen,
             progress=progress,
             padding=padding,
+            precision=precision,
             world=world,
         )
         runs.append(metrics_from_ranks(ranks, ks, averaging=averaging))

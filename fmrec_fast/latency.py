@@ -96,6 +96,7 @@ def measure(
     k: int = 10,
     steps: int | None = None,
     padding: str = "published",
+    precision: str = "float32",
     seconds: float = 1.0,
     report: Callable[[Latency], object] | None = None,
 ) -> list[Latency]:
@@ -104,7 +105,8 @@ def measure(
     The process's number of threads is restored. `report` is called with each result as it comes.
 
     Raises:
-        ValueError: a number of users or threads, or the seconds, are not positive.
+        ValueError: a number of users or threads, or the seconds, are not positive, or there is no
+            such precision.
         BackendError: the model cannot be served here.
     """
     for name, values in (("users", users), ("threads", threads)):
@@ -114,7 +116,7 @@ def measure(
         raise ValueError(f"seconds must be positive, got {seconds}")
     swept = torch.zeros(SWEPT_BYTES // 8, dtype=torch.int64)
     before, found = torch.get_num_threads(), []
-    server = Server(model)
+    server = Server(model, precision)
     try:
         for number in threads:
             torch.set_num_threads(number)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fmrec_fast.models.fave import FaveRecommender
 from fmrec_fast.models.fmrec import FMRecommender, TrainingDraws
+from fmrec_fast.ops._checks import is_sharded
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def training_losses(
         flow = _part(flow, share)
         straight = None if straight is None else _part(straight, share)
         # Ops give a table that is over ranks this rank's share already.
-        if not isinstance(model.item_embeddings.weight, DTensor):
+        whole = torch.compiler.is_compiling()
+        if whole or not is_sharded(model.item_embeddings.weight):
             ce = ce * share
-        if not isinstance(model.fm.xstart_model.decoder_output()[0], DTensor):
+        if whole or not is_sharded(model.fm.xstart_model.decoder_output()[0]):
             recon = recon * share
     config = model.config
     if isinstance(model, FaveRecommender) and stage is not None:

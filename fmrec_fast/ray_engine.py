@@ -1,52 +1,57 @@
 """Recommending for users that one process would take too long for, by Ray Data (extra ``[dist]``).
 
-Ray reads the users' Parquet files, hands batches to workers that hold the model, and writes Parquet
-shards. Workers that die are started again by Ray, and their batches computed again, with the same
-result: noise is keyed by user. Nothing passes through this process but names of files.
+Ray hands each worker, which holds the model, the numbers of the rows of one shard at a time; the
+worker reads them, recommends, and writes the shard. Workers that die are started again by Ray, and
+their shards computed again, with the same result: noise is keyed by user. What passes through this
+process, and between workers, is names and counts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import os
 import re
-import shutil
+import reprlib
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.compute as pc
 import pyarrow.fs
 import torch
 
 from fmrec_fast import backend, checkpoint
-from fmrec_fast.bulk import BulkRecommender, user_rows
+from fmrec_fast.bulk import ROWS, BulkRecommender, user_rows
 from fmrec_fast.data.users import (
     HistoryEncoder,
     ParquetFiles,
     Piece,
-    filesystem_of,
+    RowReader,
     group_by_user,
+    of_size,
     pieces,
-    read_histories_piece,
     read_piece,
 )
+from fmrec_fast.shards import Counts, Output, Result, Shards, WorkError
 
-# Users of a batch that a worker is handed at once.
+# Users that a worker recommends for at once.
 BATCH = 8192
-# Rows of a shard, at least: a few megabytes.
+# Rows of a shard, at most: a few megabytes.
 SHARD_ROWS = 1_000_000
+# Shards for each worker, at least where there are enough users: the last to end waits for no other
+# longer than a shard takes.
+SHARDS_EACH = 16
+# Users of a shard, at least: fewer cost more than they spread.
+LEAST_USERS = 2 * ROWS
 # Interactions that are grouped by user together.
 BUCKET_ROWS = 1_000_000
-# Bytes of a block at least: smaller ones cost more than they spread.
-LEAST_BLOCK = 1 << 18
-SUCCESS = "_SUCCESS"
+# Bytes of a block of grouped histories: a block is one worker's.
+BLOCK = 1 << 18
 # What a worker needs of a checkpoint.
 STATE = ("config", "kind", "model", "item_ids")
 
@@ -68,45 +73,47 @@ class Workers:
         if self.gpus < 0:
             raise ValueError(f"the gpus of a worker must be at least 0, got {self.gpus}")
 
+    def fit(self, cluster: dict[str, float]) -> int:
+        """How many there are in the cluster of such resources.
 
-@dataclass(frozen=True)
-class Result:
-    """`users` with a recommendation, `rows` in `shards`; what was left out under unknown='skip'."""
-
-    users: int
-    rows: int
-    shards: list[str]
-    unknown_items: int
-    users_left_out: int
-
-
-class _Counts:
-    """An actor that adds up what the batches left out; a batch that comes again counts once."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[int, int]] = {}
-
-    def add(self, batch: int, unknown: int, without: int) -> None:
-        self._found[batch] = (unknown, without)
-
-    def total(self) -> tuple[int, int]:
-        found = list(zip(*self._found.values(), strict=True)) or [(0,), (0,)]
-        return sum(found[0]), sum(found[1])
+        Raises:
+            ValueError: it has no room for them.
+        """
+        room = int(cluster.get("CPU", 1) // self.cpus)
+        if self.gpus:
+            room = min(room, int(cluster.get("GPU", 0) / self.gpus))
+        count = self.count or room
+        if not 1 <= count <= room:
+            raise ValueError(
+                f"{self.count or 'some'} workers of {self.cpus} cpus and {self.gpus:g} gpus do not "
+                f"fit the cluster, which has {cluster.get('CPU', 0):g} cpus and "
+                f"{cluster.get('GPU', 0):g} gpus, room for {room}"
+            )
+        return count
 
 
 class _Worker:
-    """A batch of histories to its recommendations; made once per worker process."""
+    """Writes the shard of a task and gives its counts; made once per worker process.
+
+    A task is one row: the shard's name, and the numbers of its first row and of the one after its
+    last (`_ranges`), or the users and their histories (`_grouped`).
+    """
 
     def __init__(
         self,
         state: Any,
+        rows: Any,
         encoder: dict[str, Any],
         options: dict[str, Any],
         workers: Workers,
-        counts: Any,
+        batch: int,
+        shards: Shards,
     ) -> None:
         import ray
 
+        # Ray starts a worker that dies again, and has its shard computed again, without end.
+        attempt = shards.begin(f"worker-{ray.get_runtime_context().get_actor_id()}")
+        attempt.at("the start of a worker")
         backend.keep_freed_memory()
         torch.set_num_threads(workers.cpus)
         state = ray.get(state)
@@ -114,18 +121,45 @@ class _Worker:
         model = checkpoint.build_model(state, device)
         self._encode = HistoryEncoder(state["item_ids"], **encoder)
         self._recommend = BulkRecommender(model, state["item_ids"], **options)
-        self._counts = counts
+        self._read = RowReader(*ray.get(rows)) if rows is not None else None
+        self._batch, self._shards = batch, shards
+        attempt.end()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        import ray
+    def __call__(self, task: pa.Table) -> pa.Table:
+        (row,) = task.to_pylist() if self._read else task.select(["shard"]).to_pylist()
+        # It may be there already: of an earlier run, or of an earlier life of this worker.
+        counts = self._shards.finished(row["shard"])
+        if counts is None:
+            if self._read is None:
+                histories = iter([_histories(task)])
+            else:
+                histories = self._read(row["first"], row["last"])
+            counts = self._write(row["shard"], histories)
+        return pa.table({"shard": [row["shard"]], "counts": [json.dumps(asdict(counts))]})
 
-        users = self._encode(table)
-        if users.unknown or users.without:
-            # Named by its users: the batch is the same again when it is computed again.
-            column = table.column(self._encode.columns[0])
-            (batch,) = user_rows([user_rows(column.to_pylist()).tobytes()]).tolist()
-            ray.get(self._counts.add.remote(batch, users.unknown, users.without))
-        return self._recommend(users)
+    def _write(self, name: str, histories: Iterator[pa.Table]) -> Counts:
+        attempt, parts, unknown, without = self._shards.begin(name), [], 0, 0
+        for table in of_size(histories, self._batch):
+            users = table.column(self._encode.columns[0])
+            place = f"the {len(users)} users {_short(users[0])} to {_short(users[-1])} of {name}"
+            attempt.at(place)
+            try:
+                encoded = self._encode(table)
+                parts.append(self._recommend(encoded))
+            except (RuntimeError, MemoryError, OSError) as error:
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                raise WorkError(f"at {place}: {message}") from error
+            unknown, without = unknown + encoded.unknown, without + encoded.without
+        rows = sum(part.num_rows for part in parts)
+        found = sum(pc.sum(pc.equal(part["rank"], 1)).as_py() or 0 for part in parts)
+        counts = Counts(rows, found, unknown, without)
+        self._shards.write(name, parts, counts)
+        attempt.end()
+        return counts
+
+
+def _short(user: pa.Scalar) -> str:
+    return reprlib.repr(user.as_py())
 
 
 def require_ray() -> None:
@@ -145,28 +179,6 @@ def _start() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def check_out(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and the path of a directory that is not there yet, or empty.
-
-    Raises:
-        ValueError: it holds something already.
-    """
-    filesystem, path = filesystem_of(out)
-    info = filesystem.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.File:
-        raise ValueError(f"--out {out} is a file; expected a new directory")
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    names = sorted(one.base_name for one in found)
-    if SUCCESS in names:
-        raise ValueError(f"--out {out} holds recommendations already; expected a new directory")
-    if names:
-        raise ValueError(
-            f"--out {out} is not empty ({len(names)} entries, such as {names[0]!r}, no {SUCCESS}: "
-            f"perhaps of a run that did not finish); expected a new directory"
-        )
-    return filesystem, path
-
-
 def recommend_with_ray(
     state: dict[str, Any],
     source: ParquetFiles,
@@ -176,6 +188,7 @@ def recommend_with_ray(
     unknown: str = "error",
     workers: Workers | None = None,
     batch: int = BATCH,
+    resume: bool = False,
     **options: Any,
 ) -> Result:
     """Recommend for the users of Parquet files, into Parquet shards.
@@ -185,153 +198,150 @@ def recommend_with_ray(
         source: the files.
         columns: names of the columns 'user', 'item' and, of interactions, 'timestamp' or None;
             without this key the files hold histories.
-        out: a directory that is not there yet, or empty; a path or a URI. On a local file system it
-            appears when all is done. Elsewhere the shards do one by one; in either case the file
-            ``_SUCCESS``, written last, lists them.
+        out: a directory that is not there yet, or empty; a path or a URI; see `Output`.
         unknown: as in `HistoryEncoder`.
-        batch: users that a worker is handed at once.
+        batch: users that a worker recommends for at once.
+        resume: keep the shards that a run of the same state, files and options left unfinished;
+            `unknown`, `workers` and `batch` may be others.
         options: of `BulkRecommender`.
 
     Raises:
         ImportError: Ray Data is not installed.
         TypeError, ValueError: as `BulkRecommender` and `HistoryEncoder`; or `out` is not empty.
+        WorkError: workers fail, or die again and again at the same users, whom the message names.
     """
     require_ray()
     import ray
 
-    # Ray Data restarts workers and repeats their batches without being told to (max_restarts and
-    # max_task_retries are -1).
     workers = workers or Workers()
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    filesystem, path = check_out(out)
+    output = Output(out, resume)
     # Here, not first in a worker: mistakes in the options.
     model = checkpoint.build_model(state)
-    BulkRecommender(model, state["item_ids"], **options)
-    del model
-    local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-    target = Path(path)
-    shards = str(target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")) if local else path
+    recommender = BulkRecommender(model, state["item_ids"], **options)
+    steps, k = recommender.steps, recommender.k
+    del model, recommender
     _start()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
-    # A block is about a batch, or all users of a large row group would be one worker's.
-    context.target_max_block_size = max(LEAST_BLOCK, int(batch * source.row_bytes()))
-    cluster = ray.cluster_resources()
-    room = int(cluster.get("CPU", 1) // workers.cpus)
-    if workers.gpus:
-        room = min(room, int(cluster.get("GPU", 0) / workers.gpus))
-    count = workers.count or room
-    if not 1 <= count <= room:
-        raise ValueError(
-            f"{workers.count or 'some'} workers of {workers.cpus} cpus and {workers.gpus:g} gpus "
-            f"do not fit the cluster, which has {cluster.get('CPU', 0):g} cpus and "
-            f"{cluster.get('GPU', 0):g} gpus, room for {room}"
-        )
-    counts: Any = ray.remote(num_cpus=0)(_Counts)
-    counts = counts.remote()
-    kept = ray.put({name: state[name] for name in STATE if name in state})
-    # The cores are the workers'; a few processes that read and write run beside them.
-    helpers = ray.data.TaskPoolStrategy(size=max(1, count // 2))
-    if "timestamp" in columns:
-        # Kept in the cluster's memory, or on its disks: a shuffle needs all before it gives any,
-        # and the cores that the workers would hold meanwhile.
-        try:
-            histories = _grouped(source, columns).materialize()
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from None
-        names = {"user": "user", "item": "item"}
-    else:
-        names = {"user": str(columns["user"]), "item": str(columns["item"])}
-        histories = _pieces(source).map_batches(
-            _ReadHistories(source.location.filesystem, tuple(names.values())),
-            batch_size=1,
-            num_cpus=0,
-            compute=helpers,
-        )
-    found = histories.map_batches(
-        _Worker,
-        batch_size=batch,
-        batch_format="pyarrow",
-        fn_constructor_kwargs={
-            "state": kept,
-            "encoder": {**names, "unknown": unknown},
-            "options": options,
-            "workers": workers,
-            "counts": counts,
-        },
-        compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
+    count = workers.fit(ray.cluster_resources())
+    found = pieces(source)
+    users: int = (output.planned() or {}).get("users_per_shard") or _users_per_shard(
+        found, count, batch, k
     )
-    try:
-        found.write_parquet(
-            shards,
-            filesystem=filesystem,
-            min_rows_per_file=SHARD_ROWS,
-            ray_remote_args={"num_cpus": 0},
-            concurrency=helpers.size,
-        )
-        unknown_items, without = ray.get(counts.total.remote())
-        result = _publish(filesystem, shards, unknown_items, without)
-        if local:
-            os.replace(shards, target)
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from None
-    finally:
-        if local:
-            shutil.rmtree(shards, ignore_errors=True)
-    return result
+    plan = {
+        "users_per_shard": users,
+        "run": _fingerprint(state),
+        "users": _fingerprint_of_files(source),
+        "columns": columns,
+        "options": {**options, "steps": steps},
+    }
+    with output.begin(plan) as shards:
+        try:
+            rows = None
+            if "timestamp" in columns:
+                context.target_max_block_size = BLOCK
+                # Kept in the cluster's memory, or on its disks: a shuffle needs all before it gives
+                # any, and the cores that the workers would hold meanwhile.
+                tasks = _grouped(source, found, columns, users).materialize()
+                names = {"user": "user", "item": "item"}
+            else:
+                names = {"user": str(columns["user"]), "item": str(columns["item"])}
+                ranges = _ranges(found, users)
+                if not ranges:
+                    return output.publish({})
+                tasks = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+                reader = (found, source.location.filesystem, tuple(names.values()))
+                rows, count = ray.put(reader), min(count, len(ranges))
+            kept = ray.put({name: state[name] for name in STATE if name in state})
+            done = tasks.map_batches(
+                _Worker,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_kwargs={
+                    "state": kept,
+                    "rows": rows,
+                    "encoder": {**names, "unknown": unknown},
+                    "options": options,
+                    "workers": workers,
+                    "batch": batch,
+                    "shards": shards,
+                },
+                # One is computed and one is waiting: more would wait where others have none.
+                compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus or None,
+            ).take_all()
+        except ray.exceptions.RayError as error:
+            raise _cause(error, shards, output.is_local) from None
+        return output.publish({row["shard"]: Counts(**json.loads(row["counts"])) for row in done})
 
 
-def _cause(error: Exception) -> Exception:
-    """What was raised of the data, without Ray's account of where: it comes as text only."""
-    found = re.findall(r"^(ValueError|TypeError): (.*)$", str(error), re.MULTILINE)
-    if not found:
-        return RuntimeError(str(error))
-    kind, message = found[-1]
-    return {"ValueError": ValueError, "TypeError": TypeError}[kind](message)
+def _cause(error: Exception, shards: Shards, local: bool) -> Exception:
+    """What a worker raised, without Ray's account of where, which comes as text only."""
+    kept = len(shards.names())
+    where = shards.path if local else f"{shards.path} (unfinished)"
+    rest = f"; {kept} shards are in {where}: --resume goes on from them" if kept else ""
+    found = re.findall(
+        r"^(?:[\w.]+\.)?(ValueError|TypeError|WorkError): (.*)$", str(error), re.MULTILINE
+    )
+    if found:
+        kind, message = found[-1]
+        raised = {"ValueError": ValueError, "TypeError": TypeError, "WorkError": WorkError}[kind]
+        return raised(message + rest)
+    return WorkError(f"{error}{rest}")
 
 
-def _publish(
-    filesystem: pyarrow.fs.FileSystem, path: str, unknown_items: int, users_left_out: int
-) -> Result:
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    names = sorted(one.path for one in found if one.is_file)
-    users = rows = 0
-    if names:
-        written = pyarrow.dataset.dataset(names, format="parquet", filesystem=filesystem)
-        rows = written.count_rows()
-        users = written.count_rows(filter=pyarrow.dataset.field("rank") == 1)
-    shards = [name.rpartition("/")[2] for name in names]
-    result = Result(users, rows, shards, unknown_items, users_left_out)
-    filesystem.create_dir(path)
-    with filesystem.open_output_stream(f"{path}/{SUCCESS}") as file:
-        file.write((json.dumps(asdict(result), indent=1) + "\n").encode())
-    return result
+def _fingerprint(state: dict[str, Any]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    found.update(repr([state["config"], state.get("kind"), state["item_ids"]]).encode())
+    for name, tensor in sorted(state["model"].items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-def _pieces(source: ParquetFiles) -> Any:
-    """One row per row group of the files; `Piece`s."""
+def _fingerprint_of_files(source: ParquetFiles) -> str:
+    infos = source.location.filesystem.get_file_info(source.location.paths)
+    text = repr([(one.path, one.size, one.mtime_ns) for one in infos])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _users_per_shard(found: list[Piece], workers: int, batch: int, k: int) -> int:
+    rows = sum(piece.rows for piece in found)
+    spread = -(-rows // (SHARDS_EACH * workers))
+    # Whole rounds of the sampler, which takes `ROWS` at a time.
+    spread = -(-spread // ROWS) * ROWS
+    return min(max(spread, min(LEAST_USERS, batch)), max(SHARD_ROWS // k, 1))
+
+
+def _ranges(found: list[Piece], users: int) -> list[dict[str, Any]]:
+    """Tasks: each so many rows, wherever they are."""
+    last = sum(piece.rows for piece in found)
+    return [
+        {"shard": f"part-{at:06}", "first": first, "last": min(first + users, last)}
+        for at, first in enumerate(range(0, last, users))
+    ]
+
+
+def _grouped(
+    source: ParquetFiles, found: list[Piece], columns: dict[str, str | None], users: int
+) -> Any:
+    """Tasks with the histories of interactions: users fall into buckets by their hash, a bucket is
+    one group, and some shards."""
     import ray
 
-    found = [one._asdict() for one in pieces(source)]
-    return ray.data.from_items(found, override_num_blocks=max(1, len(found)))
-
-
-def _pieces_of(batch: dict[str, Any]) -> Iterator[Piece]:
-    for fields in zip(*(batch[name].tolist() for name in Piece._fields), strict=True):
-        yield Piece(*fields)
-
-
-@dataclass(frozen=True)
-class _ReadHistories:
-    filesystem: pyarrow.fs.FileSystem
-    columns: tuple[str, ...]
-
-    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for piece in _pieces_of(batch):
-            yield from read_histories_piece(piece, self.filesystem, self.columns)
+    buckets = max(1, -(-sum(piece.rows for piece in found) // BUCKET_ROWS))
+    names = (str(columns["user"]), str(columns["item"]), columns["timestamp"])
+    rows = [piece._asdict() for piece in found]
+    tasks: Any = _tasks_of_bucket
+    return (
+        ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
+        .map_batches(_ReadInteractions(source.location.filesystem, names, buckets), batch_size=1)
+        .groupby("bucket", num_partitions=min(buckets, 200))
+        .map_groups(tasks, batch_format="pyarrow", fn_kwargs={"users": users})
+    )
 
 
 @dataclass(frozen=True)
@@ -343,20 +353,36 @@ class _ReadInteractions:
     buckets: int
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for piece in _pieces_of(batch):
-            table = read_piece(piece, self.filesystem, *self.columns)
+        for fields in zip(*(batch[name].tolist() for name in Piece._fields), strict=True):
+            table = read_piece(Piece(*fields), self.filesystem, *self.columns)
             users = table.column("user").combine_chunks().dictionary_encode()
             bucket = user_rows(users.dictionary.to_pylist()) % self.buckets
             yield table.append_column("bucket", pa.array(bucket[users.indices.to_numpy()]))
 
 
-def _grouped(source: ParquetFiles, columns: dict[str, str | None]) -> Any:
-    """Interactions as histories: users fall into buckets by their hash, a bucket is one group."""
-    buckets = max(1, -(-source.num_rows() // BUCKET_ROWS))
-    names = (str(columns["user"]), str(columns["item"]), columns["timestamp"])
-    return (
-        _pieces(source)
-        .map_batches(_ReadInteractions(source.location.filesystem, names, buckets), batch_size=1)
-        .groupby("bucket", num_partitions=min(buckets, 200))
-        .map_groups(group_by_user, batch_format="pyarrow")
+def _tasks_of_bucket(table: pa.Table, users: int) -> pa.Table:
+    """Its interactions as tasks, the same whatever order they come in."""
+    bucket = table.column("bucket")[0].as_py()
+    found = group_by_user(table).sort_by("user")
+    parts = list(of_size([found], users))
+    columns = {
+        name: _nested([part.column(name).combine_chunks() for part in parts])
+        for name in ("user", "item")
+    }
+    shards = [f"part-{bucket:06}-{at:04}" for at in range(len(parts))]
+    return pa.table({"shard": shards, **columns})
+
+
+def _nested(arrays: list[pa.Array]) -> pa.Array:
+    """Arrays as one array of lists."""
+    offsets = [0]
+    for array in arrays:
+        offsets.append(offsets[-1] + len(array))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.concat_arrays(arrays))
+
+
+def _histories(task: pa.Table) -> pa.Table:
+    """The users of a task."""
+    return pa.table(
+        {name: task.column(name).combine_chunks().flatten() for name in ("user", "item")}
     )

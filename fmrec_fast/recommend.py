@@ -95,8 +95,8 @@ def recommend(
             graphed = graphs.shared_sampler(
                 model, steps=steps, method=method, precision=precision, padding=padding, k=k
             )
-    if graphed is None and not serving.obstacle(model, method, precision, padding):
-        return serving.PackedModel(model).recommend(request, seed, method)
+    if graphed is None and not serving.obstacle(model, method, padding):
+        return serving.PackedModel(model, precision).recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)

@@ -16,7 +16,7 @@ from fmrec_fast import extension, flow, noise
 from fmrec_fast.backend import Backend, BackendError, availability, choose, current_backend
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops._checks import is_sharded
-from fmrec_fast.ops.encoder import pack, variant_declined
+from fmrec_fast.ops.encoder import check_precision, pack, variant_declined
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request
 
@@ -29,12 +29,11 @@ METHODS = ("euler", "parallel", "auto")
 def obstacle(
     model: FMRecommender,
     method: str = "auto",
-    precision: str = "float32",
     padding: str = "published",
 ) -> str:
     """Why recommendations do not come from one C++ call here; empty if they do."""
-    if method not in METHODS or precision != "float32":
-        return f"the call has methods {METHODS} in float32, got {method!r} in {precision!r}"
+    if method not in METHODS:
+        return f"the call has methods {METHODS}, got {method!r}"
     if current_backend() not in (Backend.AUTO, Backend.CPP):
         return f"the backend in force is {current_backend().value!r}"
     weight, core = model.item_embeddings.weight, model.fm
@@ -65,10 +64,12 @@ def unable(model: FMRecommender, method: str, padding: str) -> str:
 class PackedModel:
     """The weights that a recommendation reads, as the C++ call takes them.
 
-    The transformer's are copied and packed; the others are read where they lie.
+    The transformer's are copied and packed, for products of a precision; the others are read where
+    they lie.
     """
 
-    def __init__(self, model: FMRecommender) -> None:
+    def __init__(self, model: FMRecommender, precision: str = "float32") -> None:
+        check_precision(precision)
         reason = obstacle(model)
         weights = model.fm.sampler_weights()
         others = (
@@ -87,7 +88,7 @@ class PackedModel:
         if reason:
             raise BackendError(f"the model cannot be served in one call: {reason}")
         self.model = model
-        self.packed = pack(weights.blocks, weights.num_heads, model.config.max_len)
+        self.packed = pack(weights.blocks, weights.num_heads, model.config.max_len, precision)
         self.delta = weights.delta
         self.others = [tensor.detach().contiguous().numpy() for tensor in others]
         self._taus: dict[tuple[int, float], Any] = {}
@@ -153,18 +154,20 @@ class Server:
 
     Args:
         model: in evaluation mode or not, dropout is off.
+        precision: as in `sample`.
 
     Raises:
+        ValueError: no such precision.
         BackendError: the model cannot be served by the C++ kernels here; the message says why.
     """
 
-    def __init__(self, model: FMRecommender) -> None:
-        self.model = model
+    def __init__(self, model: FMRecommender, precision: str = "float32") -> None:
+        self.model, self.precision = model, precision
         self.refresh()
 
     def refresh(self) -> None:
         """Pack the weights as they are now."""
-        self._packed = PackedModel(self.model)
+        self._packed = PackedModel(self.model, self.precision)
         self._places = [
             (tensors, name)
             for module in self.model.modules()

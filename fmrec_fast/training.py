@@ -220,6 +220,11 @@ class Trainer:
         self.graph = graph
         self._replicas = None
         if not world.alone:
+            if graph:
+                raise ValueError(
+                    f"graph must be None or False on {world.size} ranks, whose steps exchange "
+                    f"gradients, got {graph}"
+                )
             if current_rng() is Rng.PUBLISHED:
                 raise ValueError(
                     "published draws are made in the order of one process; train on one rank, "
@@ -303,12 +308,17 @@ class Trainer:
         config = self.config
         if not isinstance(config, FaveConfig) or config.ckpt_path is None:
             return
+        path = config.ckpt_path
         into = items.own_parts(self.model) if self.shard_items else None
+
+        def accept(state: dict[str, Any]) -> None:
+            self._accept_items(path, state)
+
         try:
-            self.model.load_state_dict(checkpoint.starting_weights(config.ckpt_path, into))
+            self.model.load_state_dict(checkpoint.starting_weights(path, into, accept))
         except RuntimeError as error:
             raise checkpoint.CheckpointError(
-                f"the weights in {config.ckpt_path} do not fit the settings: {error}"
+                f"the weights in {path} do not fit the settings: {error}"
             ) from None
 
     def _over(self) -> bool:
@@ -353,11 +363,6 @@ class Trainer:
 
     def _uses_graph(self) -> bool:
         if not self.world.alone:
-            if self.graph:
-                raise ValueError(
-                    f"graph must be None or False on {self.world.size} ranks, whose steps exchange "
-                    f"gradients, got {self.graph}"
-                )
             return False
         published = current_rng() is Rng.PUBLISHED
         if self.graph is None:
@@ -528,16 +533,26 @@ class Trainer:
         into = None
         if self.shard_items:
             into = items.own_parts(self.model) | items.own_moments(self.model, self.optimizer)
-        state = checkpoint.load(checkpoint.locate(self.run, "last"), into)
-        then_ids, now_ids = state["item_ids"], self.dataset.item_ids
-        if then_ids != now_ids:
-            new, gone = set(now_ids) - set(then_ids), set(then_ids) - set(now_ids)
-            named = [repr(i) for i in (*now_ids, *then_ids) if i in new or i in gone][:3]
-            raise checkpoint.CheckpointError(
-                f"{self.run} was trained on other items ({len(then_ids)}, now {len(now_ids)}: "
-                f"{len(new)} new, {len(gone)} gone{', such as ' if named else ', in another order'}"
-                f"{', '.join(named)})"
-            )
+        found = checkpoint.locate(self.run, "last")
+        state = checkpoint.load(found, into, self._accept)
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.progress = p = Progress(**state["progress"])
+        # Asked anew: patience may have been raised, or `max_steps`.
+        p.stopped = p.without_improvement >= self.config.patience or self._used_up()
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:  # the checkpoint may be of another device
+                group["capturable"] = _on_cuda(group["params"])
+        self._graphed.reset()  # loading replaced the optimizer's state
+        self.sums.copy_(state["sums"])
+        self.bad_step.fill_(-1)
+        checkpoint.restore_rng(state["rng"])
+
+    def _accept(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint that is not of this run, by what it says of itself: before a tensor
+        is read, whose size might not fit."""
+        self._accept_items(str(self.run), state)
         if state.get("kind", "fmrec") != self.config.KIND:
             raise checkpoint.CheckpointError(
                 f"{self.run} is a run of {state.get('kind', 'fmrec')}, not of {self.config.KIND}"
@@ -555,19 +570,18 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{self.run} was trained on other histories of the same items"
             )
-        self.model.load_state_dict(state["model"])
-        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.progress = p = Progress(**state["progress"])
-        # Asked anew: patience may have been raised, or `max_steps`.
-        p.stopped = p.without_improvement >= self.config.patience or self._used_up()
-        for group in self.optimizer.param_groups:
-            if "capturable" in group:  # the checkpoint may be of another device
-                group["capturable"] = _on_cuda(group["params"])
-        self._graphed.reset()  # loading replaced the optimizer's state
-        self.sums.copy_(state["sums"])
-        self.bad_step.fill_(-1)
-        checkpoint.restore_rng(state["rng"])
+
+    def _accept_items(self, name: str, state: dict[str, Any]) -> None:
+        then_ids, now_ids = state["item_ids"], self.dataset.item_ids
+        if then_ids == now_ids:
+            return
+        new, gone = set(now_ids) - set(then_ids), set(then_ids) - set(now_ids)
+        named = [repr(i) for i in (*now_ids, *then_ids) if i in new or i in gone][:3]
+        raise checkpoint.CheckpointError(
+            f"{name} was trained on other items ({len(then_ids)}, now {len(now_ids)}: "
+            f"{len(new)} new, {len(gone)} gone{', such as ' if named else ', in another order'}"
+            f"{', '.join(named)})"
+        )
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.progress.history)

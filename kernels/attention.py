@@ -41,6 +41,22 @@ def load_rows(p_x, o_row, o_w, stride, length, DH: tl.constexpr):
 
 
 @triton.jit
+def load_queries(p_q, p_scale, o_query, o_w, stride, length, DH: tl.constexpr):
+    """The queries' scales [M], and the queries times them [M, W]."""
+    b_scale = tl.load(p_scale + o_query, mask=o_query < length, other=0.0)
+    return b_scale, load_rows(p_q, o_query, o_w, stride, length, DH) * b_scale[:, None]
+
+
+@triton.jit
+def load_keys(p_q, o_w, width, length, DH: tl.constexpr, T: tl.constexpr):
+    """Keys and values of the head whose queries lie at p_q: [T, W] each."""
+    o_key = tl.arange(0, T)
+    b_k = load_rows(p_q + width, o_key, o_w, 3 * width, length, DH)
+    b_v = load_rows(p_q + 2 * width, o_key, o_w, 3 * width, length, DH)
+    return b_k, b_v
+
+
+@triton.jit
 def probabilities(b_q, b_k, length, M: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(q k^T), [M, T]; 0 for keys beyond the sequence."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -89,12 +105,10 @@ def forward_kernel(
     b, head = (index // heads).to(tl.int64), index % heads
     width = heads * DH
     o_query = tl.program_id(1) * M + tl.arange(0, M)
-    o_key, o_w = tl.arange(0, T), tl.arange(0, W)
+    o_w = tl.arange(0, W)
     p_q = p_qkv + b * length * 3 * width + head * DH
-    b_scale = tl.load(p_scale + b * length + o_query, mask=o_query < length, other=0.0)  # [M]
-    b_q = load_rows(p_q, o_query, o_w, 3 * width, length, DH) * b_scale[:, None]  # [M, W]
-    b_k = load_rows(p_q + width, o_key, o_w, 3 * width, length, DH)  # [T, W]
-    b_v = load_rows(p_q + 2 * width, o_key, o_w, 3 * width, length, DH)
+    _, b_q = load_queries(p_q, p_scale + b * length, o_query, o_w, 3 * width, length, DH)  # [M, W]
+    b_k, b_v = load_keys(p_q, o_w, width, length, DH, T)  # [T, W]
     b_p = probabilities(b_q, b_k, length, M, T, PRECISION)
     if DROP:
         m_kept = kept(p_rows, p_seed, b, head, o_query, site, threshold, length, T, M)
@@ -132,14 +146,14 @@ def backward_kernel(
     p_grad += b * length * width + head * DH
     p_q = p_qkv + b * length * 3 * width + head * DH
     p_d_q = p_d_qkv + b * length * 3 * width + head * DH
-    b_k = load_rows(p_q + width, o_key, o_w, 3 * width, length, DH)  # [T, W]
-    b_v = load_rows(p_q + 2 * width, o_key, o_w, 3 * width, length, DH)
+    b_k, b_v = load_keys(p_q, o_w, width, length, DH, T)  # [T, W]
     b_d_k = tl.zeros((T, W), tl.float32)
     b_d_v = tl.zeros((T, W), tl.float32)
     for start in tl.range(0, length, M, num_stages=1):
         o_query = start + tl.arange(0, M)
-        b_scale = tl.load(p_scale + b * length + o_query, mask=o_query < length, other=0.0)  # [M]
-        b_q = load_rows(p_q, o_query, o_w, 3 * width, length, DH) * b_scale[:, None]  # [M, W]
+        b_scale, b_q = load_queries(
+            p_q, p_scale + b * length, o_query, o_w, 3 * width, length, DH
+        )  # [M], [M, W]
         b_grad = load_rows(p_grad, o_query, o_w, width, length, DH)
         b_p = probabilities(b_q, b_k, length, M, T, PRECISION)
         b_d_p = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [M, T]

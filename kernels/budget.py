@@ -3,6 +3,7 @@
     python -m fmrec_fast.kernels.budget            # a table; exit status 1 if a budget is broken
     python -m fmrec_fast.kernels.budget --write    # the table becomes the budget
     python -m fmrec_fast.kernels.budget --json     # the same for programs
+    python -m fmrec_fast.kernels.budget encoder dropout    # these modules alone
 
 A kernel module lists what to compile in `COMPILE_CASES`, dicts with the keys
 
@@ -40,7 +41,8 @@ FOLDER = Path(__file__).parent
 BUDGETS = FOLDER / "budgets.json"
 # Modules without kernels of their own.
 NO_KERNELS = {
-    "__init__", "budget", "launch", "philox", "plans", "rotary", "tiles", "transformer"
+    "__init__", "budget", "launch", "layers", "philox", "plans", "rotary", "tiles", "transformer",
+    "tune",
 }  # fmt: skip
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # (backend, architecture, lanes of a warp)
@@ -56,12 +58,12 @@ def kernel_modules() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_KERNELS)
 
 
-def compile_all() -> tuple[dict[str, dict], list[str]]:
-    """What each case of each module needs, by "module.kernel dtype target"; and problems."""
+def compile_all(stems: list[str]) -> tuple[dict[str, dict], list[str]]:
+    """What each case of these modules needs, by "module.kernel dtype target"; and problems."""
     from triton.runtime.jit import JITFunction
 
     jobs, problems = {}, []
-    for stem in kernel_modules():
+    for stem in stems:
         module = importlib.import_module(f"fmrec_fast.kernels.{stem}")
         cases = getattr(module, "COMPILE_CASES", [])
         for name, value in vars(module).items():
@@ -226,18 +228,27 @@ def _table(measured: dict[str, dict], budgets: dict[str, dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    every = kernel_modules()
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(every)}")
     parser.add_argument("--write", action="store_true", help="make the table the budget")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args(arguments)
+    stems = options.modules or every
+    if unknown := sorted(set(stems) - set(every)):
+        parser.error(f"modules must be among {every}, got {unknown}")
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     import triton
 
-    measured, problems = compile_all()
-    if options.write:
-        write_budgets(triton.__version__, budget_for(measured))
     version, budgets = read_budgets()
-    problems += check(measured, budgets)
+    if options.write and options.modules and version != triton.__version__:
+        parser.error(f"the budgets are for Triton {version}: write those of all modules at once")
+    measured, problems = compile_all(stems)
+    kept = {k: b for k, b in budgets.items() if options.modules and k.split(".")[0] not in stems}
+    if options.write:
+        version, budgets = triton.__version__, kept | budget_for(measured)
+        write_budgets(version, budgets)
+    problems += check(measured, {k: b for k, b in budgets.items() if k not in kept})
     if options.json:
         versions = {"triton": triton.__version__, "budgets_for": version}
         print(json.dumps(versions | {"measured": measured, "problems": problems}, indent=1))

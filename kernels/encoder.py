@@ -124,7 +124,8 @@ def encoder(
     batch, length = x.shape[:2]
     if batch == 0:
         return
-    plan, constants = settings(x, num_heads, precision)
+    rotates = blocks[0].inv_freq is not None
+    plan, constants = settings(x, num_heads, precision, False, rotates)
     tensors = (x, mask, *pack(blocks, x.shape[2], precision))
     sizes = (length, len(blocks), -1 if tap is None else tap)
     with torch.cuda.device_of(x):  # Triton launches on the current device

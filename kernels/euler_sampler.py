@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.launch import compile_cases, launch_network, tiled_cases
+from fmrec_fast.kernels.layers import norm_row
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
-from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
+from fmrec_fast.kernels.transformer import fuse, query_scale, stack
 
 if TYPE_CHECKING:
     from fmrec_fast.ops.euler_sampler import SamplerWeights
@@ -188,11 +189,11 @@ CASE = (
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False},
 )
-TILED_CASES = tiled_cases(
+TILED = (
     euler_sampler_tiled_kernel,
     "p_e p_mask p_z0 p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False, "TIED": True},
-    all_of_them=True,
 )
+TILED_CASES = tiled_cases(*TILED, all_of_them=True)
 COMPILE_CASES = TILED_CASES + compile_cases(*CASE) + compile_cases(*CASE, fave=True)

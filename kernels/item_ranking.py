@@ -1,4 +1,4 @@
-"""Top-k items and the target's rank, the items streaming by; no [B, V] scores in memory.
+"""Top-k items, the items streaming by; no [B, V] scores in memory.
 
     score[b, v] = scale[v] * sum over d of rep[b, d] * weight[v, d] + bias[v]
 
@@ -6,12 +6,12 @@ rep [B, D] float32, weight [V, D] of any type, scale and bias [V] float32 or mis
 contiguous. Products and sums are float32 in IEEE arithmetic, in the same order for every item, so
 that equal items tie. The definition's order and keys (`reference.item_ranking`) decide.
 
-One program goes through a slice of the items for ROWS rows, in tiles of ITEMS. For the top k it
-appends what beats the k-th best so far to a list of its own per row, in ascending order of ids,
-and cuts the list back to k when it could overflow: a tile of random scores adds a handful. The
-slices' lists are merged by `torch.topk` of distinct 64-bit keys. A rank is a sum of integers.
-Exclusions come sorted; a cursor per row says which is the next. There is no atomic, no wait for
-the device, and every result is the same each time.
+One program goes through a slice of the items for ROWS rows, in tiles of ITEMS. It appends what
+beats the k-th best so far to a list of its own per row, in ascending order of ids, and cuts the
+list back to k when it could overflow: a tile of random scores adds a handful. The slices' lists
+are merged by `torch.topk` of distinct 64-bit keys. Exclusions come sorted; a cursor per row says
+which is the next. There is no atomic, no wait for the device, and every result is the same each
+time. The target's rank, from the same scores, is `target_rank`'s.
 """
 
 import os
@@ -54,7 +54,6 @@ _NO_ITEM: tl.constexpr = tl.constexpr(NO_ITEM)
 _NO_KEY: tl.constexpr = tl.constexpr(NO_KEY)
 _AFTER_ALL: tl.constexpr = tl.constexpr(2**31 - 1)
 _BEST = ["rows", "items", "stretch", "k", "capacity", "width", "slices"]
-_RANK = ["rows", "items", "stretch", "width", "slices"]
 
 
 @triton.jit
@@ -224,66 +223,6 @@ def best_kernel(
         tl.store(p_keys + o_keys[:, None] + o_at[None, :], b_key, mask=m_key)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def own_kernel(
-    p_rep, p_weight, p_bias, p_target, p_own, rows,
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """The targets' own scores [rows], by the products that the others get. Grid (row tiles)."""
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    # The targets as a tile of items; row i's is on the diagonal. ITEMS >= ROWS.
-    o_lane = tl.arange(0, ITEMS)
-    o_owner = tl.program_id(0) * ROWS + o_lane
-    m_owner = (o_lane < ROWS) & (o_owner < rows)
-    o_wanted = tl.load(p_target + o_owner, mask=m_owner, other=0)
-    b_score = scores_of(
-        p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_wanted, m_owner,
-        D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
-    )  # fmt: skip
-    m_own = tl.arange(0, ROWS)[:, None] == o_lane[None, :]
-    tl.store(p_own + o_row, tl.sum(tl.where(m_own, b_score, 0.0), axis=1), mask=m_row)
-
-
-@triton.jit(do_not_specialize=_RANK)
-def rank_kernel(
-    p_rep, p_weight, p_bias, p_target, p_own, p_excluded, p_cursor, p_ahead,
-    rows, items, stretch, width, slices,
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS: tl.constexpr,
-    ITEMS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Items of one slice that are ahead of the target: int32 [rows, slices]."""
-    piece = tl.program_id(0)
-    o_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    b_own = tl.load(p_own + o_row, mask=m_row, other=0.0)
-    b_target = tl.load(p_target + o_row, mask=m_row, other=0)
-    b_ahead = tl.zeros((ROWS,), tl.int32)
-    if HAS_EXCLUDED:
-        b_cursor = tl.load(p_cursor + o_row * slices + piece, mask=m_row, other=0)
-        b_next = next_excluded(p_excluded, o_row, m_row, b_cursor, width)
-    for begin in range(piece * stretch, tl.minimum((piece + 1) * stretch, items), ITEMS):
-        o_item = begin + tl.arange(0, ITEMS)
-        m_item = o_item < items
-        b_score = scores_of(
-            p_rep, p_weight, p_bias, p_bias, o_row, m_row, o_item, m_item,
-            D, False, HAS_BIAS, ROWS, ITEMS, DEPTH,
-        )  # fmt: skip
-        # What does not compare (NaN) is ahead.
-        m_first = o_item[None, :] < b_target[:, None]
-        b_behind = tl.where(m_first, b_score < b_own[:, None], b_score <= b_own[:, None])
-        m_ahead = (b_behind == 0) & (o_item[None, :] != b_target[:, None]) & m_item[None, :]
-        b_found = tl.where(m_ahead, 1, _NO_ITEM)
-        if HAS_EXCLUDED:
-            b_found, b_cursor, b_next = strike(
-                b_found, o_item, begin + ITEMS, p_excluded, o_row, m_row, b_cursor,
-                b_next, width,
-            )  # fmt: skip
-        b_ahead += tl.sum((b_found == 1).to(tl.int32), axis=1)
-    tl.store(p_ahead + o_row * slices + piece, b_ahead, mask=m_row)
-
-
 @triton.jit(do_not_specialize=["count"])
 def listed_kernel(
     p_rep, p_weight, p_items, p_scores, count,
@@ -333,16 +272,16 @@ def item_topk(
         return from_keys(candidate_keys(scores, items, scale, bias, exclude).topk(k).values)
     places = weight.shape[0] if items is None else items.shape[0]
     capacity = triton.cdiv(k, WIDEST) * WIDEST + 2 * WIDEST
-    slices, stretch = _slices(rep, places, rows * 8 * (capacity + k))
+    slices, stretch = slices_of(rep, places, rows * 8 * (capacity + k))
     lists = rep.new_empty(2, rows, slices, capacity, dtype=torch.int32)
     keys = rep.new_empty(rows, slices, k, dtype=torch.int64)
-    excluded, cursor, width = _exclusions(exclude, slices, stretch, by_place=items is None)
+    excluded, cursor, width = exclusions_of(exclude, slices, stretch, by_place=items is None)
     none = keys
-    _launch(
+    launch(
         _best(),
         lambda meta: (slices, triton.cdiv(rows, meta["ROWS"])),
-        *(rep, weight, _or(scale, none), _or(bias, none), _or(items, none)),
-        *(_or(excluded, none), _or(cursor, none), lists[0], lists[1], keys),
+        *(rep, weight, given(scale, none), given(bias, none), given(items, none)),
+        *(given(excluded, none), given(cursor, none), lists[0], lists[1], keys),
         *(rows, places, stretch, k, capacity, width, slices),
         D=depth,
         HAS_SCALE=scale is not None,
@@ -353,68 +292,12 @@ def item_topk(
     return from_keys(keys.view(rows, slices * k).topk(k).values)
 
 
-def target_rank(
-    rep: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    exclude: torch.Tensor | None = None,
-    of_target: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """int64 [B], as the definition."""
-    (rows, depth), items = rep.shape, weight.shape[0]
-    if rows == 0:
-        return torch.empty_like(target)
-    rep, weight, target = rep.contiguous(), weight.contiguous(), target.contiguous()
-    if of_target is None:
-        of_target = target_scores(rep, weight, target, bias=bias)
-    slices, stretch = _slices(rep, items, rows * 4)
-    ahead = rep.new_empty(rows, slices, dtype=torch.int32)
-    excluded, cursor, width = _exclusions(exclude, slices, stretch, by_place=True)
-    _launch(
-        _rank(),
-        lambda meta: (slices, triton.cdiv(rows, meta["ROWS"])),
-        *(rep, weight, _or(bias, ahead), target, of_target.contiguous()),
-        *(_or(excluded, ahead), _or(cursor, ahead)),
-        *(ahead, rows, items, stretch, width, slices),
-        D=depth,
-        HAS_BIAS=bias is not None,
-        HAS_EXCLUDED=excluded is not None,
-    )
-    return ahead.sum(1) + 1
-
-
-def target_scores(
-    rep: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """float32 [B], as the definition."""
-    rows, depth = rep.shape
-    own = rep.new_empty(rows)
-    if rows:
-        rep, weight, target = rep.contiguous(), weight.contiguous(), target.contiguous()
-        with torch.cuda.device_of(rep):
-            own_kernel[(triton.cdiv(rows, CONSTANTS["ROWS"]),)](
-                *(rep, weight, _or(bias, own), target, own, rows),
-                D=depth,
-                HAS_BIAS=bias is not None,
-                num_warps=THREADS // WARP,
-                **CONSTANTS,
-                **OPTIONS,
-            )
-    return own
-
-
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+def given(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     """What a kernel gets for a pointer that it does not use."""
     return other if tensor is None else tensor.contiguous()
 
 
-def _slices(rep: torch.Tensor, places: int, bytes_of_slice: int) -> tuple[int, int]:
+def slices_of(rep: torch.Tensor, places: int, bytes_of_slice: int) -> tuple[int, int]:
     """How many slices, and the places of each: enough programs, within the memory for lists."""
     processors = 1
     if rep.device.type == "cuda":
@@ -427,7 +310,7 @@ def _slices(rep: torch.Tensor, places: int, bytes_of_slice: int) -> tuple[int, i
     return triton.cdiv(blocks, stretch), stretch * WIDEST
 
 
-def _exclusions(
+def exclusions_of(
     exclude: torch.Tensor | None, slices: int, stretch: int, *, by_place: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
     """The rows' exclusions in order, each slice's first among them, and their number."""
@@ -441,15 +324,10 @@ def _exclusions(
 
 @cache
 def _best() -> tuple:
-    return _tuned(best_kernel)
+    return tuned(best_kernel)
 
 
-@cache
-def _rank() -> tuple:
-    return _tuned(rank_kernel)
-
-
-def _tuned(kernel) -> tuple:
+def tuned(kernel) -> tuple:
     """The kernel, and the pinned constants; under FMREC_FAST_AUTOTUNE=1 a search over configs."""
     if os.environ.get("FMREC_FAST_AUTOTUNE", "0") != "1" or triton.knobs.runtime.interpret:
         return kernel, {**CONSTANTS, "num_warps": THREADS // WARP}
@@ -457,14 +335,14 @@ def _tuned(kernel) -> tuple:
     return triton.autotune(configs, key=["D"])(kernel), {}
 
 
-def _launch(tuned: tuple, grid, *arguments, **flags) -> None:
+def launch(tuned: tuple, grid, *arguments, **flags) -> None:
     kernel, constants = tuned
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **flags, **constants, **OPTIONS)
 
 
-def _compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
+def compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
     """What `budget` compiles: {dtype} stands for the element type of the table."""
     types = {"p_rep": "*fp32", "p_weight": "*{dtype}", "p_scale": "*fp32", "p_bias": "*fp32"}
     types |= {"p_order": "*i32", "p_ids": "*i32", "p_cursor": "*i32", "p_ahead": "*i32"}
@@ -480,24 +358,12 @@ def _compile_case(kernel, pointers: str, scalars: str, constants: dict) -> dict:
 
 
 COMPILE_CASES = [
-    _compile_case(
+    compile_case(
         best_kernel,
         "p_rep p_weight p_scale p_bias p_items p_excluded p_cursor p_order p_ids p_keys",
         " ".join(_BEST),
         {"HAS_SCALE": False, "HAS_BIAS": True, "HAS_ITEMS": False, "HAS_EXCLUDED": True}
         | CONSTANTS,
     ),
-    _compile_case(
-        rank_kernel,
-        "p_rep p_weight p_bias p_target p_own p_excluded p_cursor p_ahead",
-        " ".join(_RANK),
-        {"HAS_BIAS": True, "HAS_EXCLUDED": True} | CONSTANTS,
-    ),
-    _compile_case(
-        own_kernel,
-        "p_rep p_weight p_bias p_target p_own",
-        "rows",
-        {"HAS_BIAS": True} | CONSTANTS,
-    ),
-    _compile_case(listed_kernel, "p_rep p_weight p_items p_scores", "count", LISTED),
+    compile_case(listed_kernel, "p_rep p_weight p_items p_scores", "count", LISTED),
 ]

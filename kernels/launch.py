@@ -8,7 +8,8 @@ import torch
 import triton
 
 from fmrec_fast.config import PRECISIONS
-from fmrec_fast.kernels.plans import THREADS, Plan, TilePlan, family, plan
+from fmrec_fast.kernels import plans
+from fmrec_fast.kernels.plans import Plan, TilePlan, family
 from fmrec_fast.reference.encoder import BlockWeights, rounded
 from fmrec_fast.reference.rotary import angles
 
@@ -86,7 +87,7 @@ def rotations(
 
 
 def settings(
-    e: torch.Tensor, num_heads: int, precision: str, tied: bool = False
+    e: torch.Tensor, num_heads: int, precision: str, tied: bool, rotary: bool
 ) -> tuple[Plan | TilePlan, dict[str, object]]:
     """The plan of a launch over e [B, L, D]; its constants and compiler options.
 
@@ -94,14 +95,14 @@ def settings(
         ValueError: no plan fits (`plans.plan`).
     """
     kind, shared = family(e.device)
-    found = plan(*e.shape[1:], num_heads, precision, kind, shared, tied)
+    found = plans.plan(*e.shape[1:], num_heads, precision, kind, shared, tied, rotary)
     if isinstance(found, str):
         raise ValueError(found)
     how = "ieee" if triton.knobs.runtime.interpret else INPUTS[kind.split(":")[0]][precision]
     constants = {"D": e.shape[2], "H": num_heads, "PRECISION": precision, "INPUT": how}
-    warps = THREADS // (64 if torch.version.hip else 32)
+    warps = found.threads // (64 if torch.version.hip else 32)
     options = {"num_warps": warps, "num_stages": found.STAGES, **OPTIONS}
-    return found, {**found._asdict(), **constants, **options}
+    return found, {**plans.constants(found), **constants, **options}
 
 
 def scratch(
@@ -111,6 +112,7 @@ def scratch(
     programs = INTERPRETED_PROGRAMS
     if e.device.type == "cuda":
         programs = torch.cuda.get_device_properties(e.device).multi_processor_count
+        programs *= found.programs
     programs = min(items, programs)
     rows = triton.cdiv(e.shape[1], found.T) * found.T
     stream = e.new_empty(programs, rows, e.shape[2])
@@ -145,7 +147,8 @@ def launch_network(
     if programs == 0:
         return
     batch, length, width = e.shape
-    chosen, shape = settings(e, weights.num_heads, precision, tied)
+    rotates = weights.blocks[0].inv_freq is not None
+    chosen, shape = settings(e, weights.num_heads, precision, tied, rotates)
     matrices, vectors = pack(weights.blocks, width, precision)
     norm = torch.cat((weights.norm_weight, weights.norm_bias))
     inputs = (e, mask, points, taus, matrices, vectors)
@@ -203,32 +206,47 @@ def _cases(
     constants: dict[str, object],
     precisions: tuple[str, ...] = PRECISIONS,
 ) -> list[dict]:
-    types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
-    types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
-    types |= {"delta": "fp32"} if "delta" in types else {}
     cases = []
     for kind, shared in FAMILIES:
         for precision in precisions:
-            found = plan(*sizes, precision, kind, shared, tied)
+            asked = (*sizes, precision, kind, shared, tied, "p_rotary" in pointers)
+            found = plans.plan(*asked)
+            if not isinstance(found, TilePlan if tied else Plan):  # tuned to the other kernel
+                found = plans.pinned(*asked)
             if isinstance(found, str):
                 raise ValueError(found)
-            how = INPUTS[kind.split(":")[0]][precision]
-            shape = {"D": sizes[1], "H": sizes[2], "PRECISION": precision, "INPUT": how}
-            operands = {
-                name: "*bf16" if precision == "bf16" else "*fp32"
-                for name in ("p_matrices", "p_rest")
-                if name in types
-            }
-            cases.append(
-                {
-                    "kernel": kernel,
-                    "name": kernel.__name__ + name,
-                    "signature": types | operands,
-                    "constants": constants | found._asdict() | shape,
-                    "threads": THREADS,
-                    "options": {"num_stages": found.STAGES, **OPTIONS},
-                    "dtypes": [precision],
-                    "target": kind,
-                }
+            case = compile_case(
+                kernel, pointers, scalars, constants, found, *sizes[1:], precision, kind
             )
+            cases.append(case | {"name": kernel.__name__ + name})
     return cases
+
+
+def compile_case(
+    kernel,
+    pointers: str,
+    scalars: str,
+    constants: dict[str, object],
+    chosen: Plan | TilePlan,
+    width: int,
+    num_heads: int,
+    precision: str,
+    kind: str,
+) -> dict:
+    """One plan of a persistent kernel, as `budget` compiles it."""
+    types = dict.fromkeys(pointers.split(), "*fp32") | dict.fromkeys(scalars.split(), "i32")
+    types |= {name: "*i64" for name in ("p_rows", "p_seed") if name in types}
+    types |= {"delta": "fp32"} if "delta" in types else {}
+    operand = "*bf16" if precision == "bf16" else "*fp32"
+    types |= {name: operand for name in ("p_matrices", "p_rest") if name in types}
+    how = INPUTS[kind.split(":")[0]][precision]
+    shape = {"D": width, "H": num_heads, "PRECISION": precision, "INPUT": how}
+    return {
+        "kernel": kernel,
+        "signature": types,
+        "constants": constants | plans.constants(chosen) | shape,
+        "threads": chosen.threads,
+        "options": {"num_stages": chosen.STAGES, **OPTIONS},
+        "dtypes": [precision],
+        "target": kind,
+    }

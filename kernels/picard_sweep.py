@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from fmrec_fast.kernels.launch import compile_cases, launch_network, tiled_cases
+from fmrec_fast.kernels.layers import norm_row
 from fmrec_fast.kernels.philox import load_seed
 from fmrec_fast.kernels.tiles import fuse_tiles, left_out, stack_tiles
-from fmrec_fast.kernels.transformer import fuse, norm_row, query_scale, stack
+from fmrec_fast.kernels.transformer import fuse, query_scale, stack
 
 if TYPE_CHECKING:
     from fmrec_fast.ops.euler_sampler import SamplerWeights

@@ -4,11 +4,19 @@ The layouts follow from what the compiler makes of them (docs/performance.md), n
 first of a list is preferred, those after it need less shared memory. What is not in the table was
 not compiled, does not fit into shared memory, or spends more than an eighth of the instructions of
 its inner loops on spilled registers; it is declined.
+
+Plans that were timed on a device (`python -m fmrec_fast.kernels.tune --write`) lie in `tuned.json`
+and come before the layouts, on the family of devices and for the networks that they were timed for.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +37,7 @@ class Plan(NamedTuple):
 
     T rows for a sequence; CHUNK and LAST_CHUNK of the feed-forward's inner channels at a time, in
     all blocks but the last and in the last; STACKED: queries, keys and values in one product;
-    STAGES of loads in flight in the loops.
+    STAGES of loads in flight in the loops. A program has so many `threads`.
     """
 
     T: int
@@ -37,19 +45,28 @@ class Plan(NamedTuple):
     LAST_CHUNK: int
     STACKED: bool
     STAGES: int
+    threads: int = THREADS
 
 
 class TilePlan(NamedTuple):
     """How one program is cut whose rows come in tiles; the constants of `kernels/tiles.py`.
 
     T rows to a tile; CHUNK channels at a time, of the feed-forward and of the projections;
-    LAST_CHUNK in the last block; STAGES of loads in flight in the loops.
+    LAST_CHUNK in the last block; STAGES of loads in flight in the loops. A multiprocessor has so
+    many `programs`, which take the sequences in turn.
     """
 
     T: int
     CHUNK: int
     LAST_CHUNK: int
     STAGES: int
+    threads: int = THREADS
+    programs: int = 1
+
+
+def constants(chosen: Plan | TilePlan) -> dict[str, int]:
+    """What the kernels take of a plan."""
+    return {name: value for name, value in chosen._asdict().items() if name.isupper()}
 
 
 class Layout(NamedTuple):
@@ -171,6 +188,89 @@ def family(device: torch.device) -> tuple[str, int]:
     return {9: "cuda:90", 10: "cuda:100"}.get(properties.major, "cuda:80"), shared
 
 
+class Network(NamedTuple):
+    """What a plan is tuned for: `rows` is `tile_rows` of L; a rotary network is Fave's."""
+
+    width: int
+    rows: int
+    num_heads: int
+    precision: str
+    tied: bool
+    rotary: bool
+
+
+class Tuned(NamedTuple):
+    """A plan of `tuned.json`; `shared` bytes are what it needs, `measured` says what it won."""
+
+    network: Network
+    plan: Plan | TilePlan
+    shared: int
+    measured: dict[str, Any]
+
+
+TUNED = Path(__file__).with_name("tuned.json")
+# Under `only`: the plan that every launch takes.
+_only: list[Plan | TilePlan] = []
+
+
+def tile_rows(length: int) -> int:
+    """T of a tile that holds all of a sequence."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+@functools.cache
+def read_tuned(path: Path) -> dict[str, list[Tuned]]:
+    """The tuned plans by family of devices; none where there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {
+            kind: [
+                Tuned(
+                    Network(**entry["network"]),
+                    (Plan if "STACKED" in entry["plan"] else TilePlan)(**entry["plan"]),
+                    int(entry["shared"]),
+                    entry["measured"],
+                )
+                for entry in entries
+            ]
+            for kind, entries in json.loads(path.read_text()).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def write_tuned(path: Path, kind: str, found: list[Tuned]) -> None:
+    """Put `found` in the place of what the file has for the same networks on `kind`."""
+    every = dict(read_tuned(path))
+    replaced = {entry.network for entry in found}
+    kept = [entry for entry in every.get(kind, []) if entry.network not in replaced]
+    every[kind] = sorted(kept + found, key=lambda entry: entry.network)
+    plain = {
+        name: [
+            entry._asdict() | {"network": entry.network._asdict(), "plan": entry.plan._asdict()}
+            for entry in entries
+        ]
+        for name, entries in sorted(every.items())
+    }
+    path.write_text(json.dumps(plain, indent=1) + "\n")
+    read_tuned.cache_clear()
+
+
+@contextmanager
+def only(chosen: Plan | TilePlan) -> Iterator[None]:
+    """Every launch takes this plan: for the tuner, which runs in a process of its own."""
+    _only.append(chosen)
+    try:
+        yield
+    finally:
+        _only.pop()
+
+
 def plan(
     length: int,
     width: int,
@@ -183,8 +283,8 @@ def plan(
 ) -> Plan | TilePlan | str:
     """The plan for sequences of `length` positions on a `family` of devices, or why none fits.
 
-    Tiles take what does not fit as a whole, and tied padding, which leaves rows out; they do not
-    rotate.
+    A tuned plan where there is one. Tiles take what does not fit as a whole, and tied padding,
+    which leaves rows out; they do not rotate.
     """
     if width not in WIDTHS:
         return f"its kernel takes D in {WIDTHS}, got {width}"
@@ -194,6 +294,26 @@ def plan(
         return f"its kernel takes heads of at most {WIDEST_HEAD} channels, got {width // num_heads}"
     if not 1 <= length <= LONGEST:
         return f"its kernel takes L in 1 .. {LONGEST}, got {length}"
+    if _only:
+        return _only[-1]
+    network = Network(width, tile_rows(length), num_heads, precision, tied, rotary)
+    for entry in read_tuned(TUNED).get(kind, ()):
+        if entry.network == network and entry.shared <= shared:
+            return entry.plan
+    return pinned(length, width, num_heads, precision, kind, shared, tied, rotary)
+
+
+def pinned(
+    length: int,
+    width: int,
+    num_heads: int,
+    precision: str,
+    kind: str,
+    shared: int,
+    tied: bool = False,
+    rotary: bool = False,
+) -> Plan | TilePlan | str:
+    """The plan of the layouts, as `plan`."""
     whole = None if tied else _whole(length, width, num_heads, precision, kind, shared)
     if whole is not None:
         return whole
@@ -223,9 +343,9 @@ def _whole(
             if layout.stacked and 4 * width * (width // num_heads) > LARGEST_STACK:
                 continue
             if layout.shared <= shared:
-                tile = max(16, 1 << (length - 1).bit_length())
                 chunk = min(layout.chunk, 4 * width)
-                return Plan(tile, chunk, 4096 // width, layout.stacked, layout.stages)
+                last = 4096 // width
+                return Plan(tile_rows(length), chunk, last, layout.stacked, layout.stages)
     return None
 
 

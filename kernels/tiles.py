@@ -21,9 +21,7 @@ added to its score as a key. Loops end at the real number of rows, `rows` = leng
 import triton
 import triton.language as tl
 
-from fmrec_fast.kernels.transformer import (
-    B1,
-    B2,
+from fmrec_fast.kernels.layers import (
     B_OUTPUT,
     B_QUERY,
     B_VALUE,
@@ -31,14 +29,12 @@ from fmrec_fast.kernels.transformer import (
     LOG2E,
     MATRICES,
     NORM1,
-    NORM2,
     OUTPUT,
     VALUE,
     VECTORS,
-    W1,
-    W2,
+    feed_forward,
+    feed_forward_row,
     fuse_rows,
-    gelu,
     norm_columns,
     norm_row,
     operand,
@@ -253,15 +249,9 @@ def block_tiles(
             b_w = tl.load(p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_c[None, :])  # [D, C]
             b_mixed = tl.load(p_mixed + o_t[None, :] * D + o_c[:, None])  # [C, T]
             b_x = product(b_w, b_mixed, b_x, INPUT)
-        b_h = operand(norm_columns(b_x, p_vectors + NORM2 * D, D, False), PRECISION, INPUT)
-        b_x += tl.load(p_vectors + B2 * D + o_d)[:, None]
-        for inner in tl.range(0, 4 * D, CHUNK, num_stages=STAGES):
-            o_c = inner + tl.arange(0, CHUNK)
-            b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
-            b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
-            b_inner = product(b_w1, b_h, tl.zeros((CHUNK, T), tl.float32), INPUT)
-            b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c)[:, None])  # [CHUNK, T]
-            b_x = product(b_w2, operand(b_inner, PRECISION, INPUT), b_x, INPUT)
+        b_x = feed_forward(
+            b_x, p_matrices, p_vectors, D, T, False, CHUNK, STAGES, PRECISION, INPUT
+        )  # fmt: skip
         tl.store(p_x + o_row[None, :] * D + o_d[:, None], b_x)
     tl.debug_barrier()
 
@@ -320,17 +310,7 @@ def last_block_tiles(
             b_v += tl.load(p_vectors + B_VALUE * D + o_head)
             p_wo = p_matrices + OUTPUT * D * D + o_d[:, None] * D + o_head[None, :]  # [D, PART]
             b_out += tl.sum(tl.load(p_wo).to(tl.float32) * b_v[None, :], 1)
-    b_weight = tl.load(p_vectors + NORM2 * D + o_d)
-    b_query = norm_row(b_out, b_weight, tl.load(p_vectors + NORM2 * D + D + o_d), D)
-    b_out += tl.load(p_vectors + B2 * D + o_d)
-    for inner in tl.range(0, 4 * D, LAST_CHUNK, num_stages=1):
-        o_c = inner + tl.arange(0, LAST_CHUNK)
-        b_w1 = tl.load(p_matrices + W1 * D * D + o_c[:, None] * D + o_d[None, :])  # [CHUNK, D]
-        b_w2 = tl.load(p_matrices + W2 * D * D + o_d[:, None] * (4 * D) + o_c[None, :])
-        b_inner = tl.sum(b_w1.to(tl.float32) * b_query[None, :], 1)
-        b_inner = gelu(b_inner + tl.load(p_vectors + B1 * D + o_c))  # [CHUNK]
-        b_out += tl.sum(b_w2.to(tl.float32) * b_inner[None, :], 1)
-    return b_out
+    return feed_forward_row(b_out, p_matrices, p_vectors, D, False, LAST_CHUNK)
 
 
 @triton.jit

@@ -67,8 +67,8 @@ class Draws(Steps):
 def train(world: World, run: Path, config: FMRecConfig, **options: Any) -> Trainer:
     """One run; what rank 0's listener was told goes to `steps.json`."""
     steps = options.pop("listener", None) or Steps()
-    resume = options.pop("resume", False)
-    trainer = Trainer(dataset(), config, run, world=world, listener=steps, **options)
+    resume, data = options.pop("resume", False), options.pop("data", None) or dataset()
+    trainer = Trainer(data, config, run, world=world, listener=steps, **options)
     trainer.fit(resume=resume)
     assert world.is_main or not steps.means, "only rank 0 reports"
     if world.is_main:
@@ -110,8 +110,9 @@ def all_models(world: World, folder: Path) -> None:
     train(world, at / "stage2", SECOND.replace(ckpt_path=str(folder / "on-1" / "stage1")))
 
 
-def begin(world: World, folder: Path) -> None:
-    """The first epochs of a run, and the start of one that is then cut short."""
+def four_ranks(world: World, folder: Path) -> None:
+    """Every model, and the first epochs of a run that two ranks go on with."""
+    all_models(world, folder)
     train(world, folder / "handed-on", FMREC.replace(epochs=2), checkpoint_seconds=0.0)
 
 
@@ -183,6 +184,8 @@ def _refuses(world: World, folder: Path) -> None:
     refused(FileExistsError, "already holds a run", "handed-on")
     refused(ValueError, "number of ranks, 2; got 1", "no", FMREC.replace(batch_size=1))
     refused(ValueError, "graph must be None or False on 2 ranks", "no-graph", graph=True)
+    dist.barrier()
+    assert not (folder / "no-graph").exists()  # nothing was begun
     other = FMREC.replace(dropout=0.2)
     refused(ValueError, "other settings: dropout: 0.1 -> 0.2", "handed-on", other, resume=True)
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmrec_fast import dispatch_log, extension, use_backend
+from fmrec_fast import dispatch_log, extension, forward_mode, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.kernels.plans import attention_declined
 from fmrec_fast.models.blocks import TransformerStack
 from fmrec_fast.ops import StreamDropout, TorchDropout, attention
+from fmrec_fast.reference import attention as definition
 from fmrec_fast.reference import dropout as masks
+from fmrec_fast.reference.rotary import inverse_frequencies
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("attention")
@@ -155,6 +157,117 @@ def test_every_instruction_set(isa, shape, p):
         assert_close_to_truth(*three)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 5, 32, 4), (1, 1, 36, 1), (4, 12, 96, 2), (3, 17, 36, 3)])
+def test_rotated_queries_and_keys(place, shape, p):
+    """The C++ kernel turns them, the Triton kernel gets them turned."""
+    qkv, scale, upstream = draw(*shape)
+    inv_freq, rows = inverse_frequencies(shape[2] // shape[3]), torch.arange(shape[0])
+
+    def by(function, dtype, seed=SEED, rows=rows, scale=scale, inv_freq=inv_freq):
+        options = {"p": p, "seed": seed, "rows": rows, "site": 3, "inv_freq": inv_freq.to(dtype)}
+        return lambda x: function(x, scale.to(dtype), num_heads=shape[3], **options)
+
+    plain = definition.attention
+    truth, same = (
+        results(by(plain, dtype), qkv.to(dtype), upstream.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    moved = place.put(SEED, rows, scale, inv_freq)
+    with place.forced("attention"):
+        got = results(by(attention, torch.float32, *moved), *place.put(qkv, upstream))
+    for name, *three in zip(("out", "d_qkv"), got, same, truth, strict=True):
+        assert_close_to_truth(three[0].cpu(), *three[1:], name=name)
+
+
+def tangents_of(function, jvp, tensors, dtype):
+    """Value, derivative along the second tensor, and the gradients of a mixture of both."""
+    qkv, d_qkv, *upstream = (t.to(dtype) for t in tensors)
+    leaves = [qkv.requires_grad_(), d_qkv.requires_grad_()]
+    pair = jvp(function, (leaves[0],), (leaves[1],))
+    return [*(t.detach() for t in pair), *torch.autograd.grad(pair, leaves, upstream)]
+
+
+TANGENT_SHAPES = [
+    (0, 5, 32, 4),
+    (1, 1, 36, 1),
+    (5, 1, 32, 4),
+    (5, 50, 128, 4),
+    (4, 51, 36, 3),
+    (6, 7, 96, 4),
+    (2, 64, 40, 2),
+    (5, 130, 36, 2),
+]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("shape", TANGENT_SHAPES, ids=str)
+def test_tangents_on_every_instruction_set(isa, shape, rotated, p):
+    """Against torch.func.jvp of the definition in float64; a row is all padding, one has a gap."""
+    qkv, scale, upstream = draw(*shape)
+    g = torch.Generator().manual_seed(1)
+    tensors = qkv, torch.randn(qkv.shape, generator=g), upstream, upstream.flip(1)
+    inv_freq = inverse_frequencies(shape[2] // shape[3]) if rotated else None
+    rows = torch.arange(shape[0]) * 1_000_000_007 - 3
+
+    def by(function, dtype):
+        turned = None if inv_freq is None else inv_freq.to(dtype)
+        options = {"p": p, "seed": SEED, "rows": rows, "site": 3, "inv_freq": turned}
+        return lambda x: function(x, scale.to(dtype), num_heads=shape[3], **options)
+
+    truth, same = (
+        tangents_of(by(definition.attention, dtype), torch.func.jvp, tensors, dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    with use_backend("cpp"), dispatch_log() as log:
+        got = tangents_of(by(attention, torch.float32), forward_mode.jvp, tensors, torch.float32)
+    assert [(entry.op, entry.backend) for entry in log] == [("attention", Backend.CPP)]
+    for name, *three in zip(("out", "d_out", "g_qkv", "g_d_qkv"), got, same, truth, strict=True):
+        if name.startswith("g_") and shape[1] > 1 and shape[0]:
+            parts = [t.chunk(3, -1) for t in three]
+            size = three[2].abs().max().item() / 10
+            for part, mine, plain, right in zip("qkv", *parts, strict=True):
+                largest = max(right.abs().max().item(), size)
+                assert_close_to_truth(mine, plain, right, scale=largest, name=name + part)
+        else:
+            assert_close_to_truth(*three, name=name)
+
+
+def test_tangents_on_threads_and_parts_of_a_batch_are_the_same_to_the_bit(isa):
+    qkv, scale, upstream = draw(13, 20, 96, 4)
+    tensors, threads = (qkv, qkv.flip(0), upstream, upstream.flip(1)), torch.get_num_threads()
+    inv_freq = inverse_frequencies(24)
+
+    def run(which=slice(None)):
+        rows = torch.arange(13)[which]
+        options = {"p": 0.1, "seed": SEED, "rows": rows, "inv_freq": inv_freq}
+        function = lambda x: attention(x, scale[which], num_heads=4, **options)  # noqa: E731
+        parts = [t[which] for t in tensors]
+        with use_backend("cpp"):
+            return tangents_of(function, forward_mode.jvp, parts, torch.float32)
+
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        torch.set_num_threads(2)
+        two = run()
+    finally:
+        torch.set_num_threads(threads)
+    order = torch.tensor([7, 0, 12])
+    for a, b, c in zip(one, two, run(order), strict=True):
+        assert torch.equal(a, b) and torch.equal(a[order], c)
+
+
+def test_a_tangent_of_the_scale_runs_the_definition():
+    qkv, scale, _ = draw(3, 5, 32, 2)
+    with dispatch_log() as log:
+        forward_mode.jvp(lambda s: attention(qkv, s, num_heads=2), (scale,), (scale,))
+    assert log[0].backend is Backend.REFERENCE
+    if extension.available():
+        assert log[0].reason == forward_mode.NO_RULE
+
+
 def test_threads_and_batches_change_no_bit(isa):
     qkv, scale, upstream = draw(13, 50, 96, 4)
     threads = torch.get_num_threads()
@@ -290,7 +403,26 @@ def test_the_boundary_refuses(changes, error, message):
     with pytest.raises(error, match=message):
         module.attention_forward(out=small if out is None else out, **arguments)
     with pytest.raises(error, match=message):
-        module.attention_backward(grad=small, d_qkv=large if out is None else out, **arguments)
+        module.attention_backward(grad=small, g_qkv=large if out is None else out, **arguments)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"rotary": torch.zeros(3, 8).numpy()}, ValueError, r"rotary .*\(3, 4\), got \(3, 8\)"),
+        ({"num_heads": 8, "rotary": torch.zeros(3, 1).numpy()}, ValueError, "even width, got 1"),
+        ({"d_out": None}, ValueError, "d_qkv and d_out must be given together"),
+        ({"d_qkv": torch.zeros(2, 3, 27).numpy()}, ValueError, r"d_qkv .*\(2, 3, 27\)"),
+        ({"d_out": torch.zeros(2, 3, 9).numpy()}, ValueError, r"d_out .*\(2, 3, 9\)"),
+    ],
+)
+def test_the_boundary_refuses_of_tangents(changes, error, message):
+    module = extension.load()
+    small, large = (lambda: torch.zeros(2, 3, 8).numpy()), torch.zeros(2, 3, 24).numpy()
+    arguments = boundary() | {"out": small(), "d_qkv": large, "d_out": small()} | changes
+    with pytest.raises(error, match=message):
+        module.attention_forward(**arguments)
 
 
 @needs_cpp
@@ -300,5 +432,11 @@ def test_overlap_is_refused():
     with pytest.raises(ValueError, match="out must not overlap qkv"):
         view = arguments["qkv"].reshape(-1)[:48].reshape(2, 3, 8)
         module.attention_forward(out=view, **arguments)
-    with pytest.raises(ValueError, match="d_qkv must not overlap qkv"):
-        module.attention_backward(grad=small, d_qkv=arguments["qkv"], **arguments)
+    with pytest.raises(ValueError, match="g_qkv must not overlap qkv"):
+        module.attention_backward(grad=small, g_qkv=arguments["qkv"], **arguments)
+    tangent = {"d_qkv": torch.zeros(2, 3, 24).numpy()}
+    with pytest.raises(ValueError, match="d_out must not overlap out"):
+        module.attention_forward(out=small, d_out=small, **tangent, **arguments)
+    large, tangent = torch.zeros(2, 3, 24).numpy(), tangent | {"d_grad": small}
+    with pytest.raises(ValueError, match="g_d_qkv must not overlap g_qkv"):
+        module.attention_backward(grad=small, g_qkv=large, g_d_qkv=large, **tangent, **arguments)

@@ -33,6 +33,7 @@ from fmrec_fast.ops import (
     linear,
     noise_fusion,
     picard_sweep,
+    rms_norm,
 )
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 
@@ -149,6 +150,7 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
         "attention": lambda: attention(
             torch.cat([double[:, None]] * 3, -1), double[:, :1], num_heads=1
         ),
+        "rms_norm": lambda: rms_norm(double, double[0]),
         "encoder": lambda: encoder(double[:, None], double[:, :1], [block], num_heads=1),
         "euler_sampler": lambda: euler_sampler(
             double[:, None], double[:, :1], double, double, weights, times=double[:, 0]

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmrec_fast import extension
+from fmrec_fast.config import PRECISIONS
 
 if not extension.available():
     pytest.skip(str(extension.reason()), allow_module_level=True)
@@ -138,7 +139,8 @@ def packed(call: Call, length: int) -> int:
         norm_biases = (1, 11)
         blocks = [tuple(None if i in norm_biases else a for i, a in enumerate(b)) for b in blocks]
         rotary = np.random.default_rng(0).standard_normal((length, width // heads), np.float32)
-    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary)
+    precision = call.draw(st.sampled_from(PRECISIONS))
+    call.plain["packed"] = C.PackedEncoder(blocks, heads, rotary, precision)
     return width
 
 
@@ -181,12 +183,18 @@ def dropout(call: Call) -> None:
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
 
 
+def linear_precision(call: Call) -> None:
+    names = ["float32", "bf16"] if C.isa() == "amx" else ["float32"]
+    call.plain["precision"] = call.draw(st.sampled_from(names))
+
+
 def linear_forward(call: Call) -> None:
     m, i, o = call.draw(sizes), *(16 * call.draw(st.integers(1, 4)) for _ in "IO")
     call.floats("x", m, i)
     call.floats("weight", o, i)
     call.floats("bias", o)
     call.output("out", m, o)
+    linear_precision(call)
 
 
 def linear_backward(call: Call) -> None:
@@ -197,6 +205,7 @@ def linear_backward(call: Call) -> None:
     for name, shape in (("d_x", (m, i)), ("d_weight", (o, i)), ("d_bias", (o,))):
         if call.maybe(name):
             call.output(name, *shape)
+    linear_precision(call)
 
 
 def feed_forward(call: Call, weights: str) -> tuple[int, int, int, int]:
@@ -363,6 +372,13 @@ def attention_forward(call: Call) -> None:
     call.output("out", b, length, width)
     call.plain |= {"seed": call.draw(words), "site": call.draw(words)}
     call.plain |= {"p": call.draw(st.sampled_from([0.0, 0.3])), "num_heads": heads}
+    if call.maybe("rotary"):
+        call.floats("rotary", length, width // heads)
+    if call.maybe("d_qkv"):
+        call.floats("d_qkv", b, length, 3 * width)
+        call.output("d_out", b, length, width)
+    else:
+        call.plain["d_out"] = None
 
 
 def attention_backward(call: Call) -> None:
@@ -370,7 +386,39 @@ def attention_backward(call: Call) -> None:
     del call.arrays["out"]
     shape = call.arrays["qkv"].array.shape
     call.floats("grad", *shape[:2], shape[2] // 3)
-    call.output("d_qkv", *shape)
+    call.output("g_qkv", *shape)
+    if call.arrays.pop("d_out", None) is None:
+        del call.plain["d_out"]
+        call.plain |= {"d_grad": None, "g_d_qkv": None}
+    else:
+        call.floats("d_grad", *shape[:2], shape[2] // 3)
+        call.output("g_d_qkv", *shape)
+
+
+def rms_norm_forward(call: Call) -> None:
+    rows, d = call.draw(sizes), call.draw(st.integers(1, 20))
+    call.floats("x", rows, d)
+    call.floats("weight", d)
+    call.output("out", rows, d)
+    if call.maybe("dx"):
+        call.floats("dx", rows, d)
+        call.output("d_out", rows, d)
+    else:
+        call.plain["d_out"] = None
+
+
+def rms_norm_backward(call: Call) -> None:
+    rms_norm_forward(call)
+    shape = call.arrays.pop("out").array.shape
+    call.floats("grad", *shape)
+    call.output("g_x", *shape)
+    call.output("g_weight", shape[1])
+    if call.arrays.pop("d_out", None) is None:
+        del call.plain["d_out"]
+        call.plain |= {"d_grad": None, "g_dx": None}
+    else:
+        call.floats("d_grad", *shape)
+        call.output("g_dx", *shape)
 
 
 def ranking(call: Call) -> tuple[int, int]:
@@ -441,6 +489,8 @@ CALLS = {
         recommend,
         attention_forward,
         attention_backward,
+        rms_norm_forward,
+        rms_norm_backward,
         item_topk,
         target_rank,
     )

@@ -347,6 +347,21 @@ def test_tied_padding_is_passed_on(run, data, model, tmp_path, capsys):
     )
 
 
+def test_precision_is_passed_on(run, data, model, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    assert main(["evaluate", str(run), "--precision", "bf16", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["precision"] == "bf16"
+    assert found["mean"] == evaluate(model, read_dataset(data), precision="bf16").mean
+    capsys.readouterr()
+    expected = recommend(model, [[7, 2]], 3, seed=0, precision="bf16")
+    names = read_dataset(data).item_ids
+    flags = ["--history", f"{names[6]},{names[1]}", "-k", "3", "--precision", "bf16"]
+    assert main(["recommend", str(run), *flags]) == 0
+    scores = [float(line.split("\t")[3]) for line in capsys.readouterr().out.splitlines()]
+    assert scores == pytest.approx(expected.scores[0].tolist(), abs=2e-6)
+
+
 def test_evaluate_the_same_items_in_another_order(run, data, tmp_path, capsys):
     """Numbered differently, read from another format: the same users, so the same metrics."""
     assert main(["evaluate", str(run)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fmrec_fast import (
     TrainingDraws,
     backend,
     dispatch_log,
+    extension,
     sample,
     use_backend,
     use_rng,
@@ -80,7 +82,10 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.linear, (WIDE, randn(32, 16, seed=1, grad=True), randn(32, grad=True))),
+        lambda: (
+            ops.linear,
+            (WIDE, randn(32, 16, seed=1, grad=True), randn(32, grad=True), "float32"),
+        ),
         id="linear",
         marks=CPP,
     ),
@@ -206,16 +211,21 @@ def feed(*tensors: Tensor) -> Tensor:
     return feed_forward(*tensors, 0.3, seed=SEED, rows=ROWS, site=3, position_offset=1)
 
 
+TILES = extension.available() and extension.load().isa() == "amx"
 CALLS = {
     "feed_forward": (feed, (randn(3, 30, 16), *feed_weights())),
     "noise_fusion": (fuse, (randn(3, 5, 16), randn(3, 16, seed=1), randn(16, seed=2))),
     "dropout": (drop, (randn(3, 5, 16), randn(3, 5, 16, seed=1))),
     "linear": (linear, (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2))),
+    "linear in bf16": (
+        partial(linear, precision="bf16"),
+        (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2)),
+    ),
     "attention": (attend, (randn(3, 5, 48),)),
 }
 
 
-RUNS = [pytest.param(op, "cpp", marks=CPP) for op in CALLS]
+RUNS = [pytest.param(op, "cpp", marks=CPP) for op in CALLS if "bf16" not in op or TILES]
 RUNS += [("noise_fusion", "reference"), pytest.param("noise_fusion", "triton", marks=TRITON)]
 
 

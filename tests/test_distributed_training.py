@@ -51,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_csv(ranks.dataset(), folder / "data.csv")
     ranks.all_models(World(), folder)
-    ranks.launch(4, ranks.begin, folder)
+    ranks.launch(4, ranks.four_ranks, folder)
     ranks.launch(2, ranks.two_ranks, folder)
     return folder
 
@@ -81,11 +81,12 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor([list(means.values()) for means in told], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_two_ranks_give_the_losses_and_parameters_of_one(runs, model):
-    """With a last batch of one sample, so that one rank has none; dropout, drawn cells and, in
-    Fave, clipped gradients and drop path."""
-    one, two = runs / "on-1" / model, runs / "on-2" / model
+def test_ranks_give_the_losses_and_parameters_of_one(runs, model, size):
+    """With a last batch of one sample, so that the other ranks have none; dropout, drawn cells and,
+    in Fave, clipped gradients and drop path."""
+    one, two = runs / "on-1" / model, runs / f"on-{size}" / model
     assert losses(one).shape[0] == 12
     torch.testing.assert_close(losses(one), losses(two), rtol=2e-6, atol=0)
     of_one, of_two = last(one), last(two)

@@ -175,15 +175,16 @@ def run_both(place, stack, x, mask, heads, precision, declines):
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("shape", [(4, 7, 32), (1, 51, 64), (2, 5, 36)])
 def test_precisions(place, shape, precision):
-    """As far from float64 as the definition in that precision, and that precision does matter."""
+    """As far from float64 as the definition in that precision, and that precision does matter (in
+    C++, which may be closer: tests/test_native_sampler.py)."""
     width = shape[2]
     x, mask, _ = inputs(*shape)
-    declines = declining(width) | {Backend.CPP}
-    results = run_both(place, make_stack(width), x, mask, HEADS, precision, declines)
+    results = run_both(place, make_stack(width), x, mask, HEADS, precision, declining(width))
     for name, got, same, truth in zip(("out", "tapped"), *results):
         assert_close_to_truth(got, same, truth, name=name)
         wrong = error_to_truth(got, truth)
-        assert {"tf32": 1e-5, "bf16": 1e-4}[precision] < wrong < 0.05
+        closer = place.backend is Backend.CPP
+        assert (0 if closer else {"tf32": 1e-5, "bf16": 1e-4}[precision]) < wrong < 0.05
 
 
 @pytest.mark.parametrize("width, heads, blocks", [(32, 1, 2), (32, 32, 2), (64, 1, 1), (128, 4, 2)])

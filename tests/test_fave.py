@@ -653,8 +653,7 @@ def test_heads_and_precisions_of_this_variant(place, heads, precision):
         double = [type(w)(*(None if t is None else t.double() for t in w)) for w in ours.weights()]
         truth, _ = definition.encoder(x.double(), mask.double(), double, **options)
         local = [type(w)(*(None if t is None else t.to(place.device) for t in w)) for w in weights]
-        declines = {Backend.CPP} if precision != "float32" else ()
-        with place.forced("encoder", declines=declines):
+        with place.forced("encoder"):
             got, _ = encoder(*place.put(x, mask), local, precision=precision, **options)
     assert_close_to_truth(got.cpu(), same, truth)
 

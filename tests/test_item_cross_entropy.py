@@ -421,7 +421,7 @@ def test_the_op_knows_how_wide_the_kernels_go():
     for dtype, widest in registered().WIDEST_TRITON.items():
         assert kernels.widest(dtype.itemsize) == widest
         with pytest.raises(ValueError, match=f"D up to {widest}, got {widest + 1}"):
-            kernels._key(torch.empty(1, widest + 1, dtype=dtype))
+            kernels.layout_key(torch.empty(1, widest + 1, dtype=dtype))
 
 
 def test_the_training_step_uses_it(small_model):

@@ -38,6 +38,7 @@ def test_every_case_is_measured():
         threads=(1, 2),
         steps=2,
         padding="tied",
+        precision="bf16",
         seconds=1e-3,
         report=seen.append,
     )
@@ -58,6 +59,7 @@ def test_every_case_is_measured():
         ({"users": (0,)}, r"users must be positive numbers, got \[0\]"),
         ({"threads": ()}, r"threads must be positive numbers, got \[\]"),
         ({"seconds": 0}, "seconds must be positive, got 0"),
+        ({"precision": "fp8"}, "precision must be one of .*got 'fp8'"),
     ],
 )
 def test_bad_requests_are_named(change, message):

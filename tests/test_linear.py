@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,24 +187,55 @@ def test_bad_arrays():
         native.linear_forward(torch.ones(70, 20).numpy(), narrow, bias, grad.copy(), 1)
 
 
+def of_bf16(x, weight, bias, grad, dtype):
+    """The result and the gradients by products of bfloat16 operands, in `dtype`."""
+    outer, inner = weight.shape
+    out_shape, in_shape = (*x.shape[:-1], outer), (*x.shape[:-1], inner)
+    x, weight, near = (t.to(torch.bfloat16).to(dtype).flatten(0, -2) for t in (x, weight, grad))
+    grad = grad.to(dtype).flatten(0, -2)
+    out = (x @ weight.T + bias.to(dtype)).view(out_shape)
+    return out, (near @ weight).view(in_shape), near.T @ x, grad.sum(0)
+
+
 @pytest.mark.parametrize(("rows", "inner", "outer"), [*SHAPES, ((0,), 5, 3), ((7,), 5, 3)])
 def test_bf16_rounds_both_operands_of_every_product(place, rows, inner, outer):
     """The result and each gradient are products of bfloat16 operands, exact up to float32."""
     given = tensors(rows, inner, outer)
-
-    def by_hand(x, weight, bias, grad, dtype):
-        near = [t.to(torch.bfloat16).to(dtype).flatten(0, -2) for t in (x, weight, grad)]
-        x, weight, rounded = near
-        grad = grad.to(dtype).flatten(0, -2)
-        out = (x @ weight.T + bias.to(dtype)).view(*rows, outer)
-        return out, (rounded @ weight).view(*rows, inner), rounded.T @ x, grad.sum(0)
-
-    with place.forced("linear", declines=True):
+    small = math.prod(rows) < 64 or inner % 16 or outer % 16
+    tiles = place.backend is Backend.CPP and extension.load().isa() == "amx"
+    with place.forced("linear", declines=bool(small) or not tiles):
         got = run(lambda *leaves: linear(*leaves, precision="bf16"), *place.put(*given))
-    same, truth = by_hand(*given, torch.float32), by_hand(*given, torch.float64)
+    same, truth = of_bf16(*given, torch.float32), of_bf16(*given, torch.float64)
     for mine, plain, right in zip(got, same, truth, strict=True):
         assert mine.dtype == torch.float32
         assert_close_to_truth(mine.cpu(), plain, right)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(65, 48, 80), (97, 1040, 48), (400, 128, 16)])
+def test_bf16_on_every_instruction_set(isa, rows, inner, outer):
+    """On tiles in one product of planes, elsewhere by the definition; threads change no bit."""
+    given, threads, results = tensors((rows,), inner, outer), torch.get_num_threads(), []
+    truth = of_bf16(*given, torch.float64)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with use_backend("cpp"), dispatch_log() as log:
+                results.append(run(lambda *leaves: linear(*leaves, precision="bf16"), *given))
+            assert [entry.backend for entry in log] == [
+                Backend.CPP if isa == "amx" else Backend.REFERENCE
+            ]
+            assert isa == "amx" or "without AMX" in log[0].reason
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, plain, right in zip(*results, of_bf16(*given, torch.float32), truth, strict=True):
+        assert isa != "amx" or torch.equal(one, two)
+        assert_close_to_truth(one, plain, right)
+    x, weight, bias, grad = (t.numpy() for t in given)
+    native = extension.load()
+    asked = "fp8" if isa == "amx" else "bf16"
+    with pytest.raises(ValueError, match=rf"precision .*got {isa}$|got 'fp8'"):
+        native.linear_forward(x, weight, bias, grad.copy(), 1, asked)
 
 
 def test_bf16_only_the_gradients_that_are_wanted():

@@ -28,7 +28,7 @@ from fmrec_fast.data import (
     convert,
     mapped,
     read_dataset,
-    readers,
+    sources,
     synthetic_dataset,
     verify,
 )
@@ -47,8 +47,8 @@ TINY = FMRecConfig(
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Everything that goes on a part at a time takes many parts, even of little data."""
-    monkeypatch.setattr(readers, "ROWS", 7)
-    monkeypatch.setattr(readers, "BLOCK", 256)
+    monkeypatch.setattr(sources, "ROWS", 7)
+    monkeypatch.setattr(sources, "BLOCK", 256)
     monkeypatch.setattr(conversion, "PART", 8)
     monkeypatch.setattr(conversion, "ROWS", 2048)
     monkeypatch.setattr(conversion, "ID_ROWS", 3)
@@ -535,8 +535,8 @@ def test_formulas_of_the_plan_are_those_of_the_model():
     rest = 16 * sizes.other_parameters
     whole, half = (sizes.training_memory(ranks, True) - rest for ranks in (1, 2))
     assert whole == 2 * half and sizes.training_memory(2, False) == whole + rest
-    assert sizes.sharded_bytes(1) == sizes.data_parallel_bytes(1) == 0
-    assert 0 < sizes.sharded_bytes(4) < sizes.data_parallel_bytes(4)
+    assert sizes.sharded_bytes(1, 8) == sizes.data_parallel_bytes(1) == 0
+    assert 0 < sizes.sharded_bytes(4, 8) < sizes.data_parallel_bytes(4)
 
 
 def test_mapped_dataset_of_wrong_ends_is_refused(pair):

@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast import FMRecommender, extension, noise
@@ -23,7 +24,7 @@ from fmrec_fast.reference import encoder as encoder_definition
 from fmrec_fast.reference.encoder import no_drop
 from fmrec_fast.reference.euler_sampler import tie_padding
 from fmrec_fast.sampler import sample
-from fmrec_fast.testing import make_sequences
+from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 if not extension.available():
     pytest.skip(str(extension.reason()), allow_module_level=True)
@@ -174,6 +175,112 @@ def test_tied_padding_equals_the_definition(isa, threads, shape):
     assert torch.equal(*results)
     assert_same(results[0], expected)
     assert_same(run("cpp", tensors, weights, noise=lam, padding="tied"), expected)
+
+
+# --- precisions -----------------------------------------------------------------------------
+
+LOW = ("tf32", "bf16")
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("shape", [(5, 50, 64, 4, 2, 2), (5, 51, 36, 2, 3, 1)], ids=str)
+def test_precisions_against_float64(isa, shape, precision):
+    """As near as asked: tf32 by sums of two bfloat16 is much nearer than TF32. Without tiles, the
+    bits of float32."""
+    batch, length, width, heads, blocks, steps = shape
+    tensors = inputs(batch, length, width, steps)
+    weights = sampler_weights(make_stack(width, heads, blocks))
+    lam = torch.randn(steps, batch, length, width, generator=torch.Generator().manual_seed(1))
+    truth = in_double(tensors, weights, lam)
+    asked = run("reference", tensors, weights, noise=lam, precision=precision)
+    full = run("cpp", tensors, weights, noise=lam)
+    got = run("cpp", tensors, weights, noise=lam, precision=precision)
+    wrong, limit = error_to_truth(got, truth), error_to_truth(asked, truth)
+    if isa != "amx":
+        assert torch.equal(got, full)
+    elif precision == "tf32":
+        assert error_to_truth(full, truth) < wrong < 0.1 * limit
+    else:
+        assert 1e-4 < wrong < 1.5 * limit
+
+
+def in_double(tensors: list[Tensor], weights: SamplerWeights, lam: Tensor) -> Tensor:
+    """The sampler in float64, step by step."""
+    e, mask, z0, taus = (t.double() for t in tensors)
+    blocks = [type(w)(*(t.double() for t in w.tensors())) for w in weights.blocks]
+    norm = weights.norm_weight.double(), weights.norm_bias.double()
+    x = z0
+    for tau, factor in zip(taus, lam.double()):
+        fused = e + factor * (x + tau)[:, None]
+        last, _ = encoder_definition.encoder(fused, mask, blocks, num_heads=weights.num_heads)
+        x = x + (F.layer_norm(last, last.shape[-1:], *norm, 1e-12) - z0) / len(taus)
+    return x
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_encoder_and_its_tap_in_low_precision(isa, precision):
+    weights = make_stack(48, 2, 3).weights()
+    x, mask = inputs(5, 21, 48, 1)[:2]
+    bias = torch.rand(5, generator=torch.Generator().manual_seed(2))
+    options = {"num_heads": 2, "tap": 1, "first_key_bias": bias}
+    double = [type(w)(*(t.double() for t in w.tensors())) for w in weights]
+    truth = encoder_definition.encoder(
+        x.double(), mask.double(), double, **options | {"first_key_bias": bias.double()}
+    )
+    same = encoder_definition.encoder(x, mask, weights, precision=precision, **options)
+    with use_backend("cpp"), dispatch_log() as log:
+        got = encoder(x, mask, weights, precision=precision, **options)
+    assert log[0] == Dispatch("encoder", Backend.CPP)
+    for mine, plain, right in zip(got, same, truth, strict=True):
+        assert_close_to_truth(mine, plain, right)
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("name", ["fmrec_tiny", "fmrec_paper_size"])
+def test_golden_trajectories_in_low_precision(isa, golden, name, precision):
+    case = golden(name)
+    model = FMRecommender.from_config(case.args).eval()
+    model.load_state_dict(case.state, strict=False)
+    with torch.no_grad():
+        e, mask = model.embed(case.inputs.seq)
+    options = {"noise": case.sample["lambda"], "return_trajectory": True, "precision": precision}
+    with dispatch_log() as log:
+        points = model.fm.integrate(e, mask, case.sample["z0"], **options)
+    assert log == [Dispatch("euler_sampler", Backend.CPP)]
+    assert_same(points, case.sample["trajectory"], {"tf32": 3e-5, "bf16": 1e-2}[precision])
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("padding", ["published", "tied"])
+def test_no_bit_depends_on_the_batch_in_low_precision(isa, threads, precision, padding):
+    e, mask, z0, taus = inputs(19, 12, 48, 2)
+    if padding == "tied":
+        e = tie_padding(e, mask)
+    weights = sampler_weights(make_stack(48, 2, 2))
+    rows = torch.arange(19)
+    options = {"seed": SEED, "precision": precision, "padding": padding}
+    whole = run("cpp", [e, mask, z0, taus], weights, rows=rows, **options)
+    threads(1)
+    for part in (slice(0, 1), slice(3, 11), slice(18, 19)):
+        alone = run(
+            "cpp", [e[part], mask[part], z0[part], taus], weights, rows=rows[part], **options
+        )
+        assert torch.equal(alone, whole[part])
+
+
+def test_planes_are_packed_for_a_precision(isa):
+    weights = make_stack(32, 2, 2).weights()
+    sizes = [pack(weights, 2, None, precision).nbytes for precision in ("bf16", "tf32", "float32")]
+    if isa == "amx":
+        planes = sizes[1] - sizes[0]
+        assert planes > 0.4 * sizes[0]
+        assert sizes[2] - sizes[1] == planes
+    else:
+        assert len(set(sizes)) == 1
+    with pytest.raises(
+        ValueError, match="precision must be 'float32', 'tf32' or 'bf16', got 'fp8'"
+    ):
+        pack(weights, 2, None, "fp8")
 
 
 @pytest.mark.parametrize("histories", [["padding"], ["full"], ["short"]])

@@ -27,6 +27,12 @@ needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 H100 = ("cuda:90", 232448)
 
 
+@pytest.fixture(autouse=True)
+def layouts_alone(monkeypatch, tmp_path):
+    """What is tested here are the layouts, whatever was tuned."""
+    monkeypatch.setattr(plans, "TUNED", tmp_path / "tuned.json")
+
+
 # --- plans ----------------------------------------------------------------------------------
 
 
@@ -191,7 +197,7 @@ def test_samplers_in_tiles_are_those_as_a_whole(monkeypatch, small_model, tied):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_packed_weights(precision):
     from fmrec_fast.kernels.launch import pack
-    from fmrec_fast.kernels.transformer import MATRICES, VECTORS
+    from fmrec_fast.kernels.layers import MATRICES, VECTORS
 
     blocks = TransformerStack(32, 2, 4, "published").weights()
     matrices, vectors = pack(blocks, 32, precision)

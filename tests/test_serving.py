@@ -76,6 +76,28 @@ def test_all_steps_at_once(small_model, padding, delta):
     assert torch.equal(served.scores, one.scores)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("method", ["euler", "parallel"])
+def test_precisions(model, precision, method):
+    options = {"k": 9, "seed": 3, "method": method}
+    one, definition = both(model, HISTORIES, precision=precision, **options)
+    limit = {"tf32": 2e-3, "bf16": 2e-2}[precision]
+    assert (one.scores - definition.scores).abs().max() < limit * definition.scores.abs().max()
+    server = Server(model, precision=precision)
+    served = server.recommend(HISTORIES, **options)
+    assert torch.equal(served.ids, one.ids)
+    assert torch.equal(served.scores, one.scores)
+    with torch.no_grad():  # packed anew, in the same precision
+        model.item_embeddings.weight.mul_(2)
+    changed = server.recommend(HISTORIES, **options)
+    with use_backend("cpp"):
+        again = recommend(model, HISTORIES, precision=precision, **options)
+    assert torch.equal(changed.scores, again.scores)
+    for call in (lambda: Server(model, "fp8"), lambda: recommend(model, [[1]], precision="fp8")):
+        with pytest.raises(ValueError, match=r"precision must be one of .*got 'fp8'"):
+            call()
+
+
 @pytest.fixture
 def fave():
     """Makes a small model of Fave in its second stage."""

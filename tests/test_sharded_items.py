@@ -20,7 +20,7 @@ from fmrec_fast.distributed import World
 # FMRec's softmax does not change with the keys' bias, whose gradient is rounding alone. Adam makes
 # steps of lr of it, in either direction.
 OF_NO_EFFECT = re.compile(r"fm\..*\.attention\.linear_layers\.1\.bias$")
-RUNS = [("fmrec", 4), *((name, 2) for name in ("fmrec", "sgd", "stage1", "stage2"))]
+RUNS = [(name, size) for size in (2, 4) for name in ("fmrec", "sgd", "stage1", "stage2")]
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +111,11 @@ def test_one_rank_holds_all_items(tmp_path):
 
 
 def test_benchmark_gives_the_losses_of_one_process(folder):
-    from benchmarks import sharded
+    from benchmarks import scale_plan, sharded
 
     no_error(folder)
-    sizes = sharded.Sizes(items=203, batch=12, length=6, width=16, hidden=8)
-    alone = sharded.measure(World(), sizes, steps=2)["losses"]
+    sizes = scale_plan.Sizes(**sharded_checks.SMALL)
+    alone = sharded.measure(World(), sizes, steps=4)["losses"]
     for rank in range(4):
         several = json.loads((folder / f"benchmark-{rank}.json").read_text())
         assert several == pytest.approx(alone, rel=2e-6)

@@ -412,13 +412,16 @@ def test_a_step_waits_for_nothing(tmp_path, tiny, monkeypatch, backend):
             dropout,
             history_loss,
             item_cross_entropy,
+            item_cross_entropy_backward,
             noise_fusion,
         )
 
         monkeypatch.setattr(backend_module, "availability", lambda *_: None)
         monkeypatch.setattr(dropout, "dropout", lambda *_, **__: None)
-        for module in (attention, history_loss, item_cross_entropy, noise_fusion):
+        for module in (attention, history_loss, noise_fusion):
             monkeypatch.setattr(module, "_launch", lambda *_, **__: None)
+        for module in (item_cross_entropy, item_cross_entropy_backward):
+            monkeypatch.setattr(module, "launch", lambda *_, **__: None)
 
     def no_copy(*args, **kwargs):
         device = kwargs.get("device")

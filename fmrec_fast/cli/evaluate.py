@@ -54,6 +54,7 @@ def evaluate_run(options: Any, world: World = ALONE) -> None:
             averaging=options.averaging,
             progress=progress,
             padding=options.padding,
+            precision=options.precision,
             world=world,
         )
     if not world.is_main:
@@ -76,6 +77,7 @@ def evaluate_run(options: Any, world: World = ALONE) -> None:
             "exclude_seen": options.exclude_seen,
             "steps": options.steps or model.fm.steps,
             "padding": options.padding,
+            "precision": options.precision,
             "mean": found.mean,
             "spread": found.spread,
             "per_seed": found.per_seed,

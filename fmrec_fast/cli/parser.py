@@ -10,7 +10,7 @@ from typing import Any
 from fmrec_fast import __version__, demo, latency
 from fmrec_fast import steps as step_study
 from fmrec_fast.cli.common import UserError
-from fmrec_fast.config import PADDINGS, STAGES, FaveConfig
+from fmrec_fast.config import PADDINGS, PRECISIONS, STAGES, FaveConfig
 from fmrec_fast.data.convert import MEMORY_MB
 from fmrec_fast.models import CONFIGS
 from fmrec_fast.presets import PRESETS, preset
@@ -187,7 +187,10 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     best.add_argument("--worker_cpus", type=int, default=1, help="cores of each worker")
     best.add_argument("--worker_gpus", type=float, default=0.0, help="GPUs of each worker")
     best.add_argument(
-        "--batch", type=int, default=8192, help="users that a worker is handed at once"
+        "--batch", type=int, default=8192, help="users that a worker recommends for at once"
+    )
+    best.add_argument(
+        "--resume", action="store_true", help="of ray: keep the shards of a run that did not finish"
     )
     commands.add_subcommand("recommend", best, help="recommend from a run")
 
@@ -311,4 +314,10 @@ def _add_checkpoint(parser: Any) -> None:
         choices=PADDINGS,
         default="published",
         help="'tied': one noise draw for all padded positions of a row, several times faster",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the matrix products' operands; faster where the machine has units for it",
     )

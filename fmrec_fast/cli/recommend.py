@@ -26,6 +26,8 @@ def recommend_users(options: Any) -> None:
     if options.engine == "ray":
         _recommend_with_ray(options)
         return
+    if options.resume:
+        raise UserError("--resume is for --engine ray")
     from fmrec_fast.bulk import BulkRecommender
     from fmrec_fast.tables import SUFFIXES, TableFile
 
@@ -46,6 +48,7 @@ def recommend_users(options: Any) -> None:
             steps=options.steps,
             seed=options.seed,
             padding=options.padding,
+            precision=options.precision,
         )
         _write(options.out, ["history"], best, item_ids)
         return
@@ -59,7 +62,7 @@ def recommend_users(options: Any) -> None:
 
 
 def _bulk_options(options: Any) -> dict[str, Any]:
-    names = ("k", "exclude_seen", "steps", "seed", "padding")
+    names = ("k", "exclude_seen", "steps", "seed", "padding", "precision")
     return {name: options[name] for name in names if name in options}
 
 
@@ -148,11 +151,12 @@ def _parquet_source(options: Any) -> tuple[Any, dict[str, str] | None]:
 
 def _recommend_with_ray(options: Any) -> None:
     from fmrec_fast import ray_engine
+    from fmrec_fast.shards import Output
 
     if options.users is None or options.out is None:
         raise UserError("--engine ray takes --users and --out")
     ray_engine.require_ray()
-    ray_engine.check_out(options.out)
+    Output(options.out, options.resume)
     state = checkpoint.load(checkpoint.locate(options.run, options.checkpoint))
     source, columns = _parquet_source(options)
     if source is None:
@@ -160,16 +164,20 @@ def _recommend_with_ray(options: Any) -> None:
     chosen: dict[str, str | None] | None = None if columns is None else dict(columns)
     if chosen is None:
         chosen = _interaction_columns(options, source)
-    result = ray_engine.recommend_with_ray(
-        state,
-        source,
-        chosen,
-        options.out,
-        unknown=options.unknown,
-        workers=ray_engine.Workers(options.workers, options.worker_cpus, options.worker_gpus),
-        batch=options.batch,
-        **_bulk_options(options),
-    )
+    try:
+        result = ray_engine.recommend_with_ray(
+            state,
+            source,
+            chosen,
+            options.out,
+            unknown=options.unknown,
+            workers=ray_engine.Workers(options.workers, options.worker_cpus, options.worker_gpus),
+            batch=options.batch,
+            resume=options.resume,
+            **_bulk_options(options),
+        )
+    except ray_engine.WorkError as error:
+        raise UserError(str(error)) from None
     _report_skipped(result.unknown_items, result.users_left_out)
     print(
         f"{result.rows} rows for {result.users} users in {len(result.shards)} shards in "
@@ -179,7 +187,7 @@ def _recommend_with_ray(options: Any) -> None:
 
 
 def _interaction_columns(options: Any, source: Any) -> dict[str, str | None]:
-    from fmrec_fast.data.readers import choose_columns
+    from fmrec_fast.data.columns import choose_columns
 
     for name in ("min_user", "min_item"):
         if options[name] is not None:

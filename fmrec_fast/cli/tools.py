@@ -50,6 +50,7 @@ def bench(options: Any) -> None:
         k=options.k,
         steps=options.steps,
         padding=options.padding,
+        precision=options.precision,
         seconds=options.seconds,
         report=lambda one: print(latency.line(one), flush=True),
     )
@@ -64,6 +65,7 @@ def bench(options: Any) -> None:
             "num_blocks": model.config.num_blocks,
             "steps": options.steps or model.fm.steps,
             "padding": options.padding,
+            "precision": options.precision,
             "latencies": latency.to_dict(found),
         }
         path = Path(options.json)

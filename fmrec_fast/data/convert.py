@@ -21,6 +21,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from .columns import (
+    are_whole,
+    as_ints,
+    check_text_ids,
+    choose_columns,
+    is_text,
+    timestamps,
+    valid_ids,
+)
 from .dataset import MIN_HISTORY, Dataset, ReadReport, count_repeats, fingerprint
 from .mapped import (
     ITEM_IDS,
@@ -31,20 +40,8 @@ from .mapped import (
     open_mapped,
     write_metadata,
 )
-from .readers import (
-    Stream,
-    are_whole,
-    as_ints,
-    check_least,
-    check_text_ids,
-    choose_columns,
-    in_time_order,
-    is_text,
-    open_source,
-    read_pickle,
-    timestamps,
-    valid_ids,
-)
+from .readers import check_least, in_time_order, read_pickle
+from .sources import Stream, open_source
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,9 +7,10 @@ first), or *interactions*, one row per user and item. Ids are integers or text, 
 
 from __future__ import annotations
 
+import bisect
 import posixpath
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
+from .columns import check_id_column, choose_columns, is_conventional, timestamps
 from .dataset import MIN_HISTORY, Dataset, offsets_of
-from .readers import (
-    FORMATS,
-    check_id_column,
-    choose_columns,
-    from_table,
-    is_conventional,
-    timestamps,
-)
+from .readers import from_table
+from .sources import FORMATS
 
 WILDCARDS = "*?["
 UNKNOWN = ("error", "skip")
@@ -141,12 +136,6 @@ class ParquetFiles:
 
     def num_rows(self) -> int:
         return sum(file.metadata.num_rows for _, file in self.files())
-
-    def row_bytes(self) -> float:
-        """Bytes of a row in memory, about: by the first file."""
-        metadata = self._open(self.location.paths[0]).metadata
-        groups = (metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))
-        return sum(groups) / max(metadata.num_rows, 1)
 
     def line(self, row: int) -> str:
         """Where row `row` (0-based) of the concatenation is."""
@@ -330,13 +319,14 @@ def read_histories(source: ParquetFiles, columns: tuple[str, str]) -> Iterator[p
 
 
 class Piece(NamedTuple):
-    """A row group: its file and number, and the position of its first row, in its file and among
-    all rows."""
+    """A row group: its file and number, the position of its first row, in its file and among all
+    rows, and how many rows it has."""
 
     path: str
     group: int
     in_file: int
     position: int
+    rows: int
 
 
 def pieces(source: ParquetFiles) -> list[Piece]:
@@ -344,8 +334,8 @@ def pieces(source: ParquetFiles) -> list[Piece]:
     for path, file in source.files():
         in_file = 0
         for group in range(file.metadata.num_row_groups):
-            found.append(Piece(path, group, in_file, position))
             rows = file.metadata.row_group(group).num_rows
+            found.append(Piece(path, group, in_file, position, rows))
             in_file += rows
             position += rows
     return found
@@ -359,14 +349,72 @@ class _PieceSource:
         return f"{self.path}, row {self._piece.in_file + row + 1}"
 
 
-def read_histories_piece(
-    piece: Piece, filesystem: pyarrow.fs.FileSystem, columns: tuple[str, ...]
-) -> Iterator[pa.Table]:
-    """As `read_histories`, of one row group."""
-    file = pyarrow.parquet.ParquetFile(piece.path, filesystem=filesystem)
-    groups = [piece.group]
-    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=list(columns)):
-        yield pa.Table.from_batches([batch])
+class RowReader:
+    """Columns of rows by their number among all. A row group can only be read from its start, so
+    rows in rising order cost least: what was read before is not read again."""
+
+    def __init__(
+        self, pieces: list[Piece], filesystem: pyarrow.fs.FileSystem, columns: tuple[str, ...]
+    ) -> None:
+        self._pieces = [piece for piece in pieces if piece.rows]
+        self._filesystem, self._columns = filesystem, list(columns)
+        self._open: Piece | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._held: pa.Table | None = None
+        self._at = 0  # of the piece that is open, the first row of what is held
+
+    def __call__(self, first: int, last: int) -> Iterator[pa.Table]:
+        """Rows ``first .. last - 1``, in tables of about `READ_ROWS` rows at most.
+
+        Raises:
+            ValueError: a file is not readable.
+        """
+        start = bisect.bisect_right(self._pieces, first, key=lambda piece: piece.position) - 1
+        for piece in self._pieces[max(start, 0) :]:
+            if piece.position >= last:
+                return
+            low, high = first - piece.position, last - piece.position
+            try:
+                yield from self._of(piece, max(low, 0), min(high, piece.rows))
+            except (pa.ArrowInvalid, OSError) as error:
+                self._open = None
+                raise ValueError(f"{piece.path}: not a readable Parquet file: {error}") from error
+
+    def _of(self, piece: Piece, first: int, last: int) -> Iterator[pa.Table]:
+        if piece != self._open or first < self._at:
+            file = pyarrow.parquet.ParquetFile(piece.path, filesystem=self._filesystem)
+            groups = [piece.group]
+            self._batches = file.iter_batches(READ_ROWS, row_groups=groups, columns=self._columns)
+            self._open, self._held, self._at = piece, None, 0
+        while first < last:
+            if self._held is None:
+                self._held = pa.Table.from_batches([next(self._batches)])
+            rows = self._held.num_rows
+            low, high = first - self._at, min(last - self._at, rows)
+            if low < rows:
+                yield self._held.slice(low, high - low)
+                first = self._at + high
+            if high == rows:
+                self._held, self._at = None, self._at + rows
+
+
+def of_size(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of `tables` again, `rows` at a time; fewer before columns of another type."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        if held and table.schema != held[0].schema:
+            yield pa.concat_tables(held)
+            held, count = [], 0
+        while table.num_rows:
+            held.append(table.slice(0, rows - count))
+            count += held[-1].num_rows
+            table = table.slice(held[-1].num_rows)
+            if count == rows:
+                yield pa.concat_tables(held)
+                held, count = [], 0
+    if held:
+        yield pa.concat_tables(held)
 
 
 def read_piece(

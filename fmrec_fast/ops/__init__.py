@@ -11,6 +11,7 @@ from fmrec_fast.ops.item_ranking import ItemIndex, item_topk, prepare_items, tar
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.ops.picard_sweep import picard_sweep
+from fmrec_fast.ops.rms_norm import rms_norm
 
 __all__ = [
     "ItemIndex",
@@ -29,5 +30,6 @@ __all__ = [
     "noise_fusion",
     "picard_sweep",
     "prepare_items",
+    "rms_norm",
     "target_rank",
 ]

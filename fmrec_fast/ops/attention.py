@@ -16,7 +16,7 @@ from fmrec_fast.backend import (
     current_backend,
     log_run,
 )
-from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
+from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.ops.dropout import dropout
 from fmrec_fast.reference import attention as reference
@@ -57,8 +57,9 @@ def attention(
         inv_freq: angles per position of the rotary embedding [D / H / 2], or None.
 
     Returns:
-        [B, L, D], heads side by side. Differentiable; the kernels run only where `query_scale`
-            needs no gradient.
+        [B, L, D], heads side by side. Differentiable, and in forward mode in `qkv`; the kernels
+            run only where `query_scale` needs no gradient and has no tangent, the Triton kernel
+            only where nothing has one.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, heads, p or a missing seed.
@@ -86,11 +87,12 @@ def attention(
     rows = request_rows(rows, qkv.shape[0], qkv.device)
     value, tangent = split(qkv)
     declined = ""
-    if is_dual(qkv, query_scale):
+    on_triton = candidate(qkv.device) is Backend.TRITON
+    if is_dual(query_scale) or is_wrapped(qkv) or (tangent is not None and on_triton):
         declined = NO_RULE
     elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
-    elif candidate(qkv.device) is Backend.TRITON:
+    elif on_triton:
         declined = _triton_declined(qkv.shape[1], width // num_heads)
     by_hand = tangent is not None and not is_dual(query_scale) and current_backend() != "reference"
     backend = choose("attention", qkv, declined=declined)
@@ -105,18 +107,25 @@ def attention(
             site=site,
             inv_freq=inv_freq,
         )
-    if inv_freq is not None:
-        table = angles(inv_freq, qkv.shape[1])
-        value = tangents.rotate(value, *table, num_heads)
-        tangent = None if tangent is None else tangents.rotate(tangent, *table, num_heads)
-    if tangent is None:
-        if torch.compiler.is_compiling():
-            return torch.ops.fmrec_fast.attention(
-                value, query_scale, rows, seed, site, p, num_heads, backend.value
-            )
-        return _Attention.apply(value, query_scale, rows, seed, (site, p), num_heads, backend)
-    drop = None if p == 0 or seed is None else _Masks(p, seed, rows, site)
-    return join(*tangents.attention(value, tangent, query_scale, num_heads, drop))
+    table = None if inv_freq is None else angles(inv_freq, qkv.shape[1])
+    if backend is Backend.CPP:
+        rotary = None if table is None else torch.cat(table, dim=-1)
+        if tangent is not None:
+            fixed = (query_scale, rows, seed, rotary, (site, p), num_heads)
+            return join(*_AttentionTangent.apply(value, tangent, *fixed))
+    else:
+        rotary = None
+        if table is not None:
+            value = tangents.rotate(value, *table, num_heads)
+            tangent = None if tangent is None else tangents.rotate(tangent, *table, num_heads)
+        if tangent is not None:
+            drop = None if p == 0 or seed is None else _Masks(p, seed, rows, site)
+            return join(*tangents.attention(value, tangent, query_scale, num_heads, drop))
+    if torch.compiler.is_compiling():
+        return torch.ops.fmrec_fast.attention(
+            value, query_scale, rows, seed, rotary, site, p, num_heads, backend.value
+        )
+    return _Attention.apply(value, query_scale, rows, seed, rotary, (site, p), num_heads, backend)
 
 
 @constant_when_compiled
@@ -144,6 +153,7 @@ def _forward(
     query_scale: Tensor,
     rows: Tensor,
     seed: Tensor | None,
+    rotary: Tensor | None,
     constants: tuple,
     num_heads: int,
     backend: Backend,
@@ -155,18 +165,30 @@ def _forward(
         out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
         kernels.forward(qkv, query_scale, rows, *_dropping(seed, *constants), num_heads, out)
         return out
-    out = memory.empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    return _forward_cpp(qkv, None, query_scale, rows, seed, rotary, constants, num_heads)[0]
+
+
+def _forward_cpp(
+    qkv: Tensor, d_qkv: Tensor | None, query_scale: Tensor, rows: Tensor, seed: Tensor | None,
+    rotary: Tensor | None, constants: tuple, num_heads: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The result, and its derivative along `d_qkv`."""
+    shape = (*qkv.shape[:2], qkv.shape[2] // 3)
+    out, d_out = memory.empty(*shape), None if d_qkv is None else memory.empty(*shape)
     extension.load().attention_forward(
         qkv.detach().numpy(),
-        query_scale.numpy(),
+        query_scale.detach().numpy(),
         rows.numpy(),
         0 if seed is None else int(seed),
         *constants,
         out.numpy(),
         num_heads,
         torch.get_num_threads(),
+        None if rotary is None else rotary.numpy(),
+        None if d_qkv is None else d_qkv.detach().numpy(),
+        None if d_out is None else d_out.numpy(),
     )
-    return out
+    return out, d_out
 
 
 def _backward(
@@ -175,6 +197,7 @@ def _backward(
     query_scale: Tensor,
     rows: Tensor,
     seed: Tensor | None,
+    rotary: Tensor | None,
     constants: tuple,
     num_heads: int,
     backend: Backend,
@@ -183,23 +206,36 @@ def _backward(
     if backend is Backend.TRITON:
         from fmrec_fast.kernels import attention as kernels
 
-        d_qkv = torch.empty_like(qkv)
+        g_qkv = torch.empty_like(qkv)
         drop = _dropping(seed, *constants)
-        kernels.backward(grad.contiguous(), qkv, query_scale, rows, *drop, num_heads, d_qkv)
-        return d_qkv
-    d_qkv = memory.empty(*qkv.shape)
+        kernels.backward(grad.contiguous(), qkv, query_scale, rows, *drop, num_heads, g_qkv)
+        return g_qkv
+    fixed = (query_scale, rows, seed, rotary, constants, num_heads)
+    return _backward_cpp(grad, None, qkv, None, *fixed)[0]
+
+
+def _backward_cpp(
+    grad: Tensor, d_grad: Tensor | None, qkv: Tensor, d_qkv: Tensor | None, query_scale: Tensor,
+    rows: Tensor, seed: Tensor | None, rotary: Tensor | None, constants: tuple, num_heads: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of `qkv` and `d_qkv` from those of the result and its derivative."""
+    g_qkv, g_d_qkv = memory.empty(*qkv.shape), None if d_qkv is None else memory.empty(*qkv.shape)
     extension.load().attention_backward(
         grad.contiguous().numpy(),
         qkv.detach().numpy(),
-        query_scale.numpy(),
+        query_scale.detach().numpy(),
         rows.numpy(),
         0 if seed is None else int(seed),
         *constants,
-        d_qkv.numpy(),
+        g_qkv.numpy(),
         num_heads,
         torch.get_num_threads(),
+        None if rotary is None else rotary.numpy(),
+        None if d_qkv is None else d_qkv.detach().numpy(),
+        None if d_grad is None else d_grad.contiguous().numpy(),
+        None if g_d_qkv is None else g_d_qkv.numpy(),
     )
-    return d_qkv
+    return g_qkv, g_d_qkv
 
 
 def _dropping(seed: Tensor | None, site: int, p: float) -> tuple[Tensor | None, int, int, float]:
@@ -211,19 +247,33 @@ class _Attention(torch.autograd.Function):
     """The kernels; masks and probabilities are computed anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx, qkv, query_scale, rows, seed, *constants):
+    def forward(ctx, qkv, query_scale, rows, seed, rotary, *constants):
         qkv, query_scale = qkv.contiguous(), query_scale.contiguous()
         rows = rows.contiguous()
-        ctx.save_for_backward(qkv, query_scale, rows, seed)
+        ctx.save_for_backward(qkv, query_scale, rows, seed, rotary)
         ctx.constants = constants
-        return _forward(qkv, query_scale, rows, seed, *constants)
+        return _forward(qkv, query_scale, rows, seed, rotary, *constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        qkv, query_scale, rows, seed = ctx.saved_tensors
-        d_qkv = _backward(grad, qkv, query_scale, rows, seed, *ctx.constants)
-        return d_qkv, *[None] * 6
+        return _backward(grad, *ctx.saved_tensors, *ctx.constants), *[None] * 7
+
+
+class _AttentionTangent(torch.autograd.Function):
+    """The C++ kernels of attention with its derivative along `d_qkv`."""
+
+    @staticmethod
+    def forward(ctx, qkv, d_qkv, query_scale, rows, seed, rotary, *constants):
+        given = (qkv.contiguous(), d_qkv.contiguous(), query_scale.contiguous(), rows.contiguous())
+        ctx.save_for_backward(*given, seed, rotary)
+        ctx.constants = constants
+        return _forward_cpp(*given, seed, rotary, *constants)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, d_grad):
+        return *_backward_cpp(grad, d_grad, *ctx.saved_tensors, *ctx.constants), *[None] * 6
 
 
 # --- for torch.compile and torch.export -----------------------------------------------------------
@@ -235,6 +285,7 @@ def _registered(
     query_scale: Tensor,
     rows: Tensor,
     seed: Tensor | None,
+    rotary: Tensor | None,
     site: int,
     p: float,
     num_heads: int,
@@ -242,7 +293,8 @@ def _registered(
 ) -> Tensor:
     log_run("attention", backend)
     qkv, query_scale, rows = qkv.contiguous(), query_scale.contiguous(), rows.contiguous()
-    return _forward(qkv, query_scale, rows, seed, (site, p), num_heads, Backend(backend))
+    fixed = (rows, seed, rotary, (site, p), num_heads, Backend(backend))
+    return _forward(qkv, query_scale, *fixed)
 
 
 @torch.library.custom_op("fmrec_fast::attention_backward", mutates_args=())
@@ -252,33 +304,35 @@ def _registered_backward(
     query_scale: Tensor,
     rows: Tensor,
     seed: Tensor | None,
+    rotary: Tensor | None,
     site: int,
     p: float,
     num_heads: int,
     backend: str,
 ) -> Tensor:
     qkv, query_scale, rows = qkv.contiguous(), query_scale.contiguous(), rows.contiguous()
-    return _backward(grad, qkv, query_scale, rows, seed, (site, p), num_heads, Backend(backend))
+    fixed = (rows, seed, rotary, (site, p), num_heads, Backend(backend))
+    return _backward(grad, qkv, query_scale, *fixed)
 
 
 @_registered.register_fake
-def _(qkv, query_scale, rows, seed, site, p, num_heads, backend):
+def _(qkv, query_scale, rows, seed, rotary, site, p, num_heads, backend):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 @_registered_backward.register_fake
-def _(grad, qkv, query_scale, rows, seed, site, p, num_heads, backend):
+def _(grad, qkv, query_scale, rows, seed, rotary, site, p, num_heads, backend):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup(ctx, inputs, output):
-    qkv, query_scale, rows, seed, *ctx.constants = inputs
-    ctx.save_for_backward(qkv, query_scale, rows, seed)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.constants = inputs[5:]
 
 
 def _gradients(ctx, grad):
-    d_qkv = torch.ops.fmrec_fast.attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return d_qkv, *[None] * 7
+    g_qkv = torch.ops.fmrec_fast.attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return g_qkv, *[None] * 8
 
 
 _registered.register_autograd(_gradients, setup_context=_setup)

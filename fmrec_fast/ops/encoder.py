@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmrec_fast import extension, tangents
+from fmrec_fast import extension
 from fmrec_fast.backend import (
     Backend,
     candidate,
     choose,
     constant_when_compiled,
-    current_backend,
     use_backend,
 )
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
-from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped, join, split
+from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.feed_forward import feed_forward, joins
 from fmrec_fast.ops.linear import linear
+from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
     FMREC,
@@ -82,8 +82,12 @@ def encoder(
             weights have no biases of norms, and `inv_freq`.
         paths: drop path: (block, branch) -> factors of the rows [B], or None.
         cross, context: Fave's cross-attention steps, one a block, over `context` [B, L, D].
-        precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16'. The definition
-            rounds both operands and multiplies in float32; all else is float32.
+        precision: of the matrix products' operands: 'float32', 'tf32' or 'bf16', or closer. The
+            definition rounds both operands and multiplies in float32; all else is float32. The C++
+            kernel rounds those of the linear layers alone, and only on AMX: for 'bf16' to bfloat16,
+            for 'tf32' to sums of two (a product is off by at most 2^-16 of itself, TF32's by
+            2^-10); elsewhere it multiplies in float32. `torch.set_float32_matmul_precision` does
+            not change what a kernel does.
         first_key_bias: [B], added to the scores of the first position as a key: log(n) makes it
             stand for n equal positions. Published attention only.
         linear_precision: that of the op `linear` for the linear layers alone, with gradients of the
@@ -148,7 +152,7 @@ def encoder(
     if backend is not Backend.REFERENCE and torch.compiler.is_compiling():
         return _compiled(x, mask, parameters, num_heads, tap, first_key_bias, precision, backend)
     if backend is Backend.CPP:
-        return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias)
+        return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias, precision)
     if backend is Backend.TRITON:
         return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
     return reference.encoder(
@@ -190,10 +194,7 @@ def kernel_declines(
         e: [B, L, D]: its sizes and its device.
         tied: whether the padding is; rotary: whether the blocks rotate.
     """
-    backend = candidate(e.device)
-    if backend is Backend.CPP and precision != "float32":
-        return f"its kernel multiplies in float32 only, got precision {precision!r}"
-    if backend is Backend.TRITON:
+    if candidate(e.device) is Backend.TRITON:
         return _no_plan(e.shape[1], e.shape[2], num_heads, precision, e.device, tied, rotary)
     return ""
 
@@ -214,9 +215,14 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) -> Any:
+def pack(
+    blocks: list[BlockWeights],
+    num_heads: int,
+    length: int | None = None,
+    precision: str = "float32",
+) -> Any:
     """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
-    `length` positions.
+    `length` positions and products of this `precision`, see `encoder`.
 
     Packed anew for every call and never kept: that takes less than a network evaluation of one
     sequence, and no note of a tensor's address and version sees every way to write to it
@@ -231,7 +237,7 @@ def pack(blocks: list[BlockWeights], num_heads: int, length: int | None = None) 
         if length is None:
             raise ValueError("blocks with rotary embedding are packed for a length, got None")
         rotary = torch.cat(angles(inv_freq.detach(), length), dim=-1).numpy()
-    return extension.load().PackedEncoder(arrays, num_heads, rotary)
+    return extension.load().PackedEncoder(arrays, num_heads, rotary, precision)
 
 
 def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
@@ -254,12 +260,8 @@ def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition's norm; the RMS norm in fewer passes, with its tangent."""
-    if bias is not None or current_backend() is Backend.REFERENCE or is_wrapped(x):
-        return reference.norm(x, weight, bias)
-    value, tangent = split(x)
-    out, d_out = tangents.rms_norm(value, weight, tangent)
-    return out if d_out is None else join(out, d_out)
+    """The definition's norm; the RMS norm by its op."""
+    return rms_norm(x, weight) if bias is None else reference.norm(x, weight, bias)
 
 
 def _attend(drop: Drop, p: float) -> Attend | None:
@@ -365,11 +367,12 @@ def _encoder_cpp(
     num_heads: int,
     tap: int | None,
     first_key_bias: Tensor | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor | None]:
     out = x.new_empty(x.shape[0], x.shape[2])
     tapped = None if tap is None else torch.empty_like(out)
     extension.load().encoder_forward(
-        pack(blocks, num_heads, x.shape[1]),
+        pack(blocks, num_heads, x.shape[1], precision),
         x.detach().contiguous().numpy(),
         mask.detach().contiguous().numpy(),
         -1 if tap is None else tap,

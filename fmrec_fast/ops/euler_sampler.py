@@ -47,10 +47,9 @@ class SamplerWeights:
     variant: Variant = FMREC
 
     @cached_property
-    def packed(self) -> Any:
-        """The blocks as the C++ kernels read them, packed once for this object: it is made for one
-        call of the sampler and does not outlive it, so that no change of a weight is missed."""
-        return pack(self.blocks, self.num_heads)
+    def _packed(self) -> dict[str, Any]:
+        """By precision, what `packed_for` gave."""
+        return {}
 
     def parameters(self) -> list[Tensor]:
         """Those of the blocks, one block after another."""
@@ -72,9 +71,16 @@ class SamplerWeights:
         blocks = unflatten(parameters)
         return SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
 
-    def packed_for(self, length: int) -> Any:
-        """`packed`; with rotary embedding, for histories of `length` positions."""
-        return pack(self.blocks, self.num_heads, length) if self.variant.rotary else self.packed
+    def packed_for(self, length: int, precision: str) -> Any:
+        """The blocks as the C++ kernels read them, for products of this `precision`; with rotary
+        embedding, for histories of `length` positions. Else packed once for this object: it is made
+        for one call of the sampler and does not outlive it, so that no change of a weight is
+        missed."""
+        if self.variant.rotary:
+            return pack(self.blocks, self.num_heads, length, precision)
+        if precision not in self._packed:
+            self._packed[precision] = pack(self.blocks, self.num_heads, None, precision)
+        return self._packed[precision]
 
 
 def euler_sampler(
@@ -183,7 +189,7 @@ def euler_sampler(
         out = z0.new_empty((*points, *z0.shape))
         inputs = (e, mask, z0, taus, weights, seed, rows, noise)
         if backend is Backend.CPP:
-            return run_cpp("euler_sampler", *inputs, tied, out, velocity=velocity)
+            return run_cpp("euler_sampler", *inputs, precision, tied, out, velocity=velocity)
         from fmrec_fast.kernels import euler_sampler as kernels
 
         return run_triton(kernels.euler_sampler, *inputs, precision, tied, out)
@@ -323,6 +329,7 @@ def run_cpp(
     seed: Tensor | None,
     rows: Tensor | None,
     noise: Tensor | None,
+    precision: str,
     tied: bool,
     out: Tensor,
     **options: bool,
@@ -333,7 +340,7 @@ def run_cpp(
         return tensor.detach().contiguous().numpy()
 
     getattr(extension.load(), kernel)(
-        weights.packed_for(e.shape[1]),
+        weights.packed_for(e.shape[1], precision),
         *(array(t) for t in (weights.norm_weight, weights.norm_bias, e, mask, x, taus)),
         None if noise is None else array(noise),
         None if rows is None else array(rows),

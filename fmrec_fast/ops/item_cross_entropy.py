@@ -357,7 +357,7 @@ def _gradients(
     ]
     d_rep, d_weight, d_bias = outputs
     if backend == Backend.TRITON.value:
-        from fmrec_fast.kernels import item_cross_entropy as kernels
+        from fmrec_fast.kernels import item_cross_entropy_backward as kernels
 
         kernels.item_cross_entropy_backward(
             rep,

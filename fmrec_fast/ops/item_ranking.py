@@ -263,7 +263,7 @@ def _target_rank(
         return ranks
     given = {"bias": bias, "exclude": exclude, "of_target": of_target}
     if backend is Backend.TRITON:
-        from fmrec_fast.kernels import item_ranking as kernels
+        from fmrec_fast.kernels import target_rank as kernels
 
         return kernels.target_rank(rep, table, target, **given)
     return reference.target_rank(rep, table, target, **given)
@@ -277,7 +277,7 @@ def _target_scores(rep: Tensor, table: Tensor, target: Tensor, bias: Tensor | No
     if backend is Backend.CPP:
         return _item_topk(rep, table, 1, None, bias, None, target[:, None])[0][:, 0]
     if backend is Backend.TRITON:
-        from fmrec_fast.kernels import item_ranking as kernels
+        from fmrec_fast.kernels import target_rank as kernels
 
         return kernels.target_scores(rep, table, target, bias=bias)
     return reference.target_scores(rep, table, target, bias=bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, memory
-from fmrec_fast.backend import Backend, choose, log_run
+from fmrec_fast.backend import Backend, choose, constant_when_compiled, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import linear as reference
@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
         x: [..., I].
         weight: [O, I]; bias: [O].
         precision: 'float32', or 'bf16': the operands of the product, and of those of its gradients,
-            are rounded to bfloat16, multiplied and added up in float32. Results are float32.
+            are rounded to bfloat16, multiplied and added up in float32. Results are float32. In C++
+            on AMX only; elsewhere the definition runs.
 
     Returns:
         [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do
@@ -56,8 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
         )
     if is_dual(x, weight, bias):
         declined = NO_RULE
-    elif precision != "float32":
-        declined = f"its kernel multiplies in float32 only, got precision {precision!r}"
+    elif precision != "float32" and not _has_tiles():
+        declined = f"without AMX its kernel multiplies in float32 only, got precision {precision!r}"
     elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
             f"its kernel takes widths that are multiples of {WIDTH}, got {sizes['I']} and "
@@ -67,12 +68,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
     if choose("linear", x, weight, bias, declined=declined) is Backend.CPP:
         if torch.compiler.is_compiling():
-            return torch.ops.fmrec_fast.linear(x, weight, bias)
-        return _Linear.apply(x, weight, bias)
+            return torch.ops.fmrec_fast.linear(x, weight, bias, precision)
+        return _Linear.apply(x, weight, bias, precision)
     return reference.linear(x, weight, bias, precision)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@constant_when_compiled
+def _has_tiles() -> bool:
+    return extension.available() and extension.load().isa() == "amx"
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
     """`x` and `weight` contiguous."""
     out = memory.empty(*x.shape[:-1], weight.shape[0])
     extension.load().linear_forward(
@@ -81,12 +87,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias.detach().contiguous().numpy(),
         out.flatten(0, -2).numpy(),
         torch.get_num_threads(),
+        precision,
     )
     return out
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    precision: str,
+    wants_x: bool,
+    wants_weight: bool,
+    wants_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`x` and `weight` contiguous."""
     d_x = memory.empty(*x.shape) if wants_x else None
@@ -100,6 +113,7 @@ def _backward(
         None if d_weight is None else d_weight.numpy(),
         None if d_bias is None else d_bias.numpy(),
         torch.get_num_threads(),
+        precision,
     )
     return d_x, d_weight, d_bias
 
@@ -108,48 +122,53 @@ class _Linear(torch.autograd.Function):
     """The C++ kernels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, precision):
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _forward(x, weight, bias)
+        ctx.precision = precision
+        return _forward(x, weight, bias, precision)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return _backward(grad, x, weight, *ctx.needs_input_grad)
+        return *_backward(grad, x, weight, ctx.precision, *ctx.needs_input_grad[:3]), None
 
 
 # --- for torch.compile and torch.export -----------------------------------------------------------
 
 
 @torch.library.custom_op("fmrec_fast::linear", mutates_args=(), device_types="cpu")
-def _registered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _registered(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
     log_run("linear", "cpp")
-    return _forward(x.contiguous(), weight.contiguous(), bias)
+    return _forward(x.contiguous(), weight.contiguous(), bias, precision)
 
 
 @torch.library.custom_op("fmrec_fast::linear_backward", mutates_args=(), device_types="cpu")
-def _registered_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, x.contiguous(), weight.contiguous(), True, True, True)  # type: ignore
+def _registered_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    every = True, True, True
+    return _backward(grad, x.contiguous(), weight.contiguous(), precision, *every)  # type: ignore
 
 
 @_registered.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, precision):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @_registered_backward.register_fake
-def _(grad, x, weight):
+def _(grad, x, weight, precision):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
+    ctx.precision = inputs[3]
 
 
 def _gradients(ctx, grad):
-    return torch.ops.fmrec_fast.linear_backward(grad, *ctx.saved_tensors)
+    return *torch.ops.fmrec_fast.linear_backward(grad, *ctx.saved_tensors, ctx.precision), None
 
 
 _registered.register_autograd(_gradients, setup_context=_setup)

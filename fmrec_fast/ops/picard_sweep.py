@@ -118,7 +118,7 @@ def picard_sweep(
         out = x.new_empty(x.shape)
         inputs = (e, mask, x, taus, weights, seed, rows, noise)
         if backend is Backend.CPP:
-            return run_cpp("picard_sweep", *inputs, tied, out)
+            return run_cpp("picard_sweep", *inputs, precision, tied, out)
         from fmrec_fast.kernels import picard_sweep as kernels
 
         return run_triton(kernels.picard_sweep, *inputs, precision, tied, out)
