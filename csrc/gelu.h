@@ -38,7 +38,7 @@ FMREC_INLINE void gelu_all(f32v* x) {
 #undef FMREC_EACH
 }
 
-// And its derivative s + x s (1 - s) d(2 u)/dx, where 1 - s = e s.
+// gelu(x) and its derivative s + x s (1 - s) d(2 u)/dx, where 1 - s = e s.
 FMREC_INLINE f32v gelu_and_derivative(f32v x, f32v* derivative) {
     const f32v linear_term = broadcast(1.595769122f), quadratic = broadcast(0.2140644888f);
     const f32v e = gelu_exponential(x);

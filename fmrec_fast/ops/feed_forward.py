@@ -123,7 +123,9 @@ def _forward(
     contiguous."""
     out = memory.empty(*x.shape)
     words = -(-(len(weights[2]) + 2 * x.shape[2]) // 64) if constants[-1] > 0 else 0
-    kept = memory.empty(*x.shape[:2], 2 * words).view(torch.int64)
+    kept = torch.empty(*x.shape[:2], 0, dtype=torch.int64)
+    if words:
+        kept = memory.empty(*x.shape[:2], 2 * words).view(torch.int64)
     extension.load().feed_forward_forward(
         x.detach().numpy(),
         *(weight.detach().numpy() for weight in weights),
