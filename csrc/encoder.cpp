@@ -13,9 +13,10 @@ namespace {
 
 // Rows that sequences share a matrix product up to. Elsewhere, where only ragged ones do: a panel
 // of weights, once it is in the first-level cache, serves them all. On AMX: strips of 32 rows are
-// filled, and the planes of the rows stay in the second-level cache.
+// filled, and the weights' planes, which do not stay in the second-level cache, come to it once for
+// half a group of the paper's length.
 #if defined(__AMX_BF16__)
-const int64_t CHUNK_ROWS = 256;
+const int64_t CHUNK_ROWS = 400;
 #else
 const int64_t CHUNK_ROWS = 96;
 #endif
@@ -72,8 +73,8 @@ int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     w->last_mixed = take(&memory, count * stride);
     w->row = take(&memory, 2 * stride);
 #if defined(__AMX_BF16__)
-    const int64_t heads = count * e->heads, most = rows > heads ? rows : heads;
-    w->planes = (uint16_t*)take(&memory, amx_rows_size(most, e->channels, e->planes) / 2);
+    const int64_t heads = count * e->heads, split = rows > heads ? rows : heads;
+    w->planes = (uint16_t*)take(&memory, amx_rows_size(split, e->channels, e->planes) / 2);
     w->inner_planes =
         (uint16_t*)take(&memory, amx_rows_size(rows > count ? rows : count, INNER, e->planes) / 2);
     w->by_head = take(&memory, (heads + 3) * stride);

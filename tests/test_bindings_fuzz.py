@@ -176,11 +176,17 @@ def dropout(call: Call) -> None:
     for name in ("residual", "gelu_at"):
         if call.maybe(name):
             call.floats(name, *shape)
-    if "gelu_at" in call.arrays and call.maybe("times"):
-        call.floats("times", *shape)
     call.plain |= {name: call.draw(words) for name in ("seed", "site")}
     call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
+    if call.maybe("row_scale"):
+        call.floats("row_scale", shape[0])
+    if "residual" not in call.arrays and call.maybe("dx"):
+        call.floats("dx", *shape)
+        call.output("d_out", *shape)
+        call.plain["gelu"] = "gelu_at" not in call.arrays
+        if not call.plain["gelu"]:
+            call.floats("d_grad", *shape)
 
 
 def linear_precision(call: Call) -> None:

@@ -24,6 +24,7 @@ from fmrec_fast.ops.encoder import (
     pack,
     unflatten,
     variant_declined,
+    variant_of,
 )
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
@@ -60,7 +61,7 @@ class SamplerWeights:
         return [tensor for block in self.blocks for tensor in block.tensors()]
 
     def flat(self) -> tuple[list[Tensor], Tensor, Tensor, int, float]:
-        """What a registered op takes in its place: published attention, FMRec's blocks."""
+        """What a registered op takes in its place: published attention."""
         return self.parameters(), self.norm_weight, self.norm_bias, self.num_heads, self.delta
 
     @staticmethod
@@ -73,7 +74,8 @@ class SamplerWeights:
     ) -> SamplerWeights:
         """The inverse of `flat`."""
         blocks = unflatten(parameters)
-        return SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+        numbers = (num_heads, "published", delta)
+        return SamplerWeights(blocks, norm_weight, norm_bias, *numbers, variant_of(blocks))
 
     def packed_for(self, length: int, precision: str) -> Any:
         """The blocks as the C++ kernels read them, for products of this `precision`; with rotary
