@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint budgets sanitize bench bench-quick env clean
+.PHONY: setup demo test lint budgets sanitize sanitize-gpu bench bench-quick plots env clean
 
 setup: $(INSTALLED)
 
@@ -38,13 +38,25 @@ sanitize: setup
 	  $(BIN)/pytest -q -k "cpp-cpu or extension or native or bindings" \
 	  --extension-from=$(SANITIZED) tests
 
+# On a CUDA device: the kernels' tests under NVIDIA's compute-sanitizer, every tensor with memory of
+# its own, so that what is read or written beside it is found. CUDA graphs do not work that way.
+GPU_KERNELS := -q -m gpu -k "triton-cuda or tiles or sweep or golden" tests
+sanitize-gpu: setup
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(BIN)/python -m pytest $(GPU_KERNELS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_KERNELS)
+
 bench: setup
 	$(BIN)/python -m benchmarks --save
-	$(BIN)/python -m benchmarks.plot --out docs
-	$(BIN)/python -m benchmarks.table --readme README.md
+	$(MAKE) plots
 
 bench-quick: setup
 	$(BIN)/python -m pytest benchmarks --quick
+
+# The pictures in docs/ and the README's tables, from the committed records.
+plots: setup
+	$(BIN)/python -m benchmarks.plot --out docs
+	$(BIN)/python -m benchmarks.table --readme README.md
 
 env: setup
 	$(BIN)/fmrec-fast env

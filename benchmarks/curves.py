@@ -7,15 +7,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+METRIC = "HR@10"
 
-def draw(run: Path, out: Path, metric: str) -> None:
+
+def draw(metrics: Path, out: Path, metric: str = METRIC) -> None:
     """Losses and one validation metric against the epoch, from a run's metrics.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     epochs = [record["epoch"] for record in records]
     for name in records[0]["loss"]:
@@ -30,6 +32,7 @@ def draw(run: Path, out: Path, metric: str) -> None:
     )
     right.set(xlabel="epoch", ylabel=f"validation {metric} (%)")
     figure.savefig(out, dpi=120)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="PNG")
-    parser.add_argument("--metric", default="HR@10")
+    parser.add_argument("--metric", default=METRIC)
     chosen = parser.parse_args(arguments)
-    draw(chosen.run, chosen.out, chosen.metric)
+    draw(chosen.run / "metrics.jsonl", chosen.out, chosen.metric)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""Draw benchmark records: ``python -m benchmarks.plot [FILES] --out docs/`` (extra ``[bench]``)."""
+"""Draw benchmark records: ``python -m benchmarks.plot [FILES] --out docs/`` (extra ``[bench]``).
+
+Without FILES (``make plots``): all committed records, and of training runs and studies of the
+number of steps what the texts in the folder show."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import curves
 from benchmarks.harness import read_results
 from benchmarks.table import END_TO_END, seconds
+from fmrec_fast import steps
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {
@@ -126,6 +133,27 @@ def draw_growth(results: dict[str, Any], op: str, path: Path) -> bool:
     return True
 
 
+def draw_shown(folder: Path) -> list[Path]:
+    """Draw NAME.png from NAME-metrics.jsonl or a study of steps NAME.json, for the pictures that
+    the folder's texts show and that have one."""
+    texts = "\n".join(text.read_text() for text in sorted(folder.glob("*.md")))
+    drawn = []
+    for name in sorted(set(re.findall(rf"!\[[^]]*\]\(([^)]*)\.{FORMAT}\)", texts))):
+        path, metrics, study = (folder / f"{name}{end}" for end in
+                                (f".{FORMAT}", "-metrics.jsonl", ".json"))  # fmt: skip
+        if metrics.exists():
+            curves.draw(metrics, path)
+        elif study.exists():
+            facts = json.loads(study.read_text())
+            rows = [steps.Row(**row) for row in facts["rows"]]
+            facts = {key: facts[key] for key in ("reference", "noise_floor", "users", "top")}
+            steps.draw(steps.Study(rows=rows, **facts), path)
+        else:
+            continue
+        drawn.append(path)
+    return drawn
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """One picture per record, under the record's name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
@@ -144,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         growth = path.with_stem(f"{path.stem}-item-cross-entropy")
         if draw_growth(read_results(file), "item_cross_entropy", growth):
             print(growth)
+    if not chosen.files:
+        print(*draw_shown(chosen.out), sep="\n")
 
 
 if __name__ == "__main__":

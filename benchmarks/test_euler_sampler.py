@@ -49,18 +49,22 @@ def variants_of(suite, samplers, batch):
         variants["graph"] = partial(samplers.ours, graph=True)
         variants["graph_parallel"] = partial(samplers.parallel, graph=True, sweeps=1)
     for precision in PRECISIONS[1:]:
-        run = partial(samplers.ours, precision=precision, graph=not cpu)
+        names = (precision,) if cpu else (precision, f"parallel_{precision}")
         if cpu and extension.available() and extension.load().isa() != "amx":
             left_out[precision] = "without AMX the C++ kernels multiply in float32"
             continue
+        options = {"precision": precision, "graph": not cpu}
         with dispatch_log() as log:
-            run(1, rows=1)
-        if any(
-            entry.backend is not Backend.REFERENCE for entry in log if entry.op == "euler_sampler"
-        ):
-            variants[precision] = run
+            samplers.ours(1, rows=1, **options)
+        entries = [entry for entry in log if entry.op == "euler_sampler"]
+        if any(entry.backend is not Backend.REFERENCE for entry in entries):
+            variants[precision] = partial(samplers.ours, **options)
+            if not cpu:
+                sweep = partial(samplers.parallel, sweeps=1, **options)
+                variants[f"parallel_{precision}"] = sweep
         else:
-            left_out[precision] = "; ".join({entry.reason for entry in log if entry.reason})
+            reason = "; ".join({entry.reason for entry in log if entry.reason})
+            left_out |= dict.fromkeys(names, reason)
     return {n: run for n, run in variants.items() if n not in left_out}, left_out
 
 
@@ -83,7 +87,7 @@ def agreement(suite, samplers, variants, batch):
     for name, run in variants.items():
         x = run(checked, rows, **(given if name in PEERS else {"seed": SEED}))
         results = {"published": {"x": right}, name: {"x": x}}
-        tolerance = TOLERANCES.get(name, TOLERANCES["float32"])
+        tolerance = TOLERANCES.get(name.removeprefix("parallel_"), TOLERANCES["float32"])
         if name != "published":
             one = assert_agreement(results, "published", tolerance)
             errors |= one["largest_relative_error"]
@@ -99,7 +103,7 @@ def test_euler_sampler(suite, race, sampling_batch):
 
     flops = {}
     with use_backend("reference"):
-        parallel = {"parallel", "graph_parallel"}
+        parallel = {name for name in variants if "parallel" in name}
         delta = samplers.model.config.lambda_uncertainty
         work = evaluation_flops(sizes.length, sizes.width, sizes.blocks)
         if prefers_parallel(batch, sizes.steps, delta, device, work):

@@ -40,6 +40,9 @@ TENSORS, STATE, SHARDS = "tensors.safetensors", "state.json", "shards"
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
 # Where a run in stages keeps each: its run directories, first to last.
 STAGE_DIRECTORIES = ("stage1", "stage2")
+# What an export for inference keeps of a state, and leaves out of its model.
+INFERENCE = ("kind", "config", "model", "item_ids", "epoch", "global_step")
+DECODER = ".xstart_model.decoder."
 _TENSOR_KEY, _DICT_KEY = "$tensor", "$dict"
 
 
@@ -272,12 +275,15 @@ def _read(path: Path, file: Any, name: str, target: Tensor | None) -> Tensor:
     return target
 
 
-def export(run: str | Path, out: str | Path) -> list[Path]:
+def export(run: str | Path, out: str | Path, *, inference: bool = False) -> list[Path]:
     """Copy a run with its checkpoints in the single-file form, whoever wrote them.
 
     Args:
         run: directory of a run.
         out: directory to make; it is then a run like any other.
+        inference: only what recommending reads: the best checkpoint of the latest stage, without
+            the decoder, which training alone runs, and without the dataset's path. It cannot be
+            trained further.
 
     Returns:
         The checkpoints written.
@@ -290,6 +296,11 @@ def export(run: str | Path, out: str | Path) -> list[Path]:
     locate(run, "last")
     if out.exists():
         raise FileExistsError(f"{out} exists; name a directory that does not")
+    if inference:
+        best = locate(run)
+        state = {key: value for key, value in load(best).items() if key in INFERENCE}
+        weights = {k: w for k, w in state["model"].items() if DECODER not in k}
+        return [save(out, best.name, "best", state | {"model": weights, "source": None})]
     written = []
     parts = [part for part in ("", *STAGE_DIRECTORIES) if (run / part / "last.json").is_file()]
     for part in parts:
@@ -315,9 +326,14 @@ def build_model(state: dict[str, Any], device: torch.device | str = "cpu") -> FM
     kind = state.get("kind", "fmrec")  # older checkpoints are of FMRec
     if kind not in CONFIGS:
         raise CheckpointError(f"the checkpoint is of the model {kind!r}, not of {list(CONFIGS)}")
-    model = build_recommender(CONFIGS[kind].from_dict(state["config"]))
+    config, weights = CONFIGS[kind].from_dict(state["config"]), state["model"]
+    bare = not any(DECODER in name for name in weights)  # an export for inference
+    model = build_recommender(config.replace(decoder_dims=(1, 1)) if bare else config)
+    if bare:
+        rest = {k: torch.zeros_like(w) for k, w in model.state_dict().items() if DECODER in k}
+        weights = rest | weights
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the tensors do not fit the configuration: {error}") from None
     return model.to(device).eval()

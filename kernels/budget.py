@@ -45,6 +45,7 @@ NO_KERNELS = {
     "tune",
 }  # fmt: skip
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+TYPES = DTYPES | {"float16": "fp16"}
 # (backend, architecture, lanes of a warp)
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 RESOURCES = ("registers", "stack", "shared")
@@ -104,7 +105,7 @@ def measure(case: dict, dtype: str, target: tuple) -> dict:
     from triton.compiler import ASTSource
 
     kernel, constants = case["kernel"], case["constants"]
-    types = {name: kind.format(dtype=DTYPES.get(dtype)) for name, kind in case["signature"].items()}
+    types = {name: kind.format(dtype=TYPES.get(dtype)) for name, kind in case["signature"].items()}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.pop(name) for name in kernel.arg_names}
     if types:

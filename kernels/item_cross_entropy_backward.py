@@ -35,6 +35,8 @@ D_WEIGHT = {
     (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 64, "STAGES": 1},
 }
 D_REP = {**D_WEIGHT, (4, 128): {"BLOCK_OWN": 32, "BLOCK_PASS": 32, "STAGES": 2}}
+# float16's products are of float32 (FULL): what spills nowhere with that, at any D.
+FLOAT16 = {"BLOCK_OWN": 32, "BLOCK_PASS": 32, "STAGES": 1}
 # The most memory that d_rep's ranges may take.
 PARTIAL_BYTES = 1 << 25
 
@@ -56,8 +58,10 @@ def operands(b_g, b_other, FULL: tl.constexpr):
     """What d_rep and d_weight multiply: in the inputs' dtype, or in float32 if FULL (float16's
     range is too short for g)."""
     if FULL:
-        return b_g, b_other.to(tl.float32)
-    return b_g.to(b_other.dtype), b_other
+        b_other = b_other.to(tl.float32)
+    else:
+        b_g = b_g.to(b_other.dtype)
+    return b_g, b_other
 
 
 @triton.jit
@@ -220,7 +224,7 @@ def item_cross_entropy_backward(
     constants = constants_for(rep) | {"FULL": rep.dtype != torch.bfloat16, "FILTER": filter_eps > 0}
     if d_weight is not None or d_bias is not None:
         launch(
-            tuned(d_weight_kernel, **D_WEIGHT[layout_key(rep)]),
+            tuned(d_weight_kernel, **pinned_for(rep, D_WEIGHT)),
             lambda meta: (triton.cdiv(items, meta["BLOCK_OWN"]),),
             (*inputs, d_weight, d_bias, *numbers),
             constants,
@@ -231,12 +235,17 @@ def item_cross_entropy_backward(
         ranges = ranges_for(rep, triton.cdiv(batch, 128), tiles)
         partial = rows.new_empty(ranges, batch, width)
         launch(
-            tuned(d_rep_kernel, **D_REP[layout_key(rep)]),
+            tuned(d_rep_kernel, **pinned_for(rep, D_REP)),
             lambda meta: (triton.cdiv(batch, meta["BLOCK_OWN"]), ranges),
             (*inputs, partial, *numbers),
             constants,
         )
         d_rep.copy_(partial.sum(0))
+
+
+def pinned_for(rep: torch.Tensor, table: dict) -> dict[str, int]:
+    key = layout_key(rep)
+    return FLOAT16 if rep.dtype == torch.float16 else table[key]
 
 
 _SIGNATURE = {"p_rows": "*fp32", "scale": "fp32", "filter_eps": "fp32"}
@@ -255,4 +264,9 @@ COMPILE_CASES = [
     for kernel, table, signature, constants in _KERNELS
     for size, width in table
     for hip in (False, True)
+]
+COMPILE_CASES += [
+    case | {"dtypes": ("float16",), "constants": case["constants"] | FLOAT16 | {"FULL": True}}
+    for case in COMPILE_CASES
+    if case["dtypes"] == ("bfloat16",)
 ]

@@ -57,8 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic impl")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # Modules that take the device that there is.
+        if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
+            item.add_marker(pytest.mark.gpu)
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
 
@@ -117,7 +121,10 @@ def places(op: str, *, backends: Collection[Backend] = BACKENDS) -> list:
             continue
         reasons = {device: availability(backend, device) for device in devices}
         able = [device for device, reason in reasons.items() if reason is None]
-        found += [pytest.param(Place(backend, d), id=f"{backend.value}-{d}") for d in able]
+        for device in able:
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            name = f"{backend.value}-{device}"
+            found.append(pytest.param(Place(backend, device), id=name, marks=marks))
         if not able:
             skip = pytest.mark.skip(reason=f"{backend.value}: {reasons}")
             found.append(pytest.param(Place(backend, "none"), marks=skip, id=backend.value))

@@ -281,3 +281,15 @@ def test_one_seed_gives_the_same_noise_on_every_backend():
     rows = torch.arange(2)
     lam = noise.lam(torch.tensor(1), rows, 0, 3, 4, 0.5)
     torch.testing.assert_close(results[0], 1 + 2 * lam)
+
+
+def test_whatever_runs_on_a_gpu_has_the_mark(monkeypatch):
+    """`pytest -m gpu` is all of it: every backend's tests there, not only those that need one."""
+    from tests import conftest
+
+    monkeypatch.setattr(conftest, "CUDA", True)
+    monkeypatch.setattr(conftest, "availability", lambda backend, device: None)
+    for op in OPS:
+        marked = {place.id: [mark.name for mark in place.marks] for place in conftest.places(op)}
+        assert all((marks == ["gpu"]) == name.endswith("cuda") for name, marks in marked.items())
+        assert "reference-cuda" in marked

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fmrec_fast import checkpoint
+from fmrec_fast import FaveConfig, FMRecConfig, checkpoint
 from fmrec_fast.checkpoint import CheckpointError
+from fmrec_fast.models import build_recommender
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -253,3 +254,12 @@ def test_rng_state_round_trip():
     first = torch.rand(3)
     checkpoint.restore_rng(before)
     assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.parametrize("config", [FMRecConfig(item_num=12_102), FaveConfig(item_num=12_102)])
+def test_weights_for_inference_of_beauty_are_under_16_mb(config):
+    # The decoder, which is left out, is made small; nothing else depends on it.
+    weights = build_recommender(config.replace(decoder_dims=(1, 1))).state_dict()
+    assert any(checkpoint.DECODER in name for name in weights)
+    kept = [w for name, w in weights.items() if checkpoint.DECODER not in name]
+    assert sum(w.numel() * w.element_size() for w in kept) < 15.9e6

@@ -642,3 +642,27 @@ def test_train_on_the_synthetic_data(small_demo, tmp_path, capsys):
     capsys.readouterr()
     assert main(["recommend", str(out), "--history", "1,2", "-k", "1"]) == 0
     assert capsys.readouterr().out.startswith("history\t1\t")
+
+
+def test_weights_for_inference_recommend_and_evaluate_alike(run, data, tmp_path, capsys, fails):
+    out = tmp_path / "weights"
+    assert main(["export", str(run), str(out), "--inference"]) == 0
+    shown = capsys.readouterr().out
+    best = checkpoint.locate(out)
+    assert shown.startswith(str(best)) and shown.strip().endswith("MB)")
+    state = checkpoint.load(best)
+    whole = checkpoint.load(checkpoint.locate(run))
+    assert whole["model"].keys() - state["model"].keys() == {
+        name for name in whole["model"] if "decoder" in name
+    }
+    assert str(data) not in (best / checkpoint.STATE).read_text()
+    results = []
+    for folder in (run, out):
+        flags = ["--history", "item-3,item-7", "-k", "5", "--seed", "1", "--device", "cpu"]
+        assert main(["recommend", str(folder), *flags]) == 0
+        results.append(capsys.readouterr().out)
+        assert main(["evaluate", str(folder), str(data), "--device", "cpu"]) == 0
+        results.append(capsys.readouterr().out.replace(str(folder), ""))
+    assert results[:2] == results[2:]
+    assert "name one" in fails("evaluate", out)
+    assert "exists" in fails("export", run, out, "--inference")

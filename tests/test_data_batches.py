@@ -234,7 +234,7 @@ def test_pad_histories_names_the_bad_value(history, message):
         pad_histories([[1, 2], history, [0]], 3, 5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_batches_on_cuda_equal_those_on_the_cpu():
     data = Dataset.from_histories(histories_of([2, 3, 9, 70], 20))
     on_cpu, on_cuda = (TrainingSamples(data, 8, device) for device in ("cpu", "cuda"))

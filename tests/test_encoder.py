@@ -20,7 +20,7 @@ pytestmark = pytest.mark.op("encoder")
 HEADS = 4
 KERNELS = {Backend.CPP, Backend.TRITON}
 EVERY = ("padding", "short", "long", "full")
-SHAPES = [(1, 1, 36), (5, 50, 96), (2, 51, 36), (5, 7, 32)]
+SHAPES = [(1, 1, 36), (5, 50, 96), (2, 51, 36), (5, 7, 32), (1, 1, 32), (1, 50, 32), (1, 51, 64)]
 
 
 class CausalAttention(PublishedAttention):
@@ -143,18 +143,19 @@ def test_one_block(place):
     check(place, make_stack(32, 1), *inputs(4, 9, 32), tap=0)
 
 
+@pytest.mark.parametrize("width", [32, 36])
 @pytest.mark.parametrize("attention", ["published", "causal"])
-def test_empty_batch(place, attention):
-    stack = make_stack(36, attention=attention).to(place.device)
-    x, mask = torch.zeros(0, 5, 36, device=place.device), torch.zeros(0, 5, device=place.device)
-    with torch.no_grad(), place.forced("encoder", declines=declining(36, attention)):
-        assert [t.shape for t in stack(x, mask, tap=0)] == [(0, 36), (0, 36)]
+def test_empty_batch(place, attention, width):
+    stack = make_stack(width, attention=attention).to(place.device)
+    x, mask = torch.zeros(0, 5, width, device=place.device), torch.zeros(0, 5, device=place.device)
+    with torch.no_grad(), place.forced("encoder", declines=declining(width, attention)):
+        assert [t.shape for t in stack(x, mask, tap=0)] == [(0, width), (0, width)]
     x.requires_grad_()
     with place.forced("encoder", declines=KERNELS):
         outputs = stack(x, mask, tap=0)
         grads = gradients(outputs, [x, *stack.parameters()], [torch.zeros_like(t) for t in outputs])
-    assert [t.shape for t in outputs] == [(0, 36), (0, 36)]
-    assert grads[0].shape == (0, 5, 36)
+    assert [t.shape for t in outputs] == [(0, width), (0, width)]
+    assert grads[0].shape == (0, 5, width)
     assert all((grad == 0).all() for grad in grads)
 
 
@@ -215,12 +216,12 @@ def test_causal_attention_against_loops(place, shape):
 
 
 def test_non_contiguous_inputs(place):
-    x, mask, upstream = inputs(4, 9, 36)
+    x, mask, upstream = inputs(4, 9, 32)
     x = x.transpose(0, 2).contiguous().transpose(0, 2)
     mask = mask.T.contiguous().T
     upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
     assert not any(t.is_contiguous() for t in (x, mask, upstream))
-    check(place, make_stack(36), x, mask, upstream, tap=0)
+    check(place, make_stack(32), x, mask, upstream, tap=0)
 
 
 @pytest.mark.parametrize("attention", ["published", "causal"])

@@ -80,6 +80,9 @@ def peer_trajectory(model, tensors, lam, dtype):
     "shape",
     [
         {"batch": 1, "steps": 1, "length": 1, "width": 36},
+        {"batch": 1, "steps": 1, "length": 1, "width": 32},
+        {"batch": 1, "steps": 1, "length": 50, "width": 32},
+        {"batch": 1, "steps": 1, "length": 51, "width": 64},
         {"batch": 5, "steps": 3, "length": 12, "width": 32},
         {"batch": 2, "steps": 3, "length": 51, "width": 96},
     ],

@@ -81,3 +81,39 @@ def test_speed_table_is_the_one_made_from_the_results():
 
     table = re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.DOTALL).group(1)
     assert table.strip() == readme_table().strip()
+
+
+def test_the_runbook_for_a_gpu_and_the_recipe_for_weights_are_commands_that_there_are():
+    """They need a device, or write to a release: what they are made of is looked up here; what
+    `fmrec-fast export --inference` writes is tests/test_cli.py's."""
+    from benchmarks.__main__ import SETTINGS
+    from fmrec_fast.cli.parser import build_parser
+    from fmrec_fast.kernels import budget, tune
+
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## The first session on a GPU")[1]
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    makefile, benchmarks = (ROOT / "Makefile").read_text(), ROOT / "benchmarks" / "conftest.py"
+    known = set()
+    for line in lines:
+        program, *rest = shlex.split(line)
+        if program == "make":
+            assert f"\n{rest[0]}: setup\n" in makefile or rest == ["setup"], line
+        elif rest[:1] == ["-m"]:
+            assert program == ".venv/bin/python", line
+            module, rest = rest[1], rest[2:]
+            if module == "fmrec_fast.kernels.tune":
+                assert tune._parser().parse_args(rest).write
+            elif module == "fmrec_fast.kernels.budget":
+                assert set(rest) - set(budget.kernel_modules()) == {"--write"}
+            elif module == "benchmarks":
+                assert rest[:2] == ["--allocator", SETTINGS[0]]
+                flags = {flag for flag in rest[2:] if flag.startswith("--")}
+                assert all(f'"{flag}"' in benchmarks.read_text() for flag in flags), line
+            else:
+                assert (module, rest[:2]) == ("pytest", ["-m", "gpu"]), line
+        elif program == "fmrec-fast":
+            assert build_parser().parse_args(rest).export.inference
+        else:
+            assert program in ("tar", "gh"), line
+        known.add(program)
+    assert known == {"make", ".venv/bin/python", "fmrec-fast", "tar", "gh"}

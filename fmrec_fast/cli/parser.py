@@ -257,6 +257,11 @@ def build_parser(choice: Choice | None = None, stage: str | None = None):
     )
     single.add_argument("run", help="run directory")
     single.add_argument("out", help="directory to make: a run like any other")
+    single.add_argument(
+        "--inference",
+        action="store_true",
+        help="the best checkpoint alone, without the decoder: weights to publish",
+    )
     commands.add_subcommand("export", single, help="copy a run's checkpoints as single files")
 
     env = ArgumentParser(description="Report versions and backends, and what is missing and why.")

@@ -23,8 +23,8 @@ def convert_data(options: Any) -> None:
 
 
 def export_run(options: Any) -> None:
-    for path in checkpoint.export(options.run, options.out):
-        print(path)
+    for path in checkpoint.export(options.run, options.out, inference=options.inference):
+        print(f"{path} ({(path / checkpoint.TENSORS).stat().st_size / 1e6:.1f} MB)")
 
 
 def show_environment(options: Any) -> None:
