@@ -43,6 +43,7 @@ KERNEL_SOURCES = [
     "csrc/rms_norm.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
+    "csrc/fingerprint.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 

@@ -45,6 +45,9 @@ SIZES = {
     "published": Sizes(12102, last=2048),
 }
 RANKS = (2, 4)
+# Steps before any counts; in the third one DistributedDataParallel arranges its buckets.
+WARM_UP = 3
+KINDS = {"replicas": "data parallel", "sharded": "`--shard-items`"}
 NAME = "ranks"
 MARKS = "<!-- ranks -->\n", "<!-- /ranks -->"
 
@@ -56,19 +59,21 @@ def trainer(sizes: Sizes, world: World, folder: str, spread: bool = False) -> Tr
         max_len=sizes.length,
         decoder_dims=(sizes.inner, sizes.last),
         num_blocks=sizes.blocks,
+        last=min(FMRecConfig.last, sizes.blocks - 1),
         batch_size=sizes.batch,
     )
     data = synthetic_dataset(2000, sizes.items - 1, 20, 12, seed=0)
     return Trainer(data, config, f"{folder}/run", world=world, shard_items=spread)
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Seconds from all ranks' start to all ranks' end."""
+def timed(step: Callable[[], object]) -> tuple[float, float]:
+    """Seconds from all ranks' start to all ranks' end, and this rank's seconds of CPU."""
     dist.barrier()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     step()
+    used = time.process_time() - used
     dist.barrier()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, used
 
 
 def measure(sizes: Sizes, world: World, rounds: int) -> dict[str, Any]:
@@ -97,28 +102,32 @@ def measure(sizes: Sizes, world: World, rounds: int) -> dict[str, Any]:
         "all-reduce of 1": lambda: dist.all_reduce(number),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
     sent: dict[str, float] = {}
     losses: dict[str, float] = {}
     torch.manual_seed(0)
     step_of(whole)()  # Adam has a state, and gradients to go on with
-    for turn in range(rounds + 3):
+    for turn in range(WARM_UP + 1 + rounds):
         for name, run in variants.items():
             torch.manual_seed(turn)  # alone, rank 0 draws what the others do not
-            if turn == 2 and name in ("replicas", "sharded"):
+            if turn == WARM_UP and name in KINDS:
                 with Exchanged() as exchanged:
                     run()
                 sent[name] = exchanged.total
                 continue
-            seconds = timed(run)
-            if turn > 2:  # the first warm up
+            seconds, used = timed(run)
+            if turn > WARM_UP:
                 times[name].append(seconds)
-            if turn == 0 and name in ("replicas", "sharded"):
+                cpu[name].append(used)
+            if turn == 0 and name in KINDS:
                 losses[name] = float({"replicas": replicas, "sharded": sharded}[name].sums[0])
     if not math.isclose(losses["replicas"], losses["sharded"], rel_tol=1e-5):
         raise SystemExit(f"{sizes}: the losses disagree: {losses}")
     ids = torch.cat([part.flatten() for part in sharded.samples.cut(sharded.samples.fetch(own))])
     rest = sizes.sharded_bytes(world.size, 8) - sizes.item_bytes(world.size, 8)
     medians = {name: median(taken) for name, taken in times.items()}
+    busy = torch.tensor([median(used) for used in cpu.values()], dtype=torch.float64)
+    dist.all_reduce(busy)
     link = 2 * (world.size - 1) / world.size * 4 * count / medians["all-reduce of P"]
     rates = Rates(
         medians["each rank the whole batch"], medians["Adam of P"], link, medians["all-reduce of 1"]
@@ -129,6 +138,7 @@ def measure(sizes: Sizes, world: World, rounds: int) -> dict[str, Any]:
         "parameters": count,
         "seconds": times,
         "medians": medians,
+        "cpu of all ranks": dict(zip(cpu, busy.tolist(), strict=True)),
         "rates": asdict(rates),
         "sent": sent,
         "predicted sent": {
@@ -136,8 +146,10 @@ def measure(sizes: Sizes, world: World, rounds: int) -> dict[str, Any]:
             "sharded": sizes.item_bytes(world.size, 8, len(ids.unique())) + rest,
         },
         "predicted": {
-            "replicas": sizes.predicted_seconds(rates, world.size, sharded=False),
-            "sharded": sizes.predicted_seconds(rates, world.size, sharded=True),
+            kind: sizes.predicted_seconds(rates, world.size, kind == "sharded") for kind in KINDS
+        },
+        "predicted exchange": {
+            kind: sizes.exchange_seconds(rates, world.size, kind == "sharded") for kind in KINDS
         },
     }
 
@@ -145,23 +157,35 @@ def measure(sizes: Sizes, world: World, rounds: int) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Of a record, as Markdown."""
     lines = [
-        f"{record['cpu']}, {record['cores']} cores, load {record['load']:.1f}, torch "
-        f"{record['torch']}, {record['date']}; a thread a rank, gloo; medians.",
+        f"{record['cpu']}, {record['cores']} cores, load {record['load']:.1f} afterwards, torch "
+        f"{record['torch']}, {record['date']}; a thread a rank, gloo; medians of the rounds.",
         "",
-        "| | ranks | | a step | predicted | one rank | sent | predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| B = 512 | ranks | | a step | predicted | of it exchange | one rank "
+        "| CPU of all ranks, of one | sent | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+
+    def ms(seconds: float) -> str:
+        return f"{1e3 * seconds:,.0f} ms"
+
     for name, of_ranks in record["found"].items():
         for one in of_ranks:
-            for kind, shown in (("replicas", "data parallel"), ("sharded", "`--shard-items`")):
+            for kind, shown in KINDS.items():
                 taken, said = one["medians"][kind], one["predicted"][kind]
-                lines.append(
-                    f"| {name} | {one['ranks']} | {shown} | {1e3 * taken:,.0f} ms | "
-                    f"{1e3 * said:,.0f} ms ({said / taken:.2f}) | "
-                    f"{1e3 * one['medians']['one rank']:,.0f} ms | "
-                    f"{one['sent'][kind] / MB:,.2f} MB | "
-                    f"{one['predicted sent'][kind] / MB:,.2f} MB |"
-                )
+                busy = one["cpu of all ranks"]
+                cells = [
+                    f"{name}, P = {one['parameters'] / 1e6:.1f} million",
+                    str(one["ranks"]),
+                    shown,
+                    ms(taken),
+                    f"{ms(said)} ({said / taken:.2f})",
+                    ms(one["predicted exchange"][kind]),
+                    ms(one["medians"]["one rank"]),
+                    f"{ms(busy[kind])}, {ms(busy['one rank'])}",
+                    f"{one['sent'][kind] / MB:,.2f} MB",
+                    f"{one['predicted sent'][kind] / MB:,.2f} MB",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,17 +204,17 @@ def run_all(large: bool, rounds: int) -> dict[str, list[Any]]:
     return found
 
 
-def write_table(record: dict[str, Any], document: Path = DOCUMENT) -> None:
+def write_table(record: dict[str, Any]) -> None:
     first, last = map(re.escape, MARKS)
     text, places = re.subn(
         f"({first}).*?({last})",
         lambda at: at[1] + table(record) + at[2],
-        document.read_text(),
+        DOCUMENT.read_text(),
         flags=re.S,
     )
     if places != 1:
-        raise SystemExit(f"{document} has {places} places between {MARKS}; expected 1")
-    document.write_text(text)
+        raise SystemExit(f"{DOCUMENT} has {places} places between {MARKS}; expected 1")
+    DOCUMENT.write_text(text)
 
 
 def main() -> None:
@@ -215,11 +239,10 @@ def main() -> None:
             elif world.is_main:
                 print(json.dumps(found, indent=1))
             return
-    record = {"found": run_all(options.large, options.rounds)}
-    path = scale_records.save(NAME, **record) if options.save else None
-    record |= scale_records.facts(NAME)
-    print(table(record))
-    if path is not None:
+    found = run_all(options.large, options.rounds)
+    print(table(scale_records.facts(NAME) | {"found": found}))
+    if options.save:
+        scale_records.save(NAME, found=found)
         write_table(scale_records.latest(NAME))
 
 

@@ -1,25 +1,29 @@
-"""Throughput of recommending for many users: the loop of one process, and Ray on the same cores.
+"""Recommending for many users by whole commands: one process, and Ray on the same cores.
 
     python -m benchmarks.ray_recommend --users 1000000
 
-Both read the same Parquet file of histories (lengths as Amazon Beauty's) and write Parquet; their
-rows are compared before anything is reported. Ray's time includes the start of its workers, not
-that of Ray itself. The figures go to benchmarks/results/scale/.
+For each model of `CASES`: the same Parquet file of histories (lengths as Amazon Beauty's), of all
+users and of a tenth of them, goes through ``fmrec-fast recommend`` and through the same with
+``--engine ray``, in turns; their rows are compared before anything is reported. Times are those of
+whole commands: Python, imports, Ray's own start and end, and its workers'. What does not grow with
+the users is reported beside them, from the two sizes: seconds = start + users / rate. The record
+goes to benchmarks/results/scale/.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,16 +32,34 @@ import pyarrow.dataset
 import pyarrow.parquet
 import torch
 
-from fmrec_fast import backend, checkpoint, environment
-from fmrec_fast.bulk import BulkRecommender
-from fmrec_fast.data.users import HistoryEncoder, ParquetFiles, locate, read_histories
+from fmrec_fast import checkpoint, environment
 from fmrec_fast.latency import MEDIAN_LENGTH, SHORTEST, SIGMA, random_model
-from fmrec_fast.ray_engine import Workers, recommend_with_ray
-from fmrec_fast.tables import TableFile
 
 RESULTS = Path(__file__).parent / "results" / "scale"
 FIRST_ITEM = 100_000
 PART = 100_000
+MAX_LEN = 50
+K = 10
+# A command of the fewer users, for what does not grow with them.
+FEWER = 10
+
+
+class Case(NamedTuple):
+    """A model, and the share of the users that it is for."""
+
+    name: str
+    hidden_size: int
+    num_blocks: int
+    steps: int
+    share: float
+
+
+CASES = (
+    Case("published size, 1 step", 128, 4, 1, 1.0),
+    Case("published size, 30 steps", 128, 4, 30, 0.1),
+    Case("small, 1 step", 64, 2, 1, 1.0),
+)
+ENGINES = ("local", "ray")
 
 
 def write_users(path: Path, users: int, item_num: int, longest: int) -> int:
@@ -59,22 +81,23 @@ def write_users(path: Path, users: int, item_num: int, longest: int) -> int:
     return total
 
 
-def run_local(state, source: ParquetFiles, out: Path, options: dict) -> float:
-    begin = time.perf_counter()
-    model = checkpoint.build_model(state)
-    encode = HistoryEncoder(state["item_ids"], "user", "history")
-    recommender = BulkRecommender(model, state["item_ids"], **options)
-    with TableFile(out) as file:
-        for part in read_histories(source, ("user", "history")):
-            file.write(recommender(encode(part)))
-    return time.perf_counter() - begin
+def write_run(folder: Path, case: Case, item_num: int) -> None:
+    """A run whose weights are random."""
+    model = random_model(item_num, case.hidden_size, MAX_LEN, case.num_blocks)
+    state: dict[str, Any] = {"config": model.config.to_dict(), "kind": "fmrec", "source": None}
+    state["model"] = model.state_dict()
+    state["item_ids"] = list(range(FIRST_ITEM, FIRST_ITEM + item_num - 1))
+    checkpoint.save(folder, "last-0", "last", state)
 
 
-def run_ray(state, source: ParquetFiles, out: Path, options: dict, workers: Workers) -> float:
-    begin = time.perf_counter()
-    columns: dict[str, str | None] = {"user": "user", "item": "history"}
-    recommend_with_ray(state, source, columns, str(out), workers=workers, **options)
-    return time.perf_counter() - begin
+def command(engine: str, folder: Path, users: int, steps: int) -> list[str]:
+    out = "ray" if engine == "ray" else "local.parquet"
+    return [
+        *(sys.executable, "-m", "fmrec_fast", "recommend", str(folder / "run")),
+        *("--users", str(folder / f"{users}.parquet"), "--out", str(folder / out)),
+        *("-k", str(K), "--padding", "tied", "--steps", str(steps), "--device", "cpu"),
+        *("--engine", engine),
+    ]
 
 
 class CpuSeconds(threading.Thread):
@@ -131,78 +154,114 @@ def checksum(path: Path) -> tuple[int, int, int]:
     return rows, mixed % 2**64, scores % 2**64
 
 
+def compare(folder: Path, users: int) -> None:
+    """Raises ValueError where the two engines' rows differ; then removes them."""
+    one, other = folder / "local.parquet", folder / "ray"
+    found = checksum(one), checksum(other)
+    if found[0] != found[1] or found[0][0] != K * users:
+        raise ValueError(f"the engines disagree: {found} of {K * users} rows")
+    one.unlink()
+    shutil.rmtree(other)
+
+
+def measure(case: Case, all_users: int, item_num: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Seconds of the commands; `folder` must be empty."""
+    users = max(int(all_users * case.share), FEWER)
+    sizes = (users // FEWER, users)
+    interactions = [write_users(folder / f"{n}.parquet", n, item_num, MAX_LEN) for n in sizes]
+    write_run(folder / "run", case, item_num)
+    seconds: dict[str, dict[int, list[float]]] = {e: {n: [] for n in sizes} for e in ENGINES}
+    cpu: dict[str, dict[int, list[float]]] = {e: {n: [] for n in sizes} for e in ENGINES}
+    watch = CpuSeconds()
+    watch.start()
+    for _ in range(rounds):
+        for size in sizes:
+            for engine in ENGINES:
+                before, begin = watch.total(), time.perf_counter()
+                done = subprocess.run(
+                    command(engine, folder, size, case.steps), capture_output=True, text=True
+                )
+                seconds[engine][size].append(time.perf_counter() - begin)
+                cpu[engine][size].append(watch.total() - before)
+                if done.returncode:
+                    raise RuntimeError(f"{engine} failed:\n{done.stderr}")
+                print(
+                    f"{case.name}, {size:,} users, {engine}: {seconds[engine][size][-1]:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            compare(folder, size)
+    watch.stop()
+    return {
+        **case._asdict(),
+        "users": users,
+        "interactions": interactions[-1],
+        "seconds": {e: {str(n): values for n, values in seconds[e].items()} for e in ENGINES},
+        "cpu_seconds": {e: {str(n): values for n, values in cpu[e].items()} for e in ENGINES},
+        **{e: summary(seconds[e]) for e in ENGINES},
+        "equal": True,
+    }
+
+
+def summary(seconds: dict[int, list[float]]) -> dict[str, float]:
+    """Of medians: the whole command, and it without what does not grow with the users."""
+    (few, many), (short, long) = seconds, (float(np.median(each)) for each in seconds.values())
+    rate = (many - few) / (long - short)
+    return {"users_per_s": many / long, "running_users_per_s": rate, "start_s": long - many / rate}
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """In Markdown."""
+    lines = [
+        "| | users | one process, whole command | Ray, whole command | Ray / one process "
+        "| without start: one process | Ray | Ray / one process | start: one process, Ray |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        one, other = case["local"], case["ray"]
+        cells = [case["name"], f"{case['users']:,}"]
+        for key in ("users_per_s", "running_users_per_s"):
+            cells += [f"{each[key]:,.0f} users/s" for each in (one, other)]
+            cells.append(f"{other[key] / one[key]:.2f}")
+        cells.append(f"{one['start_s']:.1f} s, {other['start_s']:.1f} s")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, default=50_000)
+    parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=1, help="of both, in turns")
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_blocks", type=int, default=4)
     parser.add_argument("--item_num", type=int, default=12102)
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", help="cases whose name begins so; default: all")
     parser.add_argument("--out", type=Path, default=None, help="JSON; default: in results/")
     given = parser.parse_args()
 
     import ray
 
-    backend.keep_freed_memory()
-    torch.set_num_threads(given.cores)
-    ray.init(num_cpus=given.cores, include_dashboard=False, log_to_driver=False)
-    options = {"k": 10, "steps": given.steps, "padding": "tied"}
-    model = random_model(given.item_num, given.hidden_size, 50, given.num_blocks)
-    state = {"config": model.config.to_dict(), "kind": "fmrec", "model": model.state_dict()}
-    state["item_ids"] = list(range(FIRST_ITEM, FIRST_ITEM + given.item_num - 1))
-    seconds: dict[str, list[float]] = {"local": [], "ray": []}
-    cpu: dict[str, list[float]] = {"local": [], "ray": []}
-    watch = CpuSeconds()
-    watch.start()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.callback(ray.shutdown)
-        path = Path(folder) / "users.parquet"
-        interactions = write_users(path, given.users, given.item_num, 50)
-        source = ParquetFiles(locate(str(path)))
-        for _ in range(given.rounds):
-            one, other = Path(folder) / "local.parquet", Path(folder) / "ray"
-            before = watch.total()
-            seconds["local"].append(run_local(state, source, one, options))
-            between = watch.total()
-            print(f"local {seconds['local'][-1]:.1f} s", file=sys.stderr, flush=True)
-            seconds["ray"].append(run_ray(state, source, other, options, Workers()))
-            cpu["local"].append(between - before)
-            cpu["ray"].append(watch.total() - between)
-            print(f"ray {seconds['ray'][-1]:.1f} s", file=sys.stderr, flush=True)
-            found = checksum(one), checksum(other)
-            if found[0] != found[1] or found[0][0] != 10 * given.users:
-                raise SystemExit(f"the engines disagree: {found}")
-            shutil.rmtree(other)
-    watch.stop()
-    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    chosen = [case for case in CASES if case.name.startswith(given.only or "")]
+    if not chosen:
+        parser.error(f"--only must begin one of {[case.name for case in CASES]}")
+    cases = []
+    for case in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            cases.append(measure(case, given.users, given.item_num, given.rounds, Path(folder)))
     facts = {
-        "what": "recommend for many users",
+        "what": "recommend for many users, whole commands",
         "date": datetime.date.today().isoformat(),
         "cpu": environment.processor(),
-        "cores": given.cores,
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "ray": ray.__version__,
-        **{name: getattr(given, name) for name in ("users", "item_num", "hidden_size")},
-        "num_blocks": given.num_blocks,
-        **options,
-        "interactions": interactions,
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "users_per_s": {name: given.users / value for name, value in medians.items()},
-        "ray_over_local": medians["ray"] / medians["local"],
-        "equal": True,
+        "item_num": given.item_num,
+        "k": K,
+        "padding": "tied",
+        "cases": cases,
     }
     out = given.out or RESULTS / f"{facts['date']}-ray-recommend-{given.users}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(
-        json.dumps(cpu),
-        json.dumps(facts["users_per_s"]),
-        f"ray/local {facts['ray_over_local']:.3f}",
-        out,
-    )
+    print(table(cases), out, sep="\n")
 
 
 if __name__ == "__main__":

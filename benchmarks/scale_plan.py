@@ -170,6 +170,17 @@ class Sizes:
             return self.sharded_bytes(ranks, machine.statistic) / machine.link
         return self.data_parallel_bytes(ranks) / machine.link
 
+    def exchange_seconds(self, rates: Rates, ranks: int, sharded: bool) -> float:
+        """What a step's collectives take by themselves."""
+        if ranks == 1:
+            return 0.0
+        sent = self.data_parallel_bytes(ranks) + self.small_bytes(ranks)
+        collectives = DATA_PARALLEL_COLLECTIVES
+        if sharded:
+            sent = self.sharded_bytes(ranks, CPU.statistic)
+            collectives = SHARDED_COLLECTIVES
+        return sent / rates.link + collectives * rates.latency
+
     def predicted_seconds(self, rates: Rates, ranks: int, sharded: bool) -> float:
         """A step of `ranks` ranks, by what was measured on them: the work on a row shrinks with
         their number, that on a parameter only if the parameter is spread; and the exchange, of
@@ -177,15 +188,8 @@ class Sizes:
         held = self.table_parameters / (ranks if sharded else 1) + self.other_parameters
         part = held / (self.table_parameters + self.other_parameters)
         update = rates.update * (ADAM_BYTES + GRADIENT_BYTES) / ADAM_BYTES
-        sent = self.data_parallel_bytes(ranks) + self.small_bytes(ranks)
-        collectives = DATA_PARALLEL_COLLECTIVES
-        if sharded:
-            sent = self.sharded_bytes(ranks, CPU.statistic)
-            collectives = SHARDED_COLLECTIVES
-        if ranks == 1:
-            sent, collectives = 0.0, 0
         computing = (rates.step - update) / ranks + update * part
-        return computing + sent / rates.link + collectives * rates.latency
+        return computing + self.exchange_seconds(rates, ranks, sharded)
 
     def fewest_ranks(self, machine: Machine) -> int:
         """The smallest power of 2 whose ranks can hold the tables in shards."""

@@ -32,7 +32,7 @@ def save(name: str, **found: Any) -> Path:
     """Write a record; returns where it is."""
     record = facts(name)
     for key, value in found.items():
-        record[key] = asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
+        record[key] = asdict(value) if is_dataclass(value) else value
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record['date']}-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,7 +71,11 @@ def item_bytes(model: FMRecommender, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def measure(world: World, sizes: Sizes, steps: int, spread: bool = True) -> dict[str, Any]:
-    """Train some steps; what this rank found. Without `spread` every rank has whole tables."""
+    """Train some steps; what this rank found. Without `spread` every rank has whole tables.
+
+    Bytes are those of the last step, in which they are counted; times and memory are those of the
+    steps before, which nothing watches.
+    """
     config, before = settings(sizes), resident()
     torch.manual_seed(0)
     if world.alone or not spread:
@@ -80,14 +85,16 @@ def measure(world: World, sizes: Sizes, steps: int, spread: bool = True) -> dict
     model.train()
     optimizer, _ = build_optimizer(model, config)
     replicas = None if world.alone else Replicas(model, LOSSES, world)
-    seconds, losses, counts, away = [], [], [], 0
+    seconds, losses, sent, away, grown, peak = [], [], Exchanged(), 0, 0.0, 0.0
     for step in range(steps):
+        if step == steps - 1:
+            grown, peak = resident() - before, highest() - before
         whole = make_sequences(sizes.batch, sizes.length, sizes.items, step)
         own = world.share(sizes.batch)
         sequence, target = (part[own.start : own.stop] for part in whole)
         away = foreign_ids(world, sizes, torch.cat((sequence, target), 1))
         world.sum(torch.zeros(()))  # all start together
-        with Exchanged() as sent:
+        with sent if step == steps - 1 else nullcontext():
             began = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             if replicas is None:
@@ -99,8 +106,6 @@ def measure(world: World, sizes: Sizes, steps: int, spread: bool = True) -> dict
             optimizer.step()
             losses.append(float(world.sum(parts.detach().double())[0]))
             seconds.append(time.perf_counter() - began)
-        counts.append(sent)
-    sent = counts[-1]
     whole_tables = {id(getattr(*at)) for at in items.item_tables(model)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in whole_tables]
     for_items = sent.bytes["all-gather"] + sent.bytes["all-to-all"]
@@ -109,9 +114,9 @@ def measure(world: World, sizes: Sizes, steps: int, spread: bool = True) -> dict
     return {
         "tensors": item_bytes(model, optimizer),
         "others": sum(p.numel() for p in others),
-        "grown": resident() - before,
-        "peak": highest() - before,
-        "seconds": seconds[1:] or seconds,
+        "grown": grown,
+        "peak": peak,
+        "seconds": seconds[1:-1],
         "losses": losses,
         "sent": dict(sent.bytes),
         "calls": dict(sent.calls),
@@ -164,6 +169,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--save", action="store_true", help="a record beside the others")
     options = parser.parse_args()
+    if options.steps < 3:
+        parser.error(
+            f"--steps must be at least 3 (to warm up, to time, to count), got {options.steps}"
+        )
     torch.set_num_threads(1)
     backend.keep_freed_memory()
     sizes = Sizes(

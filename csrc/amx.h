@@ -60,10 +60,31 @@ struct SumsBlock {
     int64_t row, column, height, width, next;
 };
 
+template <int COUNT>
+struct Rows {
+    static constexpr int count = COUNT;
+};
+
+// Memory that is wanted next: asked for piece by piece, while the tiles multiply.
+struct Ahead {
+    const char* at;
+    const char* end;
+    int64_t lines;  // at a time
+};
+
 // A call of its own: the compiler moves nothing of it over the tile instructions.
+template <int COUNT, typename Finish>
+__attribute__((noinline)) static void finish_rows(const Finish& finish, SumsBlock* block) {
+    finish(Rows<COUNT>(), block->row + block->next, block->column, block->sums + 32 * block->next,
+           block->width);
+    block->next += COUNT;
+}
+
+// What is left.
 template <typename Finish>
-__attribute__((noinline)) static void finish_row(const Finish& finish, const SumsBlock& block) {
-    finish(block.row + block.next, block.column, block.sums + 32 * block.next, block.width);
+FMREC_INLINE void finish_block(const Finish& finish, SumsBlock* block) {
+    while (block->next + 2 <= block->height) finish_rows<2>(finish, block);
+    if (block->next < block->height) finish_rows<1>(finish, block);
 }
 
 // sums [16 ROWS, 32] = A's rows times B's columns: ROWS by COLUMNS tiles. Meanwhile the rows of the
@@ -71,9 +92,9 @@ __attribute__((noinline)) static void finish_row(const Finish& finish, const Sum
 // at a time, more than the processor looks ahead by itself.
 template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
-                      SumsBlock* previous, const Finish& finish) {
+                      SumsBlock* previous, Ahead* ahead, const Finish& finish) {
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
-    const int64_t share = steps > 0 ? (previous->height + steps - 1) / steps : 0;
+    int64_t due = 0;  // pairs of rows, times steps
     memory_is_written();
     _tile_zero(0);
     if constexpr (COLUMNS > 1) _tile_zero(1);
@@ -90,9 +111,12 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
     if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);                                \
     if constexpr (ROWS > 1) _tile_dpbf16ps(2, 5, 6);                                   \
     if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);                    \
-    for (int64_t n = 0; n < share && previous->next < previous->height; ++n) {         \
-        finish_row(finish, *previous);                                                 \
-        ++previous->next;                                                              \
+    for (due += previous->height / 2; due >= steps; due -= steps) {                    \
+        finish_rows<2>(finish, previous);                                              \
+    }                                                                                  \
+    for (int64_t n = 0; n < ahead->lines && ahead->at < ahead->end; ++n) {             \
+        _mm_prefetch(ahead->at, _MM_HINT_T1);                                          \
+        ahead->at += 64;                                                               \
     }
     for (int64_t t = 0; t < depth_tiles; ++t) {
         FMREC_LOAD_A(0);
@@ -130,17 +154,26 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
     memory_is_written();
 }
 
-// Calls finish(row, column, sums, width) on pieces of the rows of A B, 32 or 16 columns wide, in
-// some order; columns is a multiple of 16. A has PLANES planes, B has STORED, of which the first
-// PLANES are used. finish must not write what A and B are in. The thread holds a TileState.
+// Calls finish(Rows<N>(), row, column, sums, width) on pieces of N rows of A B, 32 apart, 32 or 16
+// columns wide, in some order; columns is a multiple of 16. N is 2, of which the first row is even,
+// or 1. A has PLANES planes, B has STORED, of which the first PLANES are used. finish must not write
+// what A and B are in. The thread holds a TileState. `next` (or null) is the B that is multiplied
+// afterwards, about as large: in no cache, which is where a single sequence finds the weights, it
+// takes as long to read as this product takes.
 template <int PLANES, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
-                             int64_t columns, const Finish& finish) {
+                             int64_t columns, const Finish& finish,
+                             const uint16_t* next = nullptr) {
     static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
     const int64_t depth_tiles = round_to(depth, 32) / 32;
     alignas(64) float memory[2][32 * 32];
     SumsBlock previous = {memory[1], 0, 0, 0, 0, 0};
     int turn = 0;
+    const int64_t size = next ? 2 * amx_columns_size(depth, columns, STORED) : 0;
+    const int64_t times = round_to(rows, 32) / 32 * (round_to(columns, 32) / 32) * depth_tiles *
+                          (PLANES * (PLANES + 1) / 2);
+    Ahead ahead = {(const char*)next, (const char*)next + size,
+                   times > 0 ? (size / 64 + times - 1) / times : 0};
     for (int64_t i = 0; i < rows; i += 32) {
         const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
         const int64_t height = rows - i < 32 ? rows - i : 32;
@@ -151,22 +184,24 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
             if (height > 16) {
                 if (wide) {
                     tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 } else {
                     tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
-                                                    finish);
+                                                    &ahead, finish);
                 }
             } else if (wide) {
-                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             } else {
-                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, finish);
+                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, &ahead,
+                                                finish);
             }
-            // Products without a depth leave it all.
-            for (; previous.next < previous.height; ++previous.next) finish_row(finish, previous);
+            // An odd row; products without a depth leave it all.
+            finish_block(finish, &previous);
             previous = SumsBlock{sums, i, j, height, wide ? 32 : 16, 0};
         }
     }
-    for (; previous.next < previous.height; ++previous.next) finish_row(finish, previous);
+    finish_block(finish, &previous);
 }
 
 // As gemm.h's Product.
@@ -179,6 +214,7 @@ struct AmxProduct {
     float* c;            // element (i, j) at c[i * c_row + j]
     int64_t c_row;
     int64_t depth;
+    const uint16_t* next = nullptr;  // as amx_blocks
 };
 
 // `columns` is a multiple of 16; C, bias and B have as many. The thread holds a TileState.
@@ -187,16 +223,20 @@ static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t colum
     const AmxProduct q = *p;
     amx_blocks<PLANES, STORED>(
         q.a, q.b, q.depth, rows, columns,
-        [&q](int64_t row, int64_t column, const float* sums, int64_t width) {
-            float* c = q.c + row * q.c_row + column;
-            for (int64_t j = 0; j < width; j += FLOATS) {
-                f32v sum = load(sums + j);
-                if (q.bias) sum += load(q.bias + column + j);
-                if (q.scale) sum *= broadcast(q.scale[row]);
-                if (q.add) sum += load(c + j);
-                store(c + j, sum);
+        [&q](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+#pragma GCC unroll 2
+            for (int r = 0; r < decltype(pieces)::count; ++r) {
+                float* c = q.c + (row + r) * q.c_row + column;
+                for (int64_t j = 0; j < width; j += FLOATS) {
+                    f32v sum = load(sums + 32 * r + j);
+                    if (q.bias) sum += load(q.bias + column + j);
+                    if (q.scale) sum *= broadcast(q.scale[row + r]);
+                    if (q.add) sum += load(c + j);
+                    store(c + j, sum);
+                }
             }
-        });
+        },
+        q.next);
 }
 
 }  // namespace

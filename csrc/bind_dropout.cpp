@@ -12,7 +12,8 @@ constexpr std::int64_t GRAIN = 1 << 15;
 void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
              const py::object& seed, const py::object& site, const py::object& position_offset,
              const py::object& position_stride, double p, const py::object& out_,
-             int num_threads, bool gelu, const py::object& gelu_at_, const py::object& times_) {
+             int num_threads, bool gelu, const py::object& gelu_at_, const py::object& dx_,
+             const py::object& d_grad_, const py::object& d_out_, const py::object& row_scale_) {
     const py::array x = input<float>(x_, "x", 3), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -38,13 +39,42 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
         check_overlap(out, "out", gelu_at, "gelu_at", true);
         a.gelu_at = data<float>(gelu_at);
     }
-    py::array times;
-    if (!times_.is_none()) {
-        if (gelu_at_.is_none()) throw py::value_error("times needs gelu_at, got None");
-        times = input<float>(times_, "times", 3);
-        check_shape(times, "times", "[B, P, C]", {a.batch, a.positions, a.channels});
-        check_overlap(out, "out", times, "times", true);
-        a.times = data<float>(times);
+    py::array dx, d_grad, d_out;
+    if (dx_.is_none() != d_out_.is_none()) {
+        throw py::value_error("dx and d_out must be given together, got one of them");
+    }
+    if (d_grad_.is_none() != (dx_.is_none() || gelu_at_.is_none())) {
+        throw py::value_error("d_grad must be given with dx and gelu_at, and only with both");
+    }
+    if (!dx_.is_none()) {
+        if (!residual_.is_none() || gelu == !gelu_at_.is_none()) {
+            throw py::value_error("dx needs gelu or gelu_at, and no residual");
+        }
+        dx = input<float>(dx_, "dx", 3);
+        check_shape(dx, "dx", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(out, "out", dx, "dx", false);
+        if (!d_grad_.is_none()) {
+            d_grad = input<float>(d_grad_, "d_grad", 3);
+            check_shape(d_grad, "d_grad", "[B, P, C]", {a.batch, a.positions, a.channels});
+            check_overlap(out, "out", d_grad, "d_grad", false);
+            a.d_grad = data<float>(d_grad);
+        }
+        d_out = output<float>(d_out_, "d_out", 3);
+        check_shape(d_out, "d_out", "[B, P, C]", {a.batch, a.positions, a.channels});
+        check_overlap(d_out, "d_out", out, "out", false);
+        check_overlap(d_out, "d_out", x, "x", false);
+        check_overlap(d_out, "d_out", dx, "dx", true);
+        if (a.gelu_at) check_overlap(d_out, "d_out", gelu_at, "gelu_at", false);
+        if (a.d_grad) check_overlap(d_out, "d_out", d_grad, "d_grad", true);
+        a.dx = data<float>(dx);
+        a.d_out = target(d_out);
+    }
+    py::array row_scale;
+    if (!row_scale_.is_none()) {
+        row_scale = input<float>(row_scale_, "row_scale", 1);
+        check_shape(row_scale, "row_scale", "[B]", {a.batch});
+        check_overlap(out, "out", row_scale, "row_scale", false);
+        a.row_scale = data<float>(row_scale);
     }
     a.gelu = gelu;
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
@@ -71,9 +101,14 @@ void bind_dropout(py::module_& m) {
           py::arg("seed"), py::arg("site"), py::arg("position_offset"),
           py::arg("position_stride"), py::arg("p"), py::arg("out"), py::arg("num_threads"),
           py::arg("gelu") = false, py::arg("gelu_at").none(true) = py::none(),
-          py::arg("times").none(true) = py::none(),
+          py::arg("dx").none(true) = py::none(), py::arg("d_grad").none(true) = py::none(),
+          py::arg("d_out").none(true) = py::none(),
+          py::arg("row_scale").none(true) = py::none(),
           "out = residual + where(word >= round(p * 2**32), f(x) / (1 - p), 0), f the identity, "
-          "tanh-GELU (gelu), x * gelu'(gelu_at), or x * times * gelu''(gelu_at). out may be x.");
+          "tanh-GELU (gelu) or x * gelu'(gelu_at). With dx also d_out, the derivative of the "
+          "dropped tanh-GELU along it; with gelu_at and d_grad the adjoint of both: the gradients "
+          "of the point gelu_at and of dx, from x and d_grad. All but the residual is multiplied by "
+          "the row's row_scale [B] where it is given. out may be x.");
 }
 
 }  // namespace fmrec

@@ -182,6 +182,7 @@ PYBIND11_MODULE(_C, m) {
     bind_linear(m);
     bind_item_cross_entropy(m);
     bind_feed_forward(m);
+    bind_fingerprint(m);
     bind_history_loss(m);
     bind_item_ranking(m);
     bind_encoder(m);

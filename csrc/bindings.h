@@ -79,6 +79,7 @@ void bind_dropout(py::module_& m);
 void bind_encoder(py::module_& m);
 void bind_euler_sampler(py::module_& m);
 void bind_feed_forward(py::module_& m);
+void bind_fingerprint(py::module_& m);
 void bind_history_loss(py::module_& m);
 void bind_item_cross_entropy(py::module_& m);
 void bind_item_ranking(py::module_& m);

@@ -13,14 +13,16 @@ namespace {
 
 // Rows that sequences share a matrix product up to. Elsewhere, where only ragged ones do: a panel
 // of weights, once it is in the first-level cache, serves them all. On AMX: strips of 32 rows are
-// filled, and the planes of the rows stay in the second-level cache.
+// filled, and the weights' planes, which do not stay in the second-level cache, come to it once for
+// half a group of the paper's length.
 #if defined(__AMX_BF16__)
-const int64_t CHUNK_ROWS = 256;
+const int64_t CHUNK_ROWS = 400;
 #else
 const int64_t CHUNK_ROWS = 96;
 #endif
 
-// Memory of a chunk's block, all rows padded; R = max(L, CHUNK_ROWS).
+// Memory of a chunk's block, all rows padded; R is as many as a chunk has: L, or more up to
+// CHUNK_ROWS.
 struct Workspace {
     float* normed;      // [R, stride]
     float* query;       // [R + 3, stride]; then the heads' mixed values
@@ -56,7 +58,9 @@ FMREC_INLINE float* take(float** memory, int64_t count) {
 int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     float* const start = memory;
     const int64_t stride = row_stride(e->channels), queries = padded_queries(e);
-    const int64_t rows = e->length > CHUNK_ROWS ? e->length : CHUNK_ROWS;
+    // What one sequence takes should stay in the cache, and is cleared at every call.
+    const int64_t all = count * e->length, most_rows = all < CHUNK_ROWS ? all : CHUNK_ROWS;
+    const int64_t rows = e->length > most_rows ? e->length : most_rows;
     w->normed = take(&memory, rows * stride);
     w->query = take(&memory, (rows + 3) * stride);
     w->key = take(&memory, rows * stride);
@@ -69,8 +73,8 @@ int64_t lay_out(const Encoder* e, int64_t count, float* memory, Workspace* w) {
     w->last_mixed = take(&memory, count * stride);
     w->row = take(&memory, 2 * stride);
 #if defined(__AMX_BF16__)
-    const int64_t heads = count * e->heads, most = rows > heads ? rows : heads;
-    w->planes = (uint16_t*)take(&memory, amx_rows_size(most, e->channels, e->planes) / 2);
+    const int64_t heads = count * e->heads, split = rows > heads ? rows : heads;
+    w->planes = (uint16_t*)take(&memory, amx_rows_size(split, e->channels, e->planes) / 2);
     w->inner_planes =
         (uint16_t*)take(&memory, amx_rows_size(rows > count ? rows : count, INNER, e->planes) / 2);
     w->by_head = take(&memory, (heads + 3) * stride);

@@ -23,11 +23,11 @@ void pack_planes(const float* weight, int64_t row, int64_t column, int64_t depth
     pack(weight, row, column, depth, columns, planes);
 }
 
-// c = a weight + bias, or c += ... : a is `planes`.
+// c = a weight + bias, or c += ... : a is `planes`. `next` are the weights used afterwards.
 template <int PLANES>
 FMREC_INLINE void amx_linear(const uint16_t* planes, const PackedLinear* w, bool add, float* c,
-                             int64_t c_row, int64_t rows) {
-    const AmxProduct p = {planes, w->planes, w->bias, nullptr, add, c, c_row, w->depth};
+                             int64_t c_row, int64_t rows, const uint16_t* next) {
+    const AmxProduct p = {planes, w->planes, w->bias, nullptr, add, c, c_row, w->depth, next};
     amx_multiply<PLANES>(&p, rows, round_up(w->columns, UNIT));
 }
 
@@ -42,10 +42,10 @@ FMREC_INLINE void norm_rows(const Encoder* e, const PackedNorm* n, const float* 
     layer_norm(&norm, x, out, row_stride(e->channels), rows);
 }
 
-// x += feed_forward(norm(x)) on `rows` rows; normed is overwritten.
+// x += feed_forward(norm(x)) on `rows` rows; normed is overwritten. `after`: the weights used next.
 template <int PLANES>
 void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w, float* x,
-                      int64_t rows, float* normed) {
+                      int64_t rows, float* normed, const uint16_t* after) {
     const int64_t stride = row_stride(e->channels), padded = round_up(e->channels, UNIT);
     norm_rows(e, &b->norm2, x, normed, rows);
     split_rows<PLANES>(e, normed, rows, w->planes);
@@ -56,23 +56,39 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
         const int64_t depth_tiles = round_to(depth, 32) / 32;
         const float* bias = b->inner.bias + first;
         uint16_t* inner = w->inner_planes;
+        const uint16_t* outer =
+            b->outer.planes + first / INNER * amx_columns_size(INNER, e->channels, PLANES);
         // A block's columns are one tile of depth of the next product.
         amx_blocks<PLANES, PLANES>(
             w->planes, b->inner.planes + amx_columns_size(e->channels, first, PLANES),
             e->channels, rows, columns,
-            [=](int64_t row, int64_t column, const float* sums, int64_t width) {
+            [=](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+                constexpr int ROWS = decltype(pieces)::count;
                 int64_t spacing;
-                uint16_t* out = row_of_planes<PLANES>(inner, rows, depth_tiles, row,
-                                                          column / 32, &spacing);
-                const f32v low = gelu(load(sums) + load(bias + column));
-                f32v high = broadcast(0.0f);
-                if (width > 16) high = gelu(load(sums + 16) + load(bias + column + 16));
-                split_pairs<PLANES>(low, high, out, spacing);
-            });
-        const AmxProduct p = {inner,
-                              b->outer.planes + first / INNER *
-                                  amx_columns_size(INNER, e->channels, PLANES),
-                              first == 0 ? b->outer.bias : nullptr, nullptr, true, x, stride, depth};
+                uint16_t* out = row_of_planes<PLANES>(inner, rows, depth_tiles, row, column / 32,
+                                                      &spacing);
+                f32v x[2 * ROWS];
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r) {
+                    x[2 * r] = load(sums + 32 * r) + load(bias + column);
+                    x[2 * r + 1] = broadcast(0.0f);
+                    if (width > 16) {
+                        x[2 * r + 1] = load(sums + 32 * r + 16) + load(bias + column + 16);
+                    }
+                }
+                gelu_all<2 * ROWS>(x);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r) {
+                    split_pairs<PLANES>(x[2 * r], x[2 * r + 1], out + 32 * r, spacing);
+                }
+            },
+            outer);
+        const uint16_t* next = after;
+        if (first + INNER < features) {
+            next = b->inner.planes + amx_columns_size(e->channels, first + INNER, PLANES);
+        }
+        const AmxProduct p = {inner, outer, first == 0 ? b->outer.bias : nullptr, nullptr,
+                              true,  x,     stride, depth, next};
         amx_multiply<PLANES>(&p, rows, padded);
     }
 }
@@ -97,12 +113,13 @@ FMREC_INLINE void amx_keys_and_values(const Encoder* e, const PackedBlock* b, co
     const int64_t stride = row_stride(e->channels);
     norm_rows(e, &b->norm1, x, w->normed, rows);
     split_rows<PLANES>(e, w->normed, rows, w->planes);
-    amx_linear<PLANES>(w->planes, &b->key, false, w->key, stride, rows);
+    amx_linear<PLANES>(w->planes, &b->key, false, w->key, stride, rows, b->value.planes);
     // Whole sequences of L rows: a ragged group is never rotated.
     for (int64_t row = 0; e->rotary && row < rows; row += e->length) {
         rotate_rows(e, w->key + row * stride, e->length, 0);
     }
-    amx_linear<PLANES>(w->planes, &b->value, false, w->value, stride, rows);
+    amx_linear<PLANES>(w->planes, &b->value, false, w->value, stride, rows,
+                       b->key_back ? b->output.planes : b->query.planes);
 }
 
 // x = block(x) at all positions of the sequences first .. end - 1, a chunk; x is the group's.
@@ -123,7 +140,7 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
         }
     }
     if (queries < rows) split_rows<PLANES>(e, w->normed, queries, w->planes);
-    amx_linear<PLANES>(w->planes, &b->query, false, w->query, stride, queries);
+    amx_linear<PLANES>(w->planes, &b->query, false, w->query, stride, queries, b->output.planes);
     // What the heads mix, and the mean of the values for the padding, takes the norm's place.
     float* mixed = w->normed;
     float* query = w->query;
@@ -148,9 +165,9 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
     const int64_t outputs = (mixed - w->normed) / stride;
     split_rows<PLANES>(e, w->normed, outputs, w->planes);
     if (queries == rows) {
-        amx_linear<PLANES>(w->planes, &b->output, true, x, stride, rows);
+        amx_linear<PLANES>(w->planes, &b->output, true, x, stride, rows, b->inner.planes);
     } else {
-        amx_linear<PLANES>(w->planes, &b->output, false, w->query, stride, outputs);
+        amx_linear<PLANES>(w->planes, &b->output, false, w->query, stride, outputs, b->inner.planes);
         const float* y = w->query;
         for (int64_t s = first; s < end; ++s) {
             const int64_t row = row_of(e, r, s) - base, past = row_of(e, r, s + 1) - base;
@@ -162,7 +179,9 @@ void amx_block(const Encoder* e, const PackedBlock* b, const Workspace* w, float
             }
         }
     }
-    amx_feed_forward<PLANES>(e, b, w, x, rows, w->normed);
+    const PackedBlock* after = b + 1;  // the last one begins with its query
+    amx_feed_forward<PLANES>(e, b, w, x, rows, w->normed,
+                             after->key_back ? after->query.planes : after->key.planes);
 }
 
 // What the heads mix for the last positions' queries, in their place in last_mixed, without keys and
@@ -184,7 +203,7 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
     }
     split_rows<PLANES>(e, w->by_head, all, w->planes);
     const AmxProduct back = {w->planes, b->key_back, nullptr, nullptr,
-                             false,     w->turned,   stride,  e->channels};
+                             false,     w->turned,   stride,  e->channels, b->value.planes};
     amx_multiply<PLANES>(&back, all, padded);
     for (int64_t s = 0; s < count; ++s) {
         const int64_t row = row_of(e, r, s), length = row_of(e, r, s + 1) - row;
@@ -207,7 +226,7 @@ void amx_mix_norms(const Encoder* e, const PackedBlock* b, const Workspace* w, c
         multiply(&mean, heads, padded);
     }
     split_rows<PLANES>(e, w->by_head, all, w->planes);
-    amx_linear<PLANES>(w->planes, &b->value, false, w->turned, stride, all);
+    amx_linear<PLANES>(w->planes, &b->value, false, w->turned, stride, all, b->output.planes);
     for (int64_t i = 0; i < all; ++i) {
         const int64_t head = i % heads * width;
         __builtin_memcpy(w->last_mixed + i / heads * stride + head, w->turned + i * stride + head,
@@ -246,15 +265,16 @@ void amx_last_block(const Encoder* e, const PackedBlock* b, const Workspace* w, 
     }
     norm_rows(e, &b->norm1, last, w->last_normed, count);
     split_rows<PLANES>(e, w->last_normed, count, w->planes);
-    amx_linear<PLANES>(w->planes, &b->query, false, w->last_mixed, stride, count);
+    amx_linear<PLANES>(w->planes, &b->query, false, w->last_mixed, stride, count,
+                       e->rotary ? b->key.planes : b->key_back);
     if (e->rotary) {
         amx_mix_values<PLANES>(e, b, w, x, mask, r, count);
     } else {
         amx_mix_norms<PLANES>(e, b, w, x, mask, r, count);
     }
     split_rows<PLANES>(e, w->last_mixed, count, w->planes);
-    amx_linear<PLANES>(w->planes, &b->output, true, last, stride, count);
-    amx_feed_forward<PLANES>(e, b, w, last, count, w->last_mixed);
+    amx_linear<PLANES>(w->planes, &b->output, true, last, stride, count, b->inner.planes);
+    amx_feed_forward<PLANES>(e, b, w, last, count, w->last_mixed, nullptr);
 }
 
 template <int PLANES>

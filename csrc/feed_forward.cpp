@@ -69,8 +69,13 @@ FMREC_INLINE Operand packed_right(const float* packed, int64_t) { return {packed
 template <typename Finish>
 FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t rows,
                                  int64_t columns, float*, const Finish& finish) {
-    amx_blocks<PLANES, PLANES>((const uint16_t*)a.at, (const uint16_t*)b.at, depth, rows, columns,
-                               finish);
+    amx_blocks<PLANES, PLANES>(
+        (const uint16_t*)a.at, (const uint16_t*)b.at, depth, rows, columns,
+        [&finish](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+            for (int r = 0; r < decltype(pieces)::count; ++r) {
+                finish(row + r, column, sums + 32 * r, width);
+            }
+        });
 }
 
 FMREC_INLINE void product(Operand a, Operand b, int64_t depth, int64_t rows, int64_t columns,

@@ -116,7 +116,8 @@ def current_backend() -> Backend:
     chosen = _backend.get()
     if chosen is None:
         source = "FMREC_FAST_BACKEND"
-        chosen = _parse(Backend, os.environ.get(source, "auto"), source)
+        named = os.environ.get(source)
+        chosen = Backend.AUTO if named is None else _parse(Backend, named, source)
     return chosen
 
 
@@ -142,7 +143,8 @@ def _rng_in_force() -> Rng:
     chosen = _rng.get()
     if chosen is None:
         source = "FMREC_FAST_RNG"
-        chosen = _parse(Rng, os.environ.get(source, "stream"), source)
+        named = os.environ.get(source)
+        chosen = Rng.STREAM if named is None else _parse(Rng, named, source)
     return chosen
 
 
@@ -205,7 +207,7 @@ def log_again(entries: list[Dispatch]) -> None:
 
 
 def log_run(op: str, backend: str) -> None:
-    """Enter that a compiled program runs `op` on `backend`, chosen when it was compiled."""
+    """Enter that `op` runs on `backend`, as was chosen before: when a program was compiled, say."""
     log = _log.get()
     if log is not None:
         log.append(Dispatch(op, Backend(backend)))

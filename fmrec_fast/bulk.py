@@ -100,8 +100,7 @@ class BulkRecommender:
         self.seed = noise.as_seed(seed, self.device)
         self._labels = external_ids(item_ids)
         # Packed once, not for each batch.
-        served = not serving.obstacle(model, METHOD)
-        self._packed = serving.PackedModel(model, precision) if served else None
+        self._packed = serving.packed_model(model, METHOD, precision)
 
     def __call__(self, users: Histories) -> pa.Table:
         """Raises ValueError where a score is NaN."""

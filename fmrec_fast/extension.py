@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 NAME = "fmrec_fast._C"
@@ -30,6 +31,9 @@ def load() -> ModuleType:
     Raises:
         ImportError: the extension was not built, or does not load.
     """
+    loaded = sys.modules.get(NAME)
+    if loaded is not None:  # a call that takes a millisecond asks several times
+        return loaded
     # First, because the extension's OpenMP symbols resolve to the runtime that torch loads.
     importlib.import_module("torch")
     why = reason()

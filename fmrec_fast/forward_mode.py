@@ -38,7 +38,9 @@ def is_dual(*tensors: Tensor | None) -> bool:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether `x` is inside a transform of torch.func."""
+    """Whether `x` is inside a transform of torch.func; not asked while compiling."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 

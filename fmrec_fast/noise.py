@@ -50,6 +50,11 @@ def derive_seed(seed: Tensor, use: Use) -> Tensor:
     return seed + _signed(int(use) * SEED_STRIDE % 2**64)
 
 
+def derived_word(seed: int, use: Use) -> int:
+    """`derive_seed` of a seed that is known on the host, as a signed word too."""
+    return _signed((seed + int(use) * SEED_STRIDE) % 2**64)
+
+
 def step_seed(seed: Tensor, step: int) -> Tensor:
     """The seed of one sampler step that has draws besides lam: two words of Philox at counter
     (step, 0, 0, 0), so that neighbouring seeds share no step."""

@@ -171,6 +171,7 @@ def require_ray() -> None:
 def _start() -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine."""
     import ray
+    import ray.data  # which sets its logger up
 
     if not ray.is_initialized():
         dashboard = None if os.environ.get("RAY_ADDRESS") else False
@@ -312,7 +313,8 @@ def _users_per_shard(found: list[Piece], workers: int, batch: int, k: int) -> in
     rows = sum(piece.rows for piece in found)
     spread = -(-rows // (SHARDS_EACH * workers))
     # Whole rounds of the sampler, which takes `ROWS` at a time.
-    spread = -(-spread // ROWS) * ROWS
+    unit = min(ROWS, batch)
+    spread = -(-spread // unit) * unit
     return min(max(spread, min(LEAST_USERS, batch)), max(SHARD_ROWS // k, 1))
 
 

@@ -47,8 +47,9 @@ def recommend(
 ) -> Recommendations:
     """Recommend for any users, known or not, from their histories alone.
 
-    On a CPU with the C++ kernels this is one call, from ids to the best items; the weights are
-    packed for it afresh. A `Server` keeps them packed.
+    On a CPU with the C++ kernels this is one call, from ids to the best items; the weights stay
+    packed from call to call for as long as no bit of them changes, and are read to see that. A
+    `Server` does not read them.
 
     Args:
         model: the joint model.
@@ -95,8 +96,9 @@ def recommend(
             graphed = graphs.shared_sampler(
                 model, steps=steps, method=method, precision=precision, padding=padding, k=k
             )
-    if graphed is None and not serving.obstacle(model, method, padding):
-        return serving.PackedModel(model, precision).recommend(request, seed, method)
+    packed = None if graphed else serving.packed_model(model, method, precision, padding)
+    if packed is not None:
+        return packed.recommend(request, seed, method)
     parts = []
     for first in range(0, max(len(histories), 1), BATCH):
         part = slice(first, first + BATCH)

@@ -7,8 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fmrec_fast.backend import Rng, current_rng
+from fmrec_fast.config import PADDINGS
+from fmrec_fast.forward_mode import is_wrapped
 from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
-from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded
+from fmrec_fast.noise import as_seed
+from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded, request_rows
 from fmrec_fast.randomness import random_source
 
 METHODS = (*INTEGRATORS, "rk45")
@@ -132,6 +136,14 @@ def sample(
         TypeError, ValueError: dtypes, shapes, steps or method are off, an option is not for the
             method, (on CPU) an id is out of range, or `graph` is True for what cannot be one.
     """
+    if (
+        not (graph or return_residual)
+        and all(given is None for given in (z0, noise, sweeps, tol))
+        and not torch.compiler.is_compiling()
+    ):
+        found = _in_one_call(model, sequences, steps, seed, rows, method, precision, padding)
+        if found is not None:
+            return found
     model.check_sequence(sequences)
     check_steps(steps)
     if method not in METHODS:
@@ -222,6 +234,47 @@ def sample(
     finally:
         for module in training:
             module.training = True
+
+
+def _in_one_call(
+    model: FMRecommender,
+    sequences: Tensor,
+    steps: int | None,
+    seed: int | Tensor | None,
+    rows: Tensor | None,
+    method: str,
+    precision: str,
+    padding: str,
+) -> Tensor | None:
+    """`sample` step by step in one C++ call; None where there is none, and where an argument is
+    off, which the other way names."""
+    from fmrec_fast import serving  # which imports this module
+
+    # Not a subclass, nor inside a transform: memory that the kernels can read.
+    if type(sequences) is not Tensor or is_wrapped(sequences) or sequences.device.type != "cpu":
+        return None
+    if sequences.dtype != torch.int64 or sequences.ndim != 2 or sequences.shape[1] == 0:
+        return None
+    if method not in ("euler", "auto") or padding not in PADDINGS:
+        return None
+    if seed is None and current_rng() is Rng.PUBLISHED:
+        return None
+    check_steps(steps)
+    q = model.fm.steps if steps is None else steps
+    batch, length = sequences.shape
+    if method == "auto" and model.fm.prefers_parallel(batch, length, q, sequences.device):
+        return None
+    packed = serving.packed_model(model, "euler", precision, padding, length)
+    if packed is None:
+        return None
+    if rows is not None:
+        rows = request_rows(rows, batch, sequences.device)
+    word = as_seed(seed, sequences.device)
+    try:
+        return packed.sample(sequences.contiguous(), rows, q, word, padding)
+    except ValueError:
+        model.check_sequence(sequences)  # names an id that is out of range
+        raise
 
 
 def _training_modules(model: FMRecommender) -> list[torch.nn.Module]:

@@ -62,10 +62,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards in the directory `path`."""
+    """Shards in the directory `path`; `deaths` workers may die at one thing."""
 
     filesystem: pyarrow.fs.FileSystem
     path: str
+    deaths: int
 
     def finished(self, name: str) -> Counts | None:
         """The counts of a shard that is there and whole, else None."""
@@ -93,12 +94,12 @@ class Shards:
         """Work at `name`, a shard or anything else.
 
         Raises:
-            WorkError: `DEATHS` attempts at it have not come to their end.
+            WorkError: `deaths` attempts at it have not come to their end.
         """
         folder = f"{self.path}/{BEGUN}/{name}"
         selector = pyarrow.fs.FileSelector(folder, allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
-        if len(found) >= DEATHS:
+        if len(found) >= self.deaths:
             place = self._get(max(one.path for one in found)).decode()
             raise WorkError(
                 f"{len(found)} workers died, one after the other, at {place}: they need more "
@@ -186,7 +187,8 @@ class Output:
                 f"--out {out} is not empty ({len(names)} entries, such as {names[0]!r}, no "
                 f"{SUCCESS}); expected a new directory"
             )
-        self.shards = Shards(filesystem, path + UNFINISHED if self.is_local else path)
+        unfinished = path + UNFINISHED if self.is_local else path
+        self.shards = Shards(filesystem, unfinished, DEATHS)
         names = _names(filesystem, self.shards.path)
         self._begun = PLAN in names
         if names and not self._begun:

@@ -350,12 +350,12 @@ class Trainer:
                 self._train_step(self.samples.fetch(index[share.start : share.stop]), len(index))
             p.step_in_epoch += 1
             p.global_step += 1
-            self._report_step(len(index))
+            due = self._report_step(len(index))
             if self._used_up():
                 p.stopped = True
                 break
             # After the last step, the end of the epoch saves.
-            if p.step_in_epoch < self.steps_per_epoch and self._due():
+            if p.step_in_epoch < self.steps_per_epoch and due:
                 self._save()
             self._saver.poll()
         self._check_finite(int(self.bad_step), parameters=True)
@@ -406,17 +406,21 @@ class Trainer:
         parts = [getattr(losses, name).detach() for name in self.loss_names]
         return losses.total, torch.stack(parts).double()
 
-    def _report_step(self, samples: int) -> None:
-        """The losses as far as they are known without waiting for the device."""
+    def _report_step(self, samples: int) -> bool:
+        """The losses as far as they are known without waiting for the device; whether it is time
+        for a checkpoint."""
         means, bad, seen = None, -1, self._glance(self.progress.step_in_epoch)
         if seen is not None:
             steps, tally = seen
             sums, first_bad, _ = tally.split((len(self.loss_names), 1, 1))
             means, bad = self._mean_losses(sums, steps), int(first_bad)
         # Devices run ahead of what is known of them: of several ranks one may know before others.
-        if self.world.any(bad >= 0):
+        # And rank 0's clock decides.
+        diverged, due = self.world.any(bad >= 0, self.world.is_main and self._due())
+        if diverged:
             self._check_finite(int(self.bad_step))
         self.listener.step_done(means, samples)
+        return due
 
     def _mean_losses(self, sums: Tensor, steps: int) -> dict[str, float]:
         return dict(zip(self.loss_names, (sums / max(steps, 1)).tolist(), strict=True))
@@ -429,7 +433,8 @@ class Trainer:
             # Smallest and largest value: `isfinite` takes as much memory as the parameter.
             own = [part for part in map(local, self.model.parameters()) if part.numel()]
             ends = torch.stack([torch.stack(part.detach().aminmax()) for part in own])
-            if self.world.any(not ends.isfinite().all()):
+            (broken,) = self.world.any(not ends.isfinite().all())
+            if broken:
                 what, bad = "parameters were", self.progress.global_step - 1
         if bad >= 0:
             self._saver.wait()
@@ -441,8 +446,7 @@ class Trainer:
     def _due(self) -> bool:
         if self.checkpoint_steps is not None:
             return self.progress.global_step % self.checkpoint_steps == 0
-        over = time.monotonic() - self._saved_at >= self.checkpoint_seconds
-        return self.world.any(over and self.world.is_main)
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
 
     def _end_epoch(self, seconds: float, steps: int) -> None:
         p, config = self.progress, self.config
@@ -523,7 +527,8 @@ class Trainer:
         if self.world.alone:
             return
         own = [zlib.crc32(state.numpy().tobytes()) for state in checkpoint.rng_state().values()]
-        if self.world.any(self.world.decide(own) != own):
+        (differ,) = self.world.any(self.world.decide(own) != own)
+        if differ:
             raise RuntimeError(
                 f"torch's generators differ between the {self.world.size} ranks: something drew "
                 f"random numbers on one of them only before step {self.progress.global_step}"

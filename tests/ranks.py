@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SIZES: dict[str, Any] = {
     "eval_interval": 1,
 }
 FMREC = FMRecConfig(**SIZES)
+# Stops after its fourth epoch, the first whose validation improves nothing.
+EARLY = FMREC.replace(epochs=9, patience=1)
 # Clipping is felt: the norm of the gradients is above it.
 FIRST = FaveConfig(**SIZES, emb_dropout=0.3, clip_norm=0.5)
 SECOND = FIRST.replace(stage_mode="finetune", weight_decay=0.01)
@@ -89,9 +92,13 @@ def launch(ranks: int, job: Callable[[World, Path], None], folder: Path) -> None
 def _rank(rank: int, ranks: int, port: int, job: Callable, folder: Path) -> None:
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
+    # Ranks that disagree about what comes next fail, instead of waiting for half an hour.
+    patience = timedelta(seconds=120)
+    place = {"init_method": where, "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", timeout=patience, **place)
     try:
-        job(World(rank, ranks, torch.device("cpu"), dist.new_group(backend="gloo")), folder)
+        checkpoints = dist.new_group(backend="gloo", timeout=patience)
+        job(World(rank, ranks, torch.device("cpu"), checkpoints), folder)
     except BaseException:
         traceback.print_exc()
         raise
@@ -103,9 +110,10 @@ def _rank(rank: int, ranks: int, port: int, job: Callable, folder: Path) -> None
 
 
 def all_models(world: World, folder: Path) -> None:
-    """FMRec and both stages of Fave from beginning to end."""
+    """FMRec, also where it stops early, and both stages of Fave, from beginning to end."""
     at = folder / f"on-{world.size}"
     train(world, at / "fmrec", FMREC, checkpoint_steps=2)
+    train(world, at / "early", EARLY)
     train(world, at / "stage1", FIRST)
     train(world, at / "stage2", SECOND.replace(ckpt_path=str(folder / "on-1" / "stage1")))
 

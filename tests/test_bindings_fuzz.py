@@ -29,7 +29,7 @@ GUARD_BYTE = 0xA5
 UNWRITTEN = np.uint32(0x7FC0DEAD)
 # Facts about the build, and the choice of instruction set; they take no array.
 WITHOUT_ARRAYS = {"build_info", "isa", "openmp", "set_isa", "supported_isas"}
-WITHOUT_ARRAYS |= {"item_cross_entropy_cache", "floats", "release_memory"}
+WITHOUT_ARRAYS |= {"item_cross_entropy_cache", "floats", "release_memory", "same_values"}
 
 sizes = st.integers(0, 7)
 INT64 = np.iinfo(np.int64)
@@ -176,11 +176,17 @@ def dropout(call: Call) -> None:
     for name in ("residual", "gelu_at"):
         if call.maybe(name):
             call.floats(name, *shape)
-    if "gelu_at" in call.arrays and call.maybe("times"):
-        call.floats("times", *shape)
     call.plain |= {name: call.draw(words) for name in ("seed", "site")}
     call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "gelu": call.draw(st.booleans())}
+    if call.maybe("row_scale"):
+        call.floats("row_scale", shape[0])
+    if "residual" not in call.arrays and call.maybe("dx"):
+        call.floats("dx", *shape)
+        call.output("d_out", *shape)
+        call.plain["gelu"] = "gelu_at" not in call.arrays
+        if not call.plain["gelu"]:
+            call.floats("d_grad", *shape)
 
 
 def linear_precision(call: Call) -> None:
@@ -330,6 +336,19 @@ def recommend(call: Call) -> None:
     call.plain |= {"tolerance": 0.0 if velocity else call.draw(st.sampled_from([0.0, 1e-5]))}
 
 
+def sample(call: Call) -> None:
+    recommend(call)
+    for name in ("scores", "best"):
+        del call.arrays[name]
+    call.arrays.pop("exclude", None)
+    call.plain.pop("exclude", None)
+    b, width = len(call.arrays["ids"].array), call.arrays["norm_weight"].array.shape[0]
+    call.output("out", b, width)
+    if call.draw(st.booleans()):
+        del call.arrays["rows"]
+        call.plain["rows"] = None
+
+
 def attention_forward(call: Call) -> None:
     b, length, heads = call.draw(sizes), call.draw(sizes), call.draw(st.integers(1, 3))
     width = heads * 16
@@ -452,6 +471,7 @@ CALLS = {
         euler_sampler,
         picard_sweep,
         recommend,
+        sample,
         attention_forward,
         attention_backward,
         rms_norm_forward,

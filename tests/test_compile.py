@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from fmrec_fast import (
     Backend,
+    FaveRecommender,
     TrainingDraws,
     backend,
     dispatch_log,
@@ -22,8 +23,10 @@ from fmrec_fast import (
 )
 from fmrec_fast.backend import availability
 from fmrec_fast.ops import attention, dropout, encoder, linear, noise_fusion
-from fmrec_fast.ops.encoder import unflatten
+from fmrec_fast.ops.encoder import unflatten, variant_of
 from fmrec_fast.randomness import random_source
+from fmrec_fast.reference.encoder import FAVE, FMREC
+from fmrec_fast.reference.rotary import angles, inverse_frequencies
 from fmrec_fast.testing import make_sequences
 
 CPP = pytest.mark.skipif(availability("cpp") is not None, reason=str(availability("cpp")))
@@ -49,6 +52,15 @@ def block_weights(blocks: int) -> list[Tensor]:
     d = 16
     shapes = [(d,), (d,), *[(d, d), (d,)] * 4, (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [0.3 * randn(*s, seed=i) for i, s in enumerate(shapes * blocks)]
+
+
+def fave_weights(blocks: int) -> list[Tensor]:
+    """Without biases of norms, and with angles."""
+    parts = []
+    for block in unflatten(block_weights(blocks)):
+        changed = {"norm1_bias": None, "norm2_bias": None, "inv_freq": inverse_frequencies(4)}
+        parts += block._replace(**changed).tensors()
+    return parts
 
 
 # --- the registered ops, each with every kind of argument ---------------------------------------
@@ -85,12 +97,18 @@ REGISTERED = [
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, SEED, 1, 0.2, 4, "cpp")),
-        id="attention-dropout",
+        lambda: (
+            ops.attention,
+            (randn(3, 5, 48, grad=True), MASK, ROWS, SEED, ANGLES, 1, 0.2, 4, "cpp"),
+        ),
+        id="attention-dropout-rotary",
         marks=CPP,
     ),
     pytest.param(
-        lambda: (ops.attention, (randn(3, 5, 48, grad=True), MASK, ROWS, None, 1, 0.0, 4, "cpp")),
+        lambda: (
+            ops.attention,
+            (randn(3, 5, 48, grad=True), MASK, ROWS, None, None, 1, 0.0, 4, "cpp"),
+        ),
         id="attention",
         marks=CPP,
     ),
@@ -108,6 +126,40 @@ REGISTERED = [
             (randn(3, 5, 16), MASK, block_weights(1), 4, None, None, "float32", "cpp"),
         ),
         id="encoder",
+        marks=CPP,
+    ),
+    pytest.param(
+        lambda: (
+            ops.encoder,
+            (randn(3, 5, 16), MASK, fave_weights(2), 4, 0, None, "float32", "cpp"),
+        ),
+        id="encoder-fave",
+        marks=CPP,
+    ),
+    pytest.param(
+        lambda: (
+            ops.euler_sampler,
+            (*FAVE_SAMPLER, SEED, ROWS, None, False, "published", "float32", "cpp"),
+        ),
+        id="euler_sampler-fave",
+        marks=CPP,
+    ),
+    pytest.param(
+        lambda: (
+            ops.picard_sweep,
+            (
+                *FAVE_SAMPLER[:2],
+                randn(3, 2, 16),
+                *FAVE_SAMPLER[3:],
+                SEED,
+                ROWS,
+                None,
+                "float32",
+                "published",
+                "cpp",
+            ),
+        ),
+        id="picard_sweep-fave",
         marks=CPP,
     ),
     pytest.param(
@@ -158,6 +210,8 @@ SAMPLER = (
     4,
     0.3,
 )
+FAVE_SAMPLER = (*SAMPLER[:4], fave_weights(1), *SAMPLER[5:])
+ANGLES = torch.cat(angles(inverse_frequencies(4), 5), dim=-1)
 
 
 @pytest.mark.parametrize("case", REGISTERED)
@@ -226,13 +280,16 @@ def test_compiled_ops_are_eager_ones_forward_and_backward(op, chosen):
 
 
 @CPP
+@pytest.mark.parametrize("variant", [FMREC, FAVE])
 @pytest.mark.parametrize("tap", [None, 0])
-def test_a_compiled_encoder_is_one_op(tap):
-    parameters = block_weights(1)
+def test_a_compiled_encoder_is_one_op(tap, variant):
+    parameters = block_weights(2) if variant is FMREC else fave_weights(2)
 
     @torch.no_grad()
     def encode(x: Tensor, parameters: list[Tensor]) -> tuple:
-        return encoder(x, MASK, unflatten(parameters), num_heads=4, tap=tap)
+        blocks = unflatten(parameters)
+        assert variant_of(blocks) is variant and len(blocks) == 2
+        return encoder(x, MASK, blocks, num_heads=4, tap=tap, variant=variant)
 
     x = randn(3, 5, 16)
     with use_backend("cpp"), dispatch_log() as log:
@@ -283,6 +340,46 @@ def test_the_compiled_sampler_is_one_op_and_draws_as_the_eager_one(model, batch)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
     assert not torch.equal(run(batch.sequence), results[0])
     assert model.training and model.embed_dropout.training
+
+
+@pytest.fixture
+def fave(small_args) -> nn.Module:
+    torch.manual_seed(0)
+    model = FaveRecommender.from_config(
+        small_args(lambda_uncertainty=0.2, num_blocks=2, last=0, infer_mask_ratio=0.6)
+    )
+    model.switch_to_finetune()
+    return model.eval()
+
+
+@CPP
+def test_compiled_inference_of_fave_is_one_op_and_draws_as_the_eager_one(fave, batch):
+    run = compiled(lambda sequences: sample(fave, sequences))
+    results = []
+    for call in (run, lambda sequences: sample(fave, sequences)):
+        torch.manual_seed(3)
+        with use_backend("cpp"), dispatch_log() as log:
+            results.append(call(batch.sequence))
+        assert [(entry.op, entry.backend) for entry in log] == [("euler_sampler", Backend.CPP)]
+    assert torch.equal(*results)
+
+
+@CPP
+def test_angles_that_differ_between_blocks_are_seen_when_the_compiled_program_runs():
+    """It does not look at them when it is compiled; its op then runs the definition."""
+    parameters = fave_weights(2)
+    parameters[-1] = 2 * parameters[-1]
+
+    @torch.no_grad()
+    def encode(x: Tensor, parameters: list[Tensor]) -> Tensor:
+        return encoder(x, MASK, unflatten(parameters), num_heads=4, variant=FAVE)[0]
+
+    x = randn(3, 5, 16)
+    with dispatch_log() as log:
+        got = compiled(encode)(x, parameters)
+    assert [entry.backend for entry in log if entry.op == "encoder"] == [Backend.REFERENCE]
+    with use_backend("reference"):
+        torch.testing.assert_close(got, encode(x, parameters))
 
 
 @pytest.mark.parametrize(

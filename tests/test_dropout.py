@@ -8,13 +8,27 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from fmrec_fast import noise
+from fmrec_fast import dispatch_log, extension, forward_mode, noise, use_backend
+from fmrec_fast.backend import Backend
 from fmrec_fast.ops import StreamDropout, TorchDropout, dropout
 from fmrec_fast.reference import dropout as reference
 from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("dropout")
 SEED = torch.tensor(-987654321987654321)
+
+
+@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
+def isa(request):
+    if not extension.available():
+        pytest.skip(str(extension.reason()))
+    module = extension.load()
+    before = module.isa()
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(before)
+
+
 SHAPES = [(0, 5, 8), (1, 1, 1), (5, 1, 36), (2, 51, 96), (3, 50, 130), (2, 0, 4), (1, 3, 2)]
 
 
@@ -237,6 +251,95 @@ def test_gelu_before_dropping(place, shape, with_residual):
     truth = run(x.double(), residual.double(), grad.double(), of_definition)
     for mine, same, right in zip(got, plain, truth, strict=True):
         assert_close_to_truth(mine.cpu(), same, right)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 3, 8), (1, 1, 1), (5, 7, 33), (2, 3, 4), (2, 50, 96)])
+def test_tangents_of_dropped_gelu_on_every_instruction_set(isa, shape, p):
+    """Against torch.func.jvp of the definition in float64: value, tangent, gradients of both."""
+    g = torch.Generator().manual_seed(6)
+    tensors = [2 * torch.randn(shape, generator=g) for _ in range(4)]
+    rows = torch.arange(shape[0]) + 2**40
+
+    def run(function, jvp, dtype):
+        x, dx, *upstream = (t.to(dtype) for t in tensors)
+        leaves = [x.requires_grad_(), dx.requires_grad_()]
+        given = {"seed": SEED, "rows": rows, "site": 3, "activation": "gelu"}
+        pair = jvp(lambda x: function(x, p, **given), (x,), (dx,))
+        return [*(t.detach() for t in pair), *torch.autograd.grad(pair, leaves, upstream)]
+
+    truth, same = (
+        run(reference.dropout, torch.func.jvp, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    with use_backend("cpp"), dispatch_log() as log:
+        got = run(dropout, forward_mode.jvp, torch.float32)
+    assert {(entry.op, entry.backend) for entry in log} == {("dropout", Backend.CPP)}
+    for name, *three in zip(("out", "d_out", "g_x", "g_dx"), got, same, truth, strict=True):
+        assert_close_to_truth(*three, name=name)
+
+
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"d_out": None}, "dx and d_out must be given together"),
+        ({"d_grad": True}, "d_grad must be given with dx and gelu_at"),
+        ({"gelu_at": True}, "d_grad must be given with dx and gelu_at"),
+        ({"gelu": False}, "dx needs gelu or gelu_at, and no residual"),
+        ({"residual": True}, "dx needs gelu or gelu_at, and no residual"),
+        ({"d_out": torch.zeros(2, 3, 5).numpy()}, r"d_out .*\(2, 3, 5\)"),
+    ],
+)
+def test_the_boundary_refuses_of_tangents(changes, message):
+    array = lambda: torch.zeros(2, 3, 4).numpy()  # noqa: E731
+    given = {"x": array(), "residual": None, "rows": torch.arange(2).numpy(), "p": 0.1}
+    given |= {"seed": 1, "site": 0, "position_offset": 0, "position_stride": 1, "num_threads": 1}
+    given |= {"out": array(), "gelu": True, "dx": array(), "d_out": array()}
+    changes = {name: array() if value is True else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        extension.load().dropout(**(given | changes))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 3, 8), (1, 1, 5), (4, 7, 33), (2, 5, 32)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_factors_of_rows(place, shape, with_residual, p):
+    """Drop path's, one of them 0; with a tangent too."""
+    g = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(shape, generator=g) for _ in range(5)]
+    factors = torch.tensor([1.25, 0.0, -2.0, 1.0])[: shape[0]]
+
+    def run(dtype, tensors, factors, seed, function):
+        x, residual, dx, *upstream = (t.to(dtype) for t in tensors)
+        added = {"residual": residual.requires_grad_()} if with_residual else {}
+        given = {"seed": seed, "site": 3, "row_scale": factors.to(dtype), **added}
+        leaves = [x.requires_grad_(), dx.requires_grad_(), *added.values()]
+        pair = forward_mode.jvp(lambda x: function(x, p, **given), (x,), (dx,))
+        plain = function(x, p, **given)
+        found = torch.autograd.grad(pair, leaves, upstream, allow_unused=True)
+        (of_plain,) = torch.autograd.grad(plain, x, upstream[0])
+        return [t.detach().cpu() for t in (*pair, plain, *found, of_plain)]
+
+    rows = torch.arange(shape[0])
+    definition = lambda x, p, **given: reference.dropout(x, p, rows=rows, **given)  # noqa: E731
+    truth, same = (
+        run(dtype, tensors, factors, SEED, definition) for dtype in (torch.float64, torch.float32)
+    )
+    if p > 0:
+        with place.forced("dropout"):
+            got = run(torch.float32, place.put(*tensors), *place.put(factors, SEED), dropout)
+    else:
+        got = run(torch.float32, tensors, factors, SEED, dropout)
+    for three in zip(got, same, truth, strict=True):
+        assert_close_to_truth(*three)
+
+
+def test_factors_that_need_a_gradient_or_have_another_shape_are_refused():
+    x, factors = torch.ones(2, 3, 4), torch.ones(2)
+    with pytest.raises(ValueError, match=r"row_scale must .*got \(3,\)"):
+        dropout(x, 0.1, seed=SEED, row_scale=torch.ones(3))
+    with pytest.raises(ValueError, match="row_scale must need no derivative"):
+        dropout(x, 0.1, seed=SEED, row_scale=factors.requires_grad_())
 
 
 def test_gelu_without_dropping_is_gelu():

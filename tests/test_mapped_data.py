@@ -501,15 +501,25 @@ def test_commands_of_the_document_run_in_order(tmp_path, monkeypatch, capsys):
     assert "mapped already exists" in capsys.readouterr().err
 
 
-def test_large_data_script(tmp_path):
+def test_large_data_script(tmp_path, capsys, monkeypatch):
     from benchmarks import large_data
 
-    found = large_data.measure(tmp_path, 60_000, 1_000, 500, steps=20)
-    assert found["train"]["samples"] > 50_000 and len(found["train"]["by_steps"]) == 10
-    for part in ("convert", "train"):
-        assert 50 < found[part]["RssAnon_mb"] < found[part]["VmRSS_mb"] < 2048
-    assert not list(tmp_path.iterdir())
-    json.dumps(found)
+    out, folder = tmp_path / "record.json", tmp_path / "made"
+    sizes = ["--interactions", "100000", "--users", "1500", "--items", "500", "--steps", "20"]
+    large_data.main([*sizes, "--folder", str(folder), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["train"]["samples"] > 90_000 and len(found["train"]["by_steps"]) == 10
+    for part in ("generate", "convert", "train"):
+        assert 10 < found[part]["RssAnon_mb"] < found[part]["VmHWM_mb"] < large_data.LIMIT_MB
+    assert found["parquet_bytes"] < found["convert"]["disk_bytes"] < large_data.DISK * 100_000
+    assert list(folder.iterdir()) == []
+    assert "| convert | " in capsys.readouterr().out
+    monkeypatch.setattr(large_data, "DISK", 1e12)
+    with pytest.raises(ValueError, match=r"GB free, expected 100000000\.0 GB for 100,000"):
+        large_data.main([*sizes, "--folder", str(folder)])
+    (folder / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        large_data.main([*sizes, "--folder", str(folder)])
 
 
 def test_plan_is_the_one_made_from_the_formulas():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fmrec_fast import (
     FMRecommender,
     dispatch_log,
     extension,
+    packing,
     picard,
     recommend,
     sample,
@@ -450,11 +451,12 @@ def test_bad_options_are_named(trained, sequences, options, error, message):
             trained.fm.integrate(e, mask, torch.zeros(9, 32), **options)
 
 
-def test_weights_are_packed_once_a_call(trained, sequences, monkeypatch):
+def test_weights_are_packed_once(trained, sequences, monkeypatch):
     if not extension.available():
         pytest.skip(str(extension.reason()))
-    module = sys.modules["fmrec_fast.ops.euler_sampler"]  # the name is that of its function too
-    calls, pack = [], module.pack
-    monkeypatch.setattr(module, "pack", lambda *given: calls.append(given) or pack(*given))
-    sample(trained, sequences, method="parallel", seed=1)
+    calls, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *given: calls.append(given) or pack(*given))
+    model = copy.deepcopy(trained)
+    for _ in range(2):
+        sample(model, sequences, method="parallel", seed=1)
     assert len(calls) == 1

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fmrec_fast import extension, flow, noise, use_backend
+from fmrec_fast import FaveRecommender, extension, flow, noise, use_backend
 from fmrec_fast.backend import Backend, dispatch_log
 from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.ops import euler_sampler, picard_sweep
 from fmrec_fast.ops.encoder import pack
 from fmrec_fast.reference.published import PublishedRecommender
+from fmrec_fast.reference.published_fave import PublishedFaveRecommender
 from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("picard_sweep")
@@ -81,6 +82,56 @@ def test_against_the_published_network(place, small_model, shape):
     truth = published(model, tensors, lam, torch.float64)
     same = published(model, tensors, lam, torch.float32)
     assert_close_to_truth(run(place, model, tensors, noise=lam), same, truth)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 1, "steps": 1, "length": 1, "width": 32},
+        {"batch": 3, "steps": 2, "length": 12, "width": 32},
+        {"batch": 2, "steps": 3, "length": 51, "width": 24},
+        {"batch": 5, "steps": 2, "length": 3, "width": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_faves_blocks(place, small_args, shape, drawn):
+    """RMS norms, and queries and keys that are rotated: against the published network."""
+    batch, steps, length, width = shape.values()
+    settings = {"max_len": length, "hidden_size": width, "lambda_uncertainty": DELTA}
+    settings |= {"num_blocks": 2, "last": 1, "drop_path_rate": 0.0, "gamma_init": 0.1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        peer = PublishedFaveRecommender.from_config(small_args(**settings)).eval()
+        for name, parameter in peer.named_parameters():
+            if "norm" in name.lower():  # ones and zeros would hide a swap
+                torch.nn.init.normal_(parameter, 0.5, 0.3)
+    model = FaveRecommender.from_config(small_args(**settings)).eval()
+    model.load_state_dict(peer.state_dict())
+    sequence = make_sequences(batch, length, 61, 1, histories=EVERY).sequence
+    with torch.no_grad():
+        e, mask = model.embed(sequence)
+        times = flow.step_times(steps, model.fm.eps) * model.fm.time_scale
+        taus = model.fm.xstart_model.embed_time(times)
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, steps, width, generator=g)
+    lam = DELTA + DELTA * torch.randn(steps, batch, length, width, generator=g)
+    options = {"noise": lam}
+    if drawn:
+        rows = torch.arange(batch) * 2**33 + 5
+        lam = [noise.lam(SEED, rows, i, length, width, DELTA) for i in range(steps)]
+        lam, options = torch.stack(lam), {"seed": SEED, "rows": rows}
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        network, out = peer.to(dtype).fave.xstart_model, torch.empty_like(x, dtype=dtype)
+        with torch.no_grad():
+            for i in range(steps):
+                shift = (x[:, i] + taus[i]).to(dtype)[:, None]
+                fused = e.to(dtype) + lam[i].to(dtype) * shift
+                encoded, _ = network.att(fused, fused, mask.to(dtype), "pretrain", None)
+                out[:, i] = network.norm_fm_rep(encoded)[:, -1]
+        found.append(out)
+    assert_close_to_truth(run(place, model, (e, mask, x, taus), **options), *found)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from fmrec_fast import FMRecConfig, FMRecommender, checkpoint
+from fmrec_fast import FMRecConfig, FMRecommender, checkpoint, ray_engine, shards
 from fmrec_fast.cli import main
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra [dist])")
@@ -151,7 +151,71 @@ def test_a_killed_worker_loses_nothing(cluster, folder, tmp_path, capsys):
     manifest = json.loads((out / "_SUCCESS").read_text())
     assert manifest["users"] == USERS and manifest["rows"] == 5 * USERS
     assert sorted(manifest["shards"]) == sorted(p.name for p in out.glob("*.parquet"))
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert len(manifest["shards"]) == 5 and manifest["users_left_out"] == 0
+    # One after the other they are the rows of one process, in its order.
+    rows = pa.concat_tables(pa.parquet.read_table(path) for path in sorted(out.glob("*.parquet")))
+    assert rows.equals(pa.parquet.read_table(tmp_path / "local.parquet"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["local.parquet", "ray"]
+
+
+def failing_at(user: str, kills: bool) -> type:
+    """A worker that raises at a user, or is killed; a class that Ray pickles whole."""
+
+    class Failing(ray_engine._Worker):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self._others = self._recommend
+            self._recommend = self._fail
+
+        def _fail(self, users):
+            if user not in users.users.to_pylist():
+                return self._others(users)
+            if kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("a kernel\nfailed")
+
+    return Failing
+
+
+def test_what_fails_again_and_again_ends_the_run_which_can_go_on(
+    cluster, folder, tmp_path, monkeypatch, capsys
+):
+    def recommend(*flags: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = call(folder, str(folder / "histories"), tmp_path / "ray", *RAY, *flags)
+        return status, capsys.readouterr().err
+
+    # User 130 is in the third shard of 64 users, and a batch of 32 is the second half of it or not.
+    place = "the 32 users 'u128' to 'u159' of part-000002"
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "_Worker", failing_at("u130", kills=False))
+        status, message = recommend("--workers", "1")
+    assert status == 1 and "RuntimeError: a kernel failed" in message
+    assert "at the 64 users 'u128' to 'u191' of part-000002" in message
+    unfinished = tmp_path / "ray.unfinished"
+    assert f"2 shards are in {unfinished}: --resume goes on" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ray.unfinished"]
+
+    status, message = recommend()
+    assert status == 1 and "did not finish (2 shards): go on with --resume, or remove" in message
+    status, message = recommend("--resume", "--seed", "1")
+    assert status == 1 and "was begun with options = " in message and "'seed': 1" in message
+
+    done = {path: path.stat().st_mtime_ns for path in unfinished.glob("*.parquet")}
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "_Worker", failing_at("u130", kills=True))
+        patch.setattr(shards, "DEATHS", 2)
+        status, message = recommend("--resume", "--batch", "32")
+    assert status == 1 and f"2 workers died, one after the other, at {place}" in message
+    assert "--resume goes on" in message and not (tmp_path / "ray").exists()
+
+    status, message = recommend("--resume")
+    assert status == 0 and f"1500 rows for {USERS} users in 5 shards" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ray"]
+    for path, written in done.items():
+        assert (tmp_path / "ray" / path.name).stat().st_mtime_ns == written
+    assert call(folder, str(folder / "histories" / "*.parquet"), tmp_path / "local.parquet") == 0
+    assert table(tmp_path / "ray").equals(table(tmp_path / "local.parquet"))
 
 
 def test_what_is_wrong_with_the_data_is_said_here(cluster, folder, tmp_path, capsys):

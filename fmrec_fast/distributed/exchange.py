@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Named so since torch 2.13, which warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _shares: ContextVar[tuple[int, ...] | None] = ContextVar("fmrec_fast_batch_shares", default=None)
 
 
@@ -55,7 +57,7 @@ def exchange_sizes(size: int, group: dist.ProcessGroup, device: torch.device) ->
         return (size,)
     own = torch.tensor([size], dtype=torch.int64, device=device)
     found = own.new_empty(ranks)
-    dist.all_gather_into_tensor(found, own, group=group)
+    _all_gather(found, own, group=group)
     return tuple(found.tolist())
 
 
@@ -68,7 +70,7 @@ def gather(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     if len(x) < most:
         x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
     found = x.new_empty(len(sizes) * most, *x.shape[1:])
-    dist.all_gather_into_tensor(found, x, group=group)
+    _all_gather(found, x, group=group)
     if min(sizes) == most:
         return found
     return torch.cat([part[:size] for part, size in zip(found.split(most), sizes, strict=True)])

@@ -66,9 +66,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
-        return bool(self.sum(torch.tensor(int(flag)))) if not self.alone else flag
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each, whether it holds on any rank; one exchange."""
+        if self.alone:
+            return flags
+        return tuple(self.sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist())
 
     def gather(self, own: Tensor, total: int) -> Tensor:
         """Each rank's rows `own` [len(share(total)), ...], put together: [total, ...]."""

@@ -170,6 +170,9 @@ class FaveNetwork(XStartModel):
 
         self.t_time_embed, self.r_time_embed = embedding(), embedding()
 
+    def time_layers(self) -> tuple[nn.Module, ...]:
+        return self.t_time_embed, self.r_time_embed
+
     def make_stack(self, config: Any) -> TransformerStack:
         rates = torch.linspace(0, config.drop_path_rate, config.num_blocks)
         self.path_rates: list[float] = rates.tolist()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmrec_fast import flow, picard
+from fmrec_fast import flow, packing, picard
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
 from fmrec_fast.models.tables import ItemEmbedding, ItemLinear, look_up
@@ -90,6 +90,10 @@ class XStartModel(nn.Module):
             config.attention,
             config.precision,
         )
+
+    def time_layers(self) -> tuple[nn.Module, ...]:
+        """All that `embed_time` reads."""
+        return (self.time_embed,)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time embeddings of scaled times (999 t): [B] -> [B, D]."""
@@ -315,14 +319,22 @@ class FMRec(nn.Module):
     def sampler_weights(self) -> SamplerWeights:
         """What `ops.euler_sampler` reads of this model."""
         network = self.xstart_model
+        stack, norm = network.att, network.norm_fm_rep
+        kept = None
+        if norm.weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            kept = packing.weights_of(self)
+            blocks, last = kept.blocks, kept.norm
+        else:
+            blocks, last = stack.weights(), (norm.weight, norm.bias)
         return SamplerWeights(
-            blocks=network.att.weights(),
-            norm_weight=network.norm_fm_rep.weight,
-            norm_bias=network.norm_fm_rep.bias,
-            num_heads=network.att.num_heads,
-            attention=network.att.attention,
+            blocks=blocks,
+            norm_weight=last[0],
+            norm_bias=last[1],
+            num_heads=stack.num_heads,
+            attention=stack.attention,
             delta=network.lambda_uncertainty,
-            variant=network.att.variant,
+            variant=stack.variant,
+            kept=kept,
         )
 
     def sampler_settings(self) -> tuple:
@@ -420,9 +432,8 @@ class FMRec(nn.Module):
         delta = network.lambda_uncertainty
         if method == "auto":
             able = source.prunes and not network.training
-            length, width = item_rep.shape[1:]
-            work = picard.evaluation_flops(length, width, self.config.num_blocks)
-            wins = picard.prefers_parallel(z0.shape[0], len(times), delta, z0.device, work)
+            batch, length = item_rep.shape[:2]
+            wins = self.prefers_parallel(batch, length, len(times), z0.device)
             method = "parallel" if able and wins else "euler"
         if network.training and method == "parallel":
             raise ValueError(
@@ -470,6 +481,12 @@ class FMRec(nn.Module):
             padding=padding,
         )
         return x, z0.new_zeros(z0.shape[0])
+
+    def prefers_parallel(self, batch: int, length: int, steps: int, device: torch.device) -> bool:
+        """What `method='auto'` comes to."""
+        delta = self.xstart_model.lambda_uncertainty
+        work = picard.evaluation_flops(length, self.hidden_size, self.config.num_blocks)
+        return picard.prefers_parallel(batch, steps, delta, device, work)
 
     def _integrate_in_parallel(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast import extension, memory, noise, tangents
-from fmrec_fast.backend import Backend, choose, current_backend, log_run
+from fmrec_fast.backend import Backend, candidate, choose, current_backend, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
 from fmrec_fast.reference import dropout as reference
@@ -26,13 +27,14 @@ def dropout(
     activation: str | None = None,
     position_offset: int = 0,
     position_stride: int = 1,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Inverted dropout with masks from the counter-based stream, residual added.
 
     Equivalent PyTorch::
 
         kept = fmrec_fast.reference.dropout.dropout_mask(x.shape, p, seed=seed, rows=rows, ...)
-        residual + torch.where(kept, f(x) / (1 - p), 0)
+        residual + row_scale[:, None, None] * torch.where(kept, f(x) / (1 - p), 0)
 
     where f is the identity or, with ``activation='gelu'``, ``F.gelu(x, approximate='tanh')``.
 
@@ -48,6 +50,7 @@ def dropout(
         site: which of the network's dropouts this is.
         residual: [B, P, C], added after dropping.
         activation: None or 'gelu', applied before dropping.
+        row_scale: [B], drop path's factors; None is 1. Not differentiable in it.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or p are off.
@@ -57,19 +60,28 @@ def dropout(
     check_shape("x", x, "B P C", sizes)
     if residual is not None:
         check_shape("residual", residual, "B P C", sizes)
-    check_float(x=x, residual=residual)
+    check_float(x=x, residual=residual, row_scale=row_scale)
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    if row_scale is not None:
+        check_shape("row_scale", row_scale, "B", sizes)
+        if is_dual(row_scale) or (torch.is_grad_enabled() and row_scale.requires_grad):
+            raise ValueError("row_scale must need no derivative, got one that does")
+        if torch.compiler.is_compiling() or candidate(x.device) is Backend.TRITON:
+            given = {"seed": seed, "rows": rows, "site": site, "activation": activation}
+            places = {"position_offset": position_offset, "position_stride": position_stride}
+            return reference.add_scaled(residual, dropout(x, p, **given, **places), row_scale)
     value, tangent = split(x)
     constants = (site, position_offset, position_stride, p)
     if activation == "gelu" and tangent is not None and current_backend() is not Backend.REFERENCE:
         rows = request_rows(rows, x.shape[0], x.device)
-        if p > 0 and residual is None and choose("dropout", value) is Backend.CPP:
+        alone = residual is None and row_scale is None
+        if alone and choose("dropout", value) is Backend.CPP:
             return join(*_DropoutGelu.apply(value, tangent, rows, seed, constants))
         x, activation = join(*tangents.gelu(value, tangent)), None
     if p == 0 or activation not in (None, "gelu"):
         x = reference.activate(x, activation)
-        return x if residual is None else residual + x
+        return reference.add_scaled(residual, x, row_scale)
     rows = request_rows(rows, x.shape[0], x.device)
     value, tangent = split(x)  # an activation may have been applied
     if activation is None and tangent is not None:
@@ -80,6 +92,7 @@ def dropout(
             "site": site,
             "position_offset": position_offset,
             "position_stride": position_stride,
+            "row_scale": row_scale,
         }
         own, own_tangent = (None, None) if residual is None else split(residual)
         return join(
@@ -98,6 +111,7 @@ def dropout(
             activation=activation,
             position_offset=position_offset,
             position_stride=position_stride,
+            row_scale=row_scale,
         )
     constants = (site, position_offset, position_stride, p)
     gelu = activation == "gelu"
@@ -105,7 +119,7 @@ def dropout(
         return torch.ops.fmrec_fast.dropout(
             x, residual, rows, seed, *constants, gelu, backend.value
         )
-    return _Dropout.apply(x, residual, rows, seed, constants, gelu, backend)
+    return _Dropout.apply(x, residual, rows, seed, row_scale, constants, gelu, backend)
 
 
 def _run(
@@ -117,7 +131,7 @@ def _run(
     *,
     gelu: bool = False,
     gelu_at: Tensor | None = None,
-    times: Tensor | None = None,
+    row_scale: Tensor | None = None,
     backend: Backend = Backend.CPP,
 ) -> Tensor:
     x = x.contiguous()
@@ -141,28 +155,60 @@ def _run(
         torch.get_num_threads(),
         gelu,
         None if gelu_at is None else gelu_at.contiguous().detach().numpy(),
-        None if times is None else times.contiguous().detach().numpy(),
+        row_scale=None if row_scale is None else row_scale.contiguous().numpy(),
     )
     return out
+
+
+def _run_pair(
+    x: Tensor,
+    dx: Tensor,
+    rows: Tensor,
+    seed: Tensor,
+    constants: tuple,
+    *,
+    gelu_at: Tensor | None = None,
+    d_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dropped GELU at `x` and its derivative along `dx`, by the C++ kernel; with `gelu_at` the
+    gradients of that point and of `dx`, from those of both results."""
+    out, d_out = memory.empty(*x.shape), memory.empty(*x.shape)
+    extension.load().dropout(
+        x.detach().contiguous().numpy(),
+        None,
+        rows.numpy(),
+        int(seed),
+        *constants,
+        out.numpy(),
+        torch.get_num_threads(),
+        gelu_at is None,
+        None if gelu_at is None else gelu_at.detach().contiguous().numpy(),
+        dx.detach().contiguous().numpy(),
+        None if d_grad is None else d_grad.contiguous().numpy(),
+        d_out.numpy(),
+    )
+    return out, d_out
 
 
 class _Dropout(torch.autograd.Function):
     """The kernels; masks are regenerated in the backward pass, not stored."""
 
     @staticmethod
-    def forward(ctx, x, residual, rows, seed, constants, gelu, backend):
-        ctx.save_for_backward(rows, seed, x if gelu else None)
+    def forward(ctx, x, residual, rows, seed, row_scale, constants, gelu, backend):
+        ctx.save_for_backward(rows, seed, x if gelu else None, row_scale)
         ctx.constants, ctx.backend = constants, backend
-        return _run(x, residual, rows, seed, constants, gelu=gelu, backend=backend)
+        options = {"gelu": gelu, "row_scale": row_scale, "backend": backend}
+        return _run(x, residual, rows, seed, constants, **options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, seed, gelu_at = ctx.saved_tensors
+        rows, seed, gelu_at, row_scale = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _run(grad, None, rows, seed, ctx.constants, gelu_at=gelu_at, backend=ctx.backend)
-        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
+            options = {"gelu_at": gelu_at, "row_scale": row_scale, "backend": ctx.backend}
+            dx = _run(grad, None, rows, seed, ctx.constants, **options)
+        return dx, grad if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
 class _DropoutGelu(torch.autograd.Function):
@@ -173,17 +219,15 @@ class _DropoutGelu(torch.autograd.Function):
     def forward(ctx, x, dx, rows, seed, constants):
         ctx.save_for_backward(x, dx, rows, seed)
         ctx.constants = constants
-        value = _run(x, None, rows, seed, constants, gelu=True)
-        return value, _run(dx, None, rows, seed, constants, gelu_at=x)
+        return _run_pair(x, dx, rows, seed, constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, grad_tangent):
         x, dx, rows, seed = ctx.saved_tensors
-        d_x = _run(grad, None, rows, seed, ctx.constants, gelu_at=x)
-        d_x = _run(grad_tangent, d_x, rows, seed, ctx.constants, gelu_at=x, times=dx)
-        d_dx = _run(grad_tangent, None, rows, seed, ctx.constants, gelu_at=x)
-        return d_x, d_dx, None, None, None
+        given = {"gelu_at": x, "d_grad": grad_tangent}
+        gradients = _run_pair(grad, dx, rows, seed, ctx.constants, **given)
+        return *gradients, None, None, None
 
 
 class StreamDropout:
@@ -202,6 +246,7 @@ class StreamDropout:
         activation: str | None = None,
         position_offset: int = 0,
         position_stride: int = 1,
+        row_scale: Callable[[], Tensor | None] | None = None,
     ) -> Tensor:
         return dropout(
             x,
@@ -213,6 +258,7 @@ class StreamDropout:
             activation=activation,
             position_offset=position_offset,
             position_stride=position_stride,
+            row_scale=None if row_scale is None else row_scale(),
         )
 
 
@@ -227,10 +273,11 @@ class TorchDropout:
         *,
         residual: Tensor | None = None,
         activation: str | None = None,
+        row_scale: Callable[[], Tensor | None] | None = None,
         **_: int,
     ) -> Tensor:
         dropped = F.dropout(reference.activate(x, activation), p)
-        return dropped if residual is None else residual + dropped
+        return reference.add_scaled(residual, dropped, row_scale() if row_scale else None)
 
 
 # --- for torch.compile and torch.export -----------------------------------------------------------

@@ -27,6 +27,7 @@ from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
+    FAVE,
     FMREC,
     Attend,
     BlockWeights,
@@ -224,9 +225,7 @@ def pack(
     """The blocks' parameters, copied into the order that the C++ kernels read, for histories of
     `length` positions and products of this `precision`, see `encoder`.
 
-    Packed anew for every call and never kept: that takes less than a network evaluation of one
-    sequence, and no note of a tensor's address and version sees every way to write to it
-    (``parameter.data``, a numpy view).
+    A copy, of the weights as they are now: `packing` keeps it for as long as they stay so.
     """
     arrays = [
         tuple(None if part is None else part.detach().contiguous().numpy() for part in block[:-1])
@@ -246,8 +245,11 @@ def variant_declined(blocks: list[BlockWeights], device: torch.device) -> str:
     if not blocks:
         return ""
     first, rms = blocks[0].inv_freq, blocks[0].norm1_bias is None
-    if torch.compiler.is_compiling() and (first is not None or rms):
-        return "its registered op has no RMS norms and no rotary embedding"
+    if torch.compiler.is_compiling():
+        # Whether all angles are the same is looked at when the program runs.
+        if rms != (first is not None):
+            return "its registered op has RMS norms with rotary embedding, and only with it"
+        return ""
     if candidate(device) is Backend.TRITON:
         if rms != (first is not None):
             return "its Triton kernel has RMS norms with rotary embedding, and only with it"
@@ -406,9 +408,28 @@ def _encoder_triton(
 
 
 def unflatten(parameters: Sequence[Tensor]) -> list[BlockWeights]:
-    """The blocks without rotary embedding whose tensors `parameters` are, one after another."""
-    size = len(BlockWeights._fields) - 1
-    return [BlockWeights(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
+    """The blocks whose tensors `parameters` are, one after another.
+
+    FMRec's, or Fave's: these have no biases of norms, so that the second tensor is a matrix, and
+    angles per position.
+    """
+    names = list(BlockWeights._fields)
+    if len(parameters) > 1 and parameters[1].ndim == 2:
+        names = [name for name in names if not name.startswith("norm") or "bias" not in name]
+        empty: dict[str, Tensor | None] = {"norm1_bias": None, "norm2_bias": None}
+    else:
+        names.remove("inv_freq")
+        empty = {}
+    size = len(names)
+    return [
+        BlockWeights(**dict(zip(names, parameters[i : i + size], strict=True)), **empty)  # type: ignore[arg-type]
+        for i in range(0, len(parameters), size)
+    ]
+
+
+def variant_of(blocks: Sequence[BlockWeights]) -> Variant:
+    """`FAVE` where the blocks rotate, else `FMREC`."""
+    return FAVE if blocks and blocks[0].inv_freq is not None else FMREC
 
 
 def _compiled(
@@ -438,12 +459,14 @@ def _registered(
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    blocks = unflatten(parameters)
     with use_backend(backend):
         out, tapped = encoder(
             x,
             mask,
-            unflatten(parameters),
+            blocks,
             num_heads=num_heads,
+            variant=variant_of(blocks),
             tap=tap,
             first_key_bias=first_key_bias,
             precision=precision,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,15 @@ from fmrec_fast.ops.encoder import (
     pack,
     unflatten,
     variant_declined,
+    variant_of,
 )
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.reference import euler_sampler as reference
 from fmrec_fast.reference.encoder import FMREC, NORM_EPS, BlockWeights, Variant
 from fmrec_fast.reference.noise_fusion import euler_update
+
+if TYPE_CHECKING:
+    from fmrec_fast.packing import Weights
 
 # Rows that the definition takes together on a CPU: more, and the activations leave the caches.
 CPU_ROWS = 32
@@ -45,6 +49,7 @@ class SamplerWeights:
     attention: str
     delta: float
     variant: Variant = FMREC
+    kept: Weights | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def _packed(self) -> dict[str, Any]:
@@ -56,7 +61,7 @@ class SamplerWeights:
         return [tensor for block in self.blocks for tensor in block.tensors()]
 
     def flat(self) -> tuple[list[Tensor], Tensor, Tensor, int, float]:
-        """What a registered op takes in its place: published attention, FMRec's blocks."""
+        """What a registered op takes in its place: published attention."""
         return self.parameters(), self.norm_weight, self.norm_bias, self.num_heads, self.delta
 
     @staticmethod
@@ -69,18 +74,24 @@ class SamplerWeights:
     ) -> SamplerWeights:
         """The inverse of `flat`."""
         blocks = unflatten(parameters)
-        return SamplerWeights(blocks, norm_weight, norm_bias, num_heads, "published", delta)
+        numbers = (num_heads, "published", delta)
+        return SamplerWeights(blocks, norm_weight, norm_bias, *numbers, variant_of(blocks))
 
     def packed_for(self, length: int, precision: str) -> Any:
         """The blocks as the C++ kernels read them, for products of this `precision`; with rotary
-        embedding, for histories of `length` positions. Else packed once for this object: it is made
-        for one call of the sampler and does not outlive it, so that no change of a weight is
-        missed."""
+        embedding, for histories of `length` positions. Else found or packed once for this object:
+        it is made for one call of the sampler and does not outlive it, so that no change of a
+        weight is missed."""
         if self.variant.rotary:
-            return pack(self.blocks, self.num_heads, length, precision)
+            return self._pack(length, precision)
         if precision not in self._packed:
-            self._packed[precision] = pack(self.blocks, self.num_heads, None, precision)
+            self._packed[precision] = self._pack(None, precision)
         return self._packed[precision]
+
+    def _pack(self, length: int | None, precision: str) -> Any:
+        if self.kept is not None:
+            return self.kept.state().packed(self.num_heads, length, precision)
+        return pack(self.blocks, self.num_heads, length, precision)
 
 
 def euler_sampler(

@@ -53,8 +53,9 @@ def dropout(
     activation: str | None = None,
     position_offset: int = 0,
     position_stride: int = 1,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """residual + where(kept, activation(x) / (1 - p), 0); x [B, P, C]."""
+    """residual + row_scale * where(kept, activation(x) / (1 - p), 0); x [B, P, C]."""
     x = activate(x, activation)
     kept = dropout_mask(
         x.shape,
@@ -66,4 +67,12 @@ def dropout(
         position_stride=position_stride,
     )
     dropped = torch.where(kept, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
-    return dropped if residual is None else residual + dropped
+    return add_scaled(residual, dropped, row_scale)
+
+
+def add_scaled(residual: Tensor | None, x: Tensor, row_scale: Tensor | None) -> Tensor:
+    """residual + row_scale * x, a factor a row; what is None is left out."""
+    if row_scale is None:
+        return x if residual is None else residual + x
+    factors = row_scale[:, None, None]
+    return x * factors if residual is None else torch.addcmul(residual, x, factors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmrec_fast.forward_mode import is_dual
 from fmrec_fast.reference.attention import mix
-from fmrec_fast.reference.dropout import activate
+from fmrec_fast.reference.dropout import activate, add_scaled
 from fmrec_fast.reference.linear import linear as linear_definition
 from fmrec_fast.reference.rms_norm import rms_norm as rms_norm_definition
 from fmrec_fast.reference.rotary import rotate
@@ -99,7 +99,11 @@ Norm = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class Drop(Protocol):
-    """Dropout at one of the stack's sites (see `dropout_sites`)."""
+    """Dropout at one of the stack's sites (see `dropout_sites`).
+
+    `row_scale` is asked, after the mask is drawn, for what each row [B] is multiplied by before the
+    residual is added; None is 1.
+    """
 
     def __call__(
         self,
@@ -111,6 +115,7 @@ class Drop(Protocol):
         activation: str | None = None,
         position_offset: int = 0,
         position_stride: int = 1,
+        row_scale: Callable[[], Tensor | None] | None = None,
     ) -> Tensor: ...
 
 
@@ -160,11 +165,11 @@ def no_drop(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    row_scale: Callable[[], Tensor | None] | None = None,
     **_: int,
 ) -> Tensor:
     """The `Drop` of evaluation."""
-    x = activate(x, activation)
-    return x if residual is None else residual + x
+    return add_scaled(residual, activate(x, activation), row_scale() if row_scale else None)
 
 
 def no_paths(block: int, branch: int) -> None:
@@ -389,11 +394,8 @@ def add_branch(
     number: int,
 ) -> Tensor:
     """``x + path * drop(branch)``; the path's factor is drawn last, as published."""
-    if paths is no_paths:
-        return drop(branch, p, site, residual=x, position_offset=start)
-    dropped = drop(branch, p, site, position_offset=start)
-    factor = paths(index, number)
-    return x + dropped if factor is None else torch.addcmul(x, dropped, factor[:, None, None])
+    path = None if paths is no_paths else partial(paths, index, number)
+    return drop(branch, p, site, residual=x, position_offset=start, row_scale=path)
 
 
 def block(
