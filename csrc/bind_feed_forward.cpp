@@ -152,34 +152,44 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
                               target(d_norm_bias)};
     float *const to_w1 = target(d_w1), *const to_w2 = target(d_w2);
     py::gil_scoped_release release;
+    const std::int64_t chunks =
+        (a.batch * a.positions + FEED_FORWARD_ROWS - 1) / FEED_FORWARD_ROWS;
+    a.parts = chunks < FEED_FORWARD_PARTS ? chunks : FEED_FORWARD_PARTS;
     const std::int64_t part = feed_forward_partial(a.width, a.inner);
-    const Floats partial = allocate_floats(FEED_FORWARD_PARTS * part, true);
+    const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, true);
     a.partial = partial.get();
-    if (a.batch * a.positions > 0) {
+    if (a.parts > 0) {
         const Floats packed = allocate_floats(kernels.packed(&a), false);
         a.packed = packed.get();
         kernels.pack_backward(&a);
         prefer_huge_pages(a.out, a.batch * a.positions * a.width * 4);
         const std::int64_t slab = kernels.scratch(&a);
-        const Floats memory = allocate_floats(FEED_FORWARD_PARTS * slab, false);
-        parallel_items(num_threads, FEED_FORWARD_PARTS, worth_it(a),
+        const Floats memory = allocate_floats(a.parts * slab, false);
+        parallel_items(num_threads, a.parts, worth_it(a),
                        [&](std::int64_t begin, std::int64_t end) {
                            kernels.backward(&a, begin, end, memory.get() + begin * slab);
                        });
     }
     float* const total = partial.get();
-    for (std::int64_t i = 1; i < FEED_FORWARD_PARTS; ++i) {
+    for (std::int64_t i = 1; i < a.parts; ++i) {
         const float* more = total + i * part;
         for (std::int64_t n = 0; n < part; ++n) total[n] += more[n];
     }
-    for (std::int64_t f = 0; f < a.inner; ++f) {
+    const std::int64_t size = a.width * a.inner;
+    for (std::int64_t f = 0; f < a.inner; f += FEED_FORWARD_PANEL) {
+        const std::int64_t columns =
+            a.inner - f < FEED_FORWARD_PANEL ? a.inner - f : FEED_FORWARD_PANEL;
+        const float *const of_w1 = total + f * a.width, *const of_w2 = of_w1 + size;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            float* to = to_w1 + (f + j) * a.width;
+            for (std::int64_t d = 0; d < a.width; ++d) to[d] = of_w1[d * columns + j];
+        }
         for (std::int64_t d = 0; d < a.width; ++d) {
-            to_w1[f * a.width + d] = total[d * a.inner + f];
+            float* to = to_w2 + d * a.inner + f;
+            for (std::int64_t j = 0; j < columns; ++j) to[j] = of_w2[d * columns + j];
         }
     }
-    const float* from = total + a.width * a.inner;
-    for (std::int64_t n = 0; n < a.width * a.inner; ++n) to_w2[n] = from[n];
-    from += a.width * a.inner;
+    const float* from = total + 2 * size;
     for (int i = 0; i < 4; ++i) {
         const std::int64_t count = i == 0 ? a.inner : a.width;
         for (std::int64_t n = 0; n < count; ++n) sums_to[i][n] = from[n];

@@ -97,11 +97,21 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     }
     const LinearKernels& kernels = FMREC_TABLE(linear);
     py::gil_scoped_release release;
-    if (d_x && rows > 0) {
-        linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x, rows,
-                       columns, in, planes, num_threads);
+    if (!d_weight && !d_bias) {
+        if (d_x && rows > 0) {
+            linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x,
+                           rows, columns, in, planes, num_threads);
+        }
+        return;
     }
-    if (!d_weight && !d_bias) return;
+    LinearProduct product{data<float>(grad), nullptr, nullptr, d_x, rows, columns, in, planes};
+    Floats panels;
+    if (d_x && rows > 0) {
+        panels = allocate_floats(linear_packed(columns, in), false);
+        prefer_huge_pages(d_x, rows * in * 4);
+        kernels.pack(data<float>(weight), in, 1, columns, in, planes, panels.get());
+        product.panels = panels.get();
+    }
     const bool swapped = in < columns;  // then the sums are those of the transposed gradient
     LinearGradient g{};
     g.a = swapped ? data<float>(x) : data<float>(grad);
@@ -112,6 +122,7 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     g.wide = swapped ? columns : in;
     g.width_of_grad = columns;
     g.planes = planes;
+    g.product = product.panels ? &product : nullptr;
     const std::int64_t size = g.narrow * g.wide;
     const Floats partial = allocate_floats(LINEAR_PARTS * size, true);
     const Floats sums = allocate_floats(LINEAR_PARTS * columns, true);

@@ -156,13 +156,13 @@ FMREC_INLINE uint32_t kept_bits(const uint32_t* words, uint32_t threshold) {
 }
 
 // x where the bits from `channel` on are set, else 0: selected, so that NaN and infinity drop too.
-FMREC_INLINE f32v select(const uint8_t* bits, int64_t channel, f32v x) {
+FMREC_INLINE f32v select(const uint8_t* bits, uint64_t channel, f32v x) {
 #if defined(__AVX512F__)
     uint16_t mask;
     __builtin_memcpy(&mask, bits + channel / 8, sizeof mask);
     return (f32v)_mm512_maskz_mov_ps(mask, (__m512)x);
 #else
-    const uint32_t mask = (uint32_t)bits[channel / 8] >> (channel % 8);
+    const uint32_t mask = (uint32_t)bits[channel / 8] >> channel % 8;
 #if defined(__AVX2__)
     const u32v lanes = {1, 2, 4, 8, 16, 32, 64, 128};
 #else
@@ -170,6 +170,11 @@ FMREC_INLINE f32v select(const uint8_t* bits, int64_t channel, f32v x) {
 #endif
     return (f32v)((u32v)x & (u32v)(((u32v{} + mask) & lanes) != 0));
 #endif
+}
+
+// Without bits, nothing is dropped.
+FMREC_INLINE f32v masked(const uint8_t* bits, int64_t channel, f32v x) {
+    return bits ? select(bits, (uint64_t)channel, x) : x;
 }
 
 // The masks of rows [first, first + rows), whose channels begin at the bit `to` of a row.
@@ -214,7 +219,7 @@ FMREC_INLINE float* take(float** memory, int64_t count) {
 }
 
 struct Scratch {
-    float *normed, *d_normed, *rows, *hidden, *inner, *d_hidden, *sums;
+    float *normed, *d_normed, *rows, *inner, *slopes, *d_hidden, *sums;
     float *left, *transposed, *left_rows, *transposed_rows, *left_hidden, *right;
     uint32_t* words;
 };
@@ -225,8 +230,8 @@ int64_t lay_out(const FeedForward* a, float* memory, Scratch* s) {
     s->normed = take(&memory, ROWS * width);
     s->d_normed = take(&memory, ROWS * width);
     s->rows = take(&memory, ROWS * width);
-    s->hidden = take(&memory, ROWS * PANEL);
     s->inner = take(&memory, ROWS * PANEL);
+    s->slopes = take(&memory, ROWS * PANEL);
     s->d_hidden = take(&memory, ROWS * PANEL);
     s->sums = take(&memory, ROWS * PANEL);
     s->left = take(&memory, left_size(ROWS, width));
@@ -293,16 +298,16 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     const int64_t all = a->batch * a->positions;
     const LayerNorm norm = norm_of(a);
     CounterWalk inner_walk, outer_walk;
-    if (a->kept) {
-        make_walk(&inner_walk, (uint64_t)inner / 4, a->position_offset, a->position_stride);
-        make_walk(&outer_walk, (uint64_t)width / 4, a->position_offset, a->position_stride);
-    }
+    make_walk(&inner_walk, (uint64_t)inner / 4, a->position_offset, a->position_stride);
+    make_walk(&outer_walk, (uint64_t)width / 4, a->position_offset, a->position_stride);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * ROWS, rows = at_most(all - first, ROWS);
         const float* x = a->x + first * width;
         const uint8_t* kept = a->kept ? (const uint8_t*)a->kept + first * bytes : nullptr;
         const float scale = a->scale;
         if (kept) {
+            // Beyond the masks the last word of a row has zeros.
+            __builtin_memset((uint8_t*)a->kept + first * bytes, 0, (size_t)(rows * bytes));
             draw_mask(a, &inner_walk, first, rows, inner, a->site, 0, s.words);
             draw_mask(a, &outer_walk, first, rows, width, a->site + 1, inner, s.words);
             draw_mask(a, &outer_walk, first, rows, width, a->site + 2, inner + width, s.words);
@@ -318,10 +323,10 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
                 normed, packed_right(weights, columns), width, rows, columns, s.sums,
                 [=](int64_t row, int64_t column, const float* sums, int64_t count) {
                     float* out = activated + row * columns + column;
+                    const uint8_t* bits = kept ? kept + row * bytes : nullptr;
                     for (int64_t j = 0; j < count; j += FLOATS) {
                         const f32v h = gelu(load(sums + j) + load(bias + column + j));
-                        store(out + j, kept ? select(kept + row * bytes, f + column + j, h * scale)
-                                            : h);
+                        store(out + j, masked(bits, f + column + j, h * scale));
                     }
                 });
             weights += right_size(width, columns);
@@ -331,12 +336,11 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
         }
         float* out = a->out + first * width;
         for (int64_t i = 0; i < rows; ++i) {
+            const uint8_t* bits = kept ? kept + i * bytes : nullptr;
             for (int64_t j = 0; j < width; j += FLOATS) {
-                f32v branch = load(s.rows + i * width + j);
-                if (kept) branch = select(kept + i * bytes, inner + j, branch * scale);
-                f32v sum = load(x + i * width + j) + branch;
-                if (kept) sum = select(kept + i * bytes, inner + width + j, sum * scale);
-                store(out + i * width + j, sum);
+                const f32v branch = masked(bits, inner + j, load(s.rows + i * width + j) * scale);
+                const f32v sum = (load(x + i * width + j) + branch) * scale;
+                store(out + i * width + j, masked(bits, inner + width + j, sum));
             }
         }
     }
@@ -394,12 +398,11 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     const Operand normed_transposed = left_transposed(s->normed, rows, width, s->transposed);
     // The residual's gradient goes to d_x, the branch's to s->rows.
     for (int64_t i = 0; i < rows; ++i) {
+        const uint8_t* bits = kept ? kept + i * bytes : nullptr;
         for (int64_t j = 0; j < width; j += FLOATS) {
-            f32v g = load(grad + i * width + j);
-            if (kept) g = select(kept + i * bytes, inner + width + j, g * scale);
+            const f32v g = masked(bits, inner + width + j, load(grad + i * width + j) * scale);
             store(d_x + i * width + j, g);
-            if (kept) g = select(kept + i * bytes, inner + j, g * scale);
-            store(s->rows + i * width + j, g);
+            store(s->rows + i * width + j, masked(bits, inner + j, g * scale));
         }
     }
     add_rows(s->rows, rows, width, d_b2);
@@ -409,31 +412,40 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     const float* weights = a->packed;
     for (int64_t f = 0; f < inner; f += PANEL) {
         const int64_t columns = at_most(inner - f, PANEL);
-        product(normed, packed_right(weights, columns), width, rows, columns, a->b1 + f, false,
-                s->hidden, columns);
+        const float* bias = a->b1 + f;
+        float *const activated = s->inner, *const slopes = s->slopes;
+        float* const d_hidden = s->d_hidden;
+        // GELU and its derivative are finished under the products of their own layer: what is left
+        // for the next one is a multiplication.
+        finish_product(
+            normed, packed_right(weights, columns), width, rows, columns, s->sums,
+            [=](int64_t row, int64_t column, const float* of, int64_t count) {
+                const int64_t at = row * columns + column;
+                const uint8_t* bits = kept ? kept + row * bytes : nullptr;
+                for (int64_t j = 0; j < count; j += FLOATS) {
+                    const f32v h = load(of + j) + load(bias + column + j);
+                    f32v slope;
+                    const f32v value = gelu_and_derivative(h, &slope) * scale;
+                    store(slopes + at + j, slope * scale);
+                    store(activated + at + j, masked(bits, f + column + j, value));
+                }
+            });
         weights += right_size(width, columns);
-        const float* hidden = s->hidden;
-        float *const activated = s->inner, *const d_hidden = s->d_hidden;
         finish_product(
             d_outer, packed_right(weights, columns), width, rows, columns, s->sums,
             [=](int64_t row, int64_t column, const float* of, int64_t count) {
                 const int64_t at = row * columns + column;
+                const uint8_t* bits = kept ? kept + row * bytes : nullptr;
                 for (int64_t j = 0; j < count; j += FLOATS) {
-                    const f32v h = load(hidden + at + j);
-                    f32v value = gelu(h), d = load(of + j) * gelu_derivative(h);
-                    if (kept) {
-                        value = select(kept + row * bytes, f + column + j, value * scale);
-                        d = select(kept + row * bytes, f + column + j, d * scale);
-                    }
-                    store(activated + at + j, value);
-                    store(d_hidden + at + j, d);
+                    const f32v d = load(of + j) * load(slopes + at + j);
+                    store(d_hidden + at + j, masked(bits, f + column + j, d));
                 }
             });
         weights += right_size(width, columns);
         product(d_outer_transposed, right(s->inner, rows, columns, s->right), rows, width, columns,
-                nullptr, true, d_w2 + f, inner);
+                nullptr, true, d_w2 + f * width, columns);
         product(normed_transposed, right(s->d_hidden, rows, columns, s->right), rows, width,
-                columns, nullptr, true, d_w1 + f, inner);
+                columns, nullptr, true, d_w1 + f * width, columns);
         add_rows(s->d_hidden, rows, columns, d_b1 + f);
         product(left(s->d_hidden, rows, columns, s->left_hidden), packed_right(weights, width),
                 columns, rows, width, nullptr, f > 0, s->d_normed, width);
@@ -455,8 +467,8 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     const int64_t size = a->width * a->inner;
     for (int64_t part = begin; part < end; ++part) {
         float* partial = a->partial + part * feed_forward_partial(a->width, a->inner);
-        const int64_t last = chunks * (part + 1) / FEED_FORWARD_PARTS;
-        for (int64_t chunk = chunks * part / FEED_FORWARD_PARTS; chunk < last; ++chunk) {
+        const int64_t last = chunks * (part + 1) / a->parts;
+        for (int64_t chunk = chunks * part / a->parts; chunk < last; ++chunk) {
             const int64_t first = chunk * ROWS;
             backward_chunk(a, &s, first, at_most(all - first, ROWS), partial, partial + size,
                            partial + 2 * size);

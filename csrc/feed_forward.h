@@ -14,8 +14,8 @@ namespace fmrec {
 
 // Rows of a chunk, and channels of the inner layer that are under way at a time.
 constexpr int64_t FEED_FORWARD_ROWS = 128, FEED_FORWARD_PANEL = 128;
-// Partial sums of the weights' gradients: their number does not depend on the threads, so neither
-// do the results.
+// Partial sums of the weights' gradients, at most: their number does not depend on the threads, so
+// neither do the results.
 constexpr int64_t FEED_FORWARD_PARTS = 8;
 
 struct FeedForward {
@@ -38,10 +38,12 @@ struct FeedForward {
     float scale;
     int64_t* kept;
     float* out;  // [M, D]; in the backward pass d_x
-    // Backward only. Of each part: d_w1 [D, F] (transposed), d_w2 [D, F], and the sums d_b1 [F],
-    // d_b2, d_norm_weight and d_norm_bias [D]; all zeroed.
+    // Backward only. Of each part: d_w1 (transposed) and d_w2, a panel [D, FEED_FORWARD_PANEL or what
+    // is left] after the other, and the sums d_b1 [F], d_b2, d_norm_weight and d_norm_bias [D]; all
+    // zeroed.
     const float* grad;  // [M, D]
     float* partial;
+    int64_t parts;  // at most the number of chunks
 };
 
 // 64-bit words of a row's masks.

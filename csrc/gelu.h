@@ -38,13 +38,19 @@ FMREC_INLINE void gelu_all(f32v* x) {
 #undef FMREC_EACH
 }
 
-// s + x s (1 - s) d(2 u)/dx, where 1 - s = e s.
-FMREC_INLINE f32v gelu_derivative(f32v x) {
-    // 2 sqrt(2 / pi), and 3 * 0.044715 times that.
+// gelu(x) and its derivative s + x s (1 - s) d(2 u)/dx, where 1 - s = e s.
+FMREC_INLINE f32v gelu_and_derivative(f32v x, f32v* derivative) {
     const f32v linear_term = broadcast(1.595769122f), quadratic = broadcast(0.2140644888f);
     const f32v e = gelu_exponential(x);
-    const f32v s = reciprocal(e + 1.0f);
-    return s + x * s * (e * s) * (x * x * quadratic + linear_term);
+    const f32v s = reciprocal(e + 1.0f), value = x * s;
+    *derivative = s + value * (e * s) * (x * x * quadratic + linear_term);
+    return value;
+}
+
+FMREC_INLINE f32v gelu_derivative(f32v x) {
+    f32v derivative;
+    gelu_and_derivative(x, &derivative);
+    return derivative;
 }
 
 // gelu(x) and its first two derivatives. With y = d(2 u)/dx the second one is

@@ -66,13 +66,14 @@ void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
     const int64_t chunks = (g->rows + LINEAR_CHUNK - 1) / LINEAR_CHUNK;
     uint16_t* a = (uint16_t*)(g->scratch + begin * linear_gradient_scratch(g->narrow, g->wide));
     uint16_t* b = a + amx_rows_size(g->narrow, LINEAR_CHUNK, PLANES);
-    const TileState tiles;
     for (int64_t part = begin; part < end; ++part) {
         float* partial = g->partial + part * g->narrow * g->wide;
         const int64_t last = chunks * (part + 1) / LINEAR_PARTS;
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
             const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
+            if (g->product) product_of_planes<PLANES>(g->product, chunk, chunk + 1);
+            const TileState tiles;
             amx_split<PLANES, true, STRIPS_INSIDE>(g->a + first * g->narrow, g->narrow, g->narrow,
                                                    rows, a);
             amx_split<PLANES, false, STRIPS_INSIDE>(g->b + first * g->wide, g->wide, g->wide, rows,
@@ -147,6 +148,7 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
             const int64_t rows = g->rows - first < LINEAR_CHUNK ? g->rows - first : LINEAR_CHUNK;
+            if (g->product) product(g->product, chunk, chunk + 1);
             for (int64_t j = 0; j < g->wide; j += LINEAR_PANEL) {
                 const int64_t width = g->wide - j < LINEAR_PANEL ? g->wide - j : LINEAR_PANEL;
                 for (int64_t k = 0; k < rows; ++k) {

@@ -11,7 +11,7 @@ namespace fmrec {
 // Columns of a packed panel: the widest tile of every instruction set divides it.
 constexpr int64_t LINEAR_PANEL = 64, LINEAR_WIDTH = 16;
 // Rows of a work item, and rows that a weight gradient sums before it touches its accumulators.
-constexpr int64_t LINEAR_ROWS = 96, LINEAR_CHUNK = 96;
+constexpr int64_t LINEAR_ROWS = 96, LINEAR_CHUNK = LINEAR_ROWS;
 // Partial sums of a weight gradient: their number does not depend on the threads, so neither do
 // the results.
 constexpr int64_t LINEAR_PARTS = 8;
@@ -40,6 +40,8 @@ struct LinearGradient {
     float* sums;     // [LINEAR_PARTS, width_of_grad], zeroed
     float* scratch;  // of each part, linear_gradient_scratch floats
     int planes;
+    // Computed on the way, from the chunk of the gradient that is in the cache; or null.
+    const LinearProduct* product;
 };
 
 // Floats of the packed B, whatever the instruction set: with AMX up to three bfloat16s a number.

@@ -177,7 +177,10 @@ def _start() -> None:
         dashboard = None if os.environ.get("RAY_ADDRESS") else False
         # What workers raise is raised here; the rest of what they print is in Ray's own logs.
         ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=dashboard)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            # Accounts of where in Ray something was raised: they go to its logs only.
+            handler.setLevel(logging.CRITICAL)
 
 
 def recommend_with_ray(

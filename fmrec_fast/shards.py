@@ -102,9 +102,8 @@ class Shards:
         if len(found) >= self.deaths:
             place = self._get(max(one.path for one in found)).decode()
             raise WorkError(
-                f"{len(found)} workers died, one after the other, at {place}: they need more "
-                f"memory than there is (a smaller --batch needs less), or "
-                f"something about these users kills them"
+                f"{len(found)} workers died, one after the other, at {place}: for want of memory "
+                f"(a smaller --batch needs less), or something there kills them"
             )
         return Attempt(self, folder)
 

@@ -26,6 +26,7 @@ from fmrec_fast.ops import (
     dropout,
     encoder,
     euler_sampler,
+    feed_forward,
     history_loss,
     item_cross_entropy,
     item_topk,
@@ -136,6 +137,12 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
     calls = {
         "noise_fusion": lambda: fuse(torch.float64),
         "linear": lambda: linear(double.repeat(64, 4), double.repeat(8, 4), double.repeat(1, 4)[0]),
+        "feed_forward": lambda: feed_forward(
+            *(torch.ones(s, dtype=torch.float64) for s in ((64, 1, 16), 16, 16, (16, 16), 16)),
+            *(torch.ones(s, dtype=torch.float64) for s in ((16, 16), 16)),
+            0.5,
+            seed=torch.tensor(1),
+        ),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
         "item_cross_entropy": lambda: item_cross_entropy(double, double, torch.tensor([0, 1])),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),

@@ -214,6 +214,39 @@ def linear_backward(call: Call) -> None:
     linear_precision(call)
 
 
+def feed_forward(call: Call, weights: str) -> tuple[int, int, int, int]:
+    """What both directions take; returns (B, P, D, F)."""
+    b, positions = sizes_of(call, "B P")
+    d, f = (16 * call.draw(st.integers(1, 3)) for _ in "DF")
+    call.floats("x", b, positions, d)
+    shapes = {"w1": (f, d), "b1": (f,), "w2": (d, f)}
+    for name in weights.split():
+        call.floats(name, *shapes.get(name, (d,)))
+    call.plain["p"] = call.draw(st.floats(0, 0.999))
+    return b, positions, d, f
+
+
+def feed_forward_forward(call: Call) -> None:
+    b, positions, d, f = feed_forward(call, "norm_weight norm_bias w1 b1 w2 b2")
+    call.integers("rows", b)
+    if call.plain["p"] > 0 or call.maybe("kept"):
+        call.integer_output("kept", b, positions, (f + 2 * d + 63) // 64)
+    call.output("out", b, positions, d)
+    call.plain |= {name: call.draw(words) for name in ("seed", "site")}
+    call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
+
+
+def feed_forward_backward(call: Call) -> None:
+    b, positions, d, f = feed_forward(call, "norm_weight norm_bias w1 b1 w2")
+    call.floats("grad", b, positions, d)
+    if call.maybe("kept"):
+        call.integers("kept", b, positions, (f + 2 * d + 63) // 64)
+    call.output("d_x", b, positions, d)
+    shapes = {"d_w1": (f, d), "d_b1": (f,), "d_w2": (d, f)}
+    for name in ("d_norm_weight", "d_norm_bias", "d_w1", "d_b1", "d_w2", "d_b2"):
+        call.output(name, *shapes.get(name, (d,)))
+
+
 def history_loss_forward(call: Call) -> None:
     b, v, h, m = sizes_of(call, "B V H M")
     m = m if b and v else 0
@@ -463,6 +496,8 @@ CALLS = {
         dropout,
         linear_forward,
         linear_backward,
+        feed_forward_forward,
+        feed_forward_backward,
         history_loss_forward,
         history_loss_backward,
         item_cross_entropy_forward,

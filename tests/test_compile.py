@@ -22,7 +22,7 @@ from fmrec_fast import (
     use_rng,
 )
 from fmrec_fast.backend import availability
-from fmrec_fast.ops import attention, dropout, encoder, linear, noise_fusion
+from fmrec_fast.ops import attention, dropout, encoder, feed_forward, linear, noise_fusion
 from fmrec_fast.ops.encoder import unflatten, variant_of
 from fmrec_fast.randomness import random_source
 from fmrec_fast.reference.encoder import FAVE, FMREC
@@ -63,6 +63,11 @@ def fave_weights(blocks: int) -> list[Tensor]:
     return parts
 
 
+def feed_weights(grad: bool = False) -> list[Tensor]:
+    shapes = [(16,), (16,), (32, 16), (32,), (16, 32), (16,)]
+    return [randn(*shape, seed=i + 1, grad=grad) for i, shape in enumerate(shapes)]
+
+
 # --- the registered ops, each with every kind of argument ---------------------------------------
 
 ops = torch.ops.fmrec_fast
@@ -95,6 +100,17 @@ REGISTERED = [
         ),
         id="linear",
         marks=CPP,
+    ),
+    *(
+        pytest.param(
+            lambda p=p: (
+                ops.feed_forward,
+                (randn(3, 5, 16, grad=True), *feed_weights(grad=True), ROWS, SEED, 2, 1, 3, p),
+            ),
+            id=f"feed_forward-{p}",
+            marks=CPP,
+        )
+        for p in (0.0, 0.3)
     ),
     pytest.param(
         lambda: (
@@ -222,7 +238,7 @@ def test_opcheck(case):
 
 
 def test_every_kernel_that_has_to_be_is_registered():
-    names = {"noise_fusion", "dropout", "linear", "attention", "encoder"}
+    names = {"noise_fusion", "dropout", "linear", "feed_forward", "attention", "encoder"}
     names |= {"euler_sampler", "picard_sweep"}
     for name in names:
         assert hasattr(ops, name), name
@@ -245,8 +261,13 @@ def attend(qkv: Tensor) -> Tensor:
     return attention(qkv, MASK, num_heads=4, p=0.2, seed=SEED, rows=ROWS, site=1)
 
 
+def feed(*tensors: Tensor) -> Tensor:
+    return feed_forward(*tensors, 0.3, seed=SEED, rows=ROWS, site=3, position_offset=1)
+
+
 TILES = extension.available() and extension.load().isa() == "amx"
 CALLS = {
+    "feed_forward": (feed, (randn(3, 30, 16), *feed_weights())),
     "noise_fusion": (fuse, (randn(3, 5, 16), randn(3, 16, seed=1), randn(16, seed=2))),
     "dropout": (drop, (randn(3, 5, 16), randn(3, 5, 16, seed=1))),
     "linear": (linear, (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2))),
@@ -338,7 +359,7 @@ def test_the_compiled_sampler_is_one_op_and_draws_as_the_eager_one(model, batch)
             results.append(call(batch.sequence))
         assert [(entry.op, entry.backend) for entry in log] == [("euler_sampler", Backend.CPP)]
     assert torch.equal(results[0], results[1])
-    # Eagerly the embedding is part of the call, in C++, compiled it is PyTorch's: equal to rounding.
+    # Eagerly the embedding is part of the call, in C++; compiled it is PyTorch's.
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
     assert not torch.equal(run(batch.sequence), results[0])
     assert model.training and model.embed_dropout.training
@@ -363,8 +384,7 @@ def test_compiled_inference_of_fave_is_one_op_and_draws_as_the_eager_one(fave, b
         with use_backend("cpp"), dispatch_log() as log:
             results.append(call(batch.sequence))
         assert [(entry.op, entry.backend) for entry in log] == [("euler_sampler", Backend.CPP)]
-    # Eagerly the embedding is part of the call, in C++.
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)  # the eager call embeds in C++
 
 
 @CPP

@@ -11,7 +11,16 @@ import pyarrow.parquet
 import pytest
 
 from fmrec_fast import ray_engine
-from fmrec_fast.data.users import ParquetFiles, Piece, RowReader, locate, of_size, pieces
+from fmrec_fast.data.users import (
+    Histories,
+    HistoryEncoder,
+    ParquetFiles,
+    Piece,
+    RowReader,
+    locate,
+    of_size,
+    pieces,
+)
 from fmrec_fast.shards import Counts, Output, Shards, WorkError
 
 
@@ -251,3 +260,59 @@ def test_tasks_of_a_bucket_do_not_depend_on_the_order_of_its_rows():
     for row in sorted(table.to_pylist(), key=lambda row: (row["time"], row["position"])):
         expected.setdefault(row["user"], []).append(row["item"])
     assert dict(zip(found["user"].to_pylist(), found["item"].to_pylist())) == expected
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, MemoryError])
+def test_a_worker_says_at_which_users_it_failed(kind, tmp_path):
+    def recommend(histories: Histories) -> pa.Table:
+        if "u5" in histories.users.to_pylist():
+            raise kind("a kernel\nfailed")
+        return ROWS
+
+    worker = object.__new__(ray_engine._Worker)
+    worker._encode = HistoryEncoder([7, 8], "user", "item", "skip")
+    worker._recommend, worker._batch = recommend, 2
+    worker._shards = Shards(pyarrow.fs.LocalFileSystem(), str(tmp_path), 2)
+    users = pa.table({"user": [f"u{at}" for at in range(7)], "item": [[7], [8, 1], *[[7]] * 5]})
+    with pytest.raises(WorkError) as raised:
+        worker._write("part-0", iter([users]))
+    place = "the 2 users 'u4' to 'u5' of part-0"
+    assert str(raised.value) == f"at {place}: {kind.__name__}: a kernel failed"
+    assert worker._shards.names() == []
+    counts = worker._write("part-0", iter([users.slice(0, 3)]))
+    assert counts == Counts(rows=6, users=4, unknown_items=1) == worker._shards.finished("part-0")
+
+
+def test_benchmark_compares_rows_and_separates_the_start(tmp_path):
+    from benchmarks import ray_recommend
+
+    assert ray_recommend.write_users(tmp_path / "users.parquet", 30, 40, 50) > 60
+    count = ray_recommend.K * 30
+    rows = {
+        "user": [f"user-{at // ray_recommend.K}" for at in range(count)],
+        "rank": pa.array([at % ray_recommend.K + 1 for at in range(count)], pa.int32()),
+        "item": list(range(count)),
+        "score": pa.array(np.linspace(1, 2, count), pa.float32()),
+    }
+    table = pa.table(rows)
+
+    def put(other: pa.Table) -> None:
+        pa.parquet.write_table(table, tmp_path / "local.parquet")
+        (tmp_path / "ray").mkdir(exist_ok=True)
+        pa.parquet.write_table(other.slice(0, 70), tmp_path / "ray/1.parquet")
+        pa.parquet.write_table(other.slice(70), tmp_path / "ray/0.parquet")
+
+    put(table)
+    ray_recommend.compare(tmp_path, 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["users.parquet"]
+    swapped = table.set_column(2, "item", pa.array([1, 0, *range(2, count)]))
+    for wrong in (swapped, table.slice(1), pa.concat_tables([table, table.slice(0, 1)])):
+        put(wrong)
+        with pytest.raises(ValueError, match="the engines disagree"):
+            ray_recommend.compare(tmp_path, 30)
+    found = ray_recommend.summary({100: [3.0], 1000: [21.0, 4.0, 12.0]})
+    assert found == pytest.approx(
+        {"users_per_s": 1000 / 12, "running_users_per_s": 100, "start_s": 2}
+    )
+    case = {"name": "x", "users": 1000, "local": found, "ray": found}
+    assert "| 83 users/s | 83 users/s | 1.00 | 100 users/s |" in ray_recommend.table([case])

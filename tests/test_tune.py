@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 
@@ -12,9 +13,11 @@ from fmrec_fast.backend import Backend, availability
 from fmrec_fast.kernels import plans
 from fmrec_fast.kernels.plans import Network, Plan, TilePlan, Tuned, plan
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
 REASON = availability(Backend.TRITON, "cpu")
-needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-pytestmark = needs_triton
+interpreted = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 H100 = ("cuda:90", 232448)
 BF16 = Network(128, 64, 4, "bf16", False, False)
 
@@ -157,6 +160,7 @@ def test_what_does_not_compile_is_a_sentence(monkeypatch):
     assert tune.needs_of((BF16, chosen, "cuda:90")) == "does not compile: last line"
 
 
+@interpreted
 def test_a_wrong_result_is_refused():
     from fmrec_fast.kernels.tune import Sampler
 
@@ -167,7 +171,7 @@ def test_a_wrong_result_is_refused():
         sampler.measure(Plan(16, 64, 128, True, 1), 1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it times a device for minutes")
+@interpreted
 def test_the_command_tunes_writes_and_is_read(tuned, monkeypatch, capsys):
     """Interpreted, on tiny shapes; every candidate runs, and the clock is made up."""
     from fmrec_fast.kernels import tune
@@ -197,6 +201,16 @@ def test_the_command_tunes_writes_and_is_read(tuned, monkeypatch, capsys):
     (written,) = json.loads(tuned.read_text())["cuda:90"]
     assert written["measured"]["seconds"] == 1.0 and written["plan"]["programs"] == 2
     assert plan(5, 32, 4, "tf32", *H100) == plans.pinned(5, 32, 4, "tf32", *H100)
+
+
+@pytest.mark.gpu
+def test_the_command_times_a_device(tuned, capsys):
+    from fmrec_fast.kernels import tune
+
+    flags = "--widths 32 --lengths 5 --precisions float32 bf16 --batch 4 --steps 1 --most 1".split()
+    assert tune.main(flags) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("(pinned)") == 4 and shown.count(" ms ") >= 4 and not tuned.exists()
 
 
 def test_without_a_device_it_says_what_can_be_done(monkeypatch, capsys):

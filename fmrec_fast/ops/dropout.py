@@ -68,9 +68,17 @@ def dropout(
         if is_dual(row_scale) or (torch.is_grad_enabled() and row_scale.requires_grad):
             raise ValueError("row_scale must need no derivative, got one that does")
         if torch.compiler.is_compiling() or candidate(x.device) is Backend.TRITON:
-            given = {"seed": seed, "rows": rows, "site": site, "activation": activation}
-            places = {"position_offset": position_offset, "position_stride": position_stride}
-            return reference.add_scaled(residual, dropout(x, p, **given, **places), row_scale)
+            dropped = dropout(
+                x,
+                p,
+                seed=seed,
+                rows=rows,
+                site=site,
+                activation=activation,
+                position_offset=position_offset,
+                position_stride=position_stride,
+            )
+            return reference.add_scaled(residual, dropped, row_scale)
     value, tangent = split(x)
     constants = (site, position_offset, position_stride, p)
     if activation == "gelu" and tangent is not None and current_backend() is not Backend.REFERENCE:

@@ -109,9 +109,11 @@ def covers(width: int, inner: int) -> bool:
 
 def joins(x: Tensor, inner: int) -> bool:
     """Whether a block is to call the op: where its own kernel would run, on [B, P, D]."""
-    if is_wrapped(x) or is_dual(x) or not covers(x.shape[-1], inner):
+    if not covers(x.shape[-1], inner):
         return False
-    return torch.compiler.is_compiling() or x.shape[0] * x.shape[1] >= FEWEST_ROWS
+    if torch.compiler.is_compiling():
+        return True
+    return x.shape[0] * x.shape[1] >= FEWEST_ROWS and not (is_wrapped(x) or is_dual(x))
 
 
 def _forward(
@@ -121,7 +123,9 @@ def _forward(
     contiguous."""
     out = memory.empty(*x.shape)
     words = -(-(len(weights[2]) + 2 * x.shape[2]) // 64) if constants[-1] > 0 else 0
-    kept = torch.empty(*x.shape[:2], words, dtype=torch.int64)
+    kept = torch.empty(*x.shape[:2], 0, dtype=torch.int64)
+    if words:
+        kept = memory.empty(*x.shape[:2], 2 * words).view(torch.int64)
     extension.load().feed_forward_forward(
         x.detach().numpy(),
         *(weight.detach().numpy() for weight in weights),

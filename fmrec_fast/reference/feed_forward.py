@@ -26,7 +26,7 @@ def feed_forward(
     position_offset: int = 0,
     position_stride: int = 1,
 ) -> Tensor:
-    """drop(x + drop(drop(gelu(norm(x) W1^T + b1)) W2^T + b2)); see `fmrec_fast.ops.feed_forward`."""
+    """drop(x + drop(drop(gelu(norm(x) W1^T + b1)) W2^T + b2)): [B, P, D]."""
 
     def drop(x: Tensor, which: int, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
         return dropout(
