@@ -358,7 +358,9 @@ def test_the_compiled_sampler_is_one_op_and_draws_as_the_eager_one(model, batch)
         with use_backend("cpp"), dispatch_log() as log:
             results.append(call(batch.sequence))
         assert [(entry.op, entry.backend) for entry in log] == [("euler_sampler", Backend.CPP)]
-    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
+    assert torch.equal(results[0], results[1])
+    # Eagerly the embedding is part of the call, in C++; compiled it is PyTorch's.
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
     assert not torch.equal(run(batch.sequence), results[0])
     assert model.training and model.embed_dropout.training
 
