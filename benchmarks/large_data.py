@@ -85,7 +85,7 @@ def watch(command: list[str], folder: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(_cpu_of_children() - cpu, 1),
         **{f"{name}_mb": round(value, 1) for name, value in most.items()},
-        "disk_bytes": disk,
+        "disk_bytes": max(disk, bytes_in(folder)),
         "said": out.strip().splitlines()[-1] if out.strip() else "",
     }
 
