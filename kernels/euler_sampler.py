@@ -195,5 +195,5 @@ TILED = (
     "batch length steps num_blocks delta",
     {"p_noise": None, "TRAJECTORY": False, "TIED": True},
 )
-TILED_CASES = tiled_cases(*TILED, all_of_them=True)
+TILED_CASES = tiled_cases(*TILED, widest=True)
 COMPILE_CASES = TILED_CASES + compile_cases(*CASE) + compile_cases(*CASE, fave=True)

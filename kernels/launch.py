@@ -172,7 +172,6 @@ def compile_cases(
     constants: dict[str, object],
     *,
     fave: bool = False,
-    precisions: tuple[str, ...] = PRECISIONS,
 ) -> list[dict]:
     """What `budget` compiles: the paper's sizes in each precision, as planned for each target;
     FMRec's blocks, or Fave's."""
@@ -181,19 +180,17 @@ def compile_cases(
     else:
         constants = constants | {"p_rotary": None}
     name = "[fave]" if fave else ""
-    return _cases(kernel, name, (50, 128, 4), False, pointers, scalars, constants, precisions)
+    return _cases(kernel, name, (50, 128, 4), False, pointers, scalars, constants)
 
 
 def tiled_cases(
-    kernel, pointers: str, scalars: str, constants: dict[str, object], *, all_of_them: bool = False
+    kernel, pointers: str, scalars: str, constants: dict[str, object], *, widest: bool = False
 ) -> list[dict]:
-    """In tiles, tied padding at the paper's width; `all_of_them` for each precision and target, and
-    200 positions of the widest network too. The kernels differ by little around the network."""
+    """In tiles, tied padding at the paper's width; with `widest` 200 positions of the widest
+    network too. The kernels differ by little around the network."""
     given = (pointers, scalars, constants)
     cases = _cases(kernel, "[128]", (200, 128, 4), True, *given)
-    if all_of_them:
-        return cases + _cases(kernel, "[256]", (200, 256, 4), True, *given)
-    return [c for c in cases if c["dtypes"] == ["bf16"] and c["target"] == "cuda:90"]
+    return cases + (_cases(kernel, "[256]", (200, 256, 4), True, *given) if widest else [])
 
 
 def _cases(
@@ -204,11 +201,10 @@ def _cases(
     pointers: str,
     scalars: str,
     constants: dict[str, object],
-    precisions: tuple[str, ...] = PRECISIONS,
 ) -> list[dict]:
     cases = []
     for kind, shared in FAMILIES:
-        for precision in precisions:
+        for precision in PRECISIONS:
             asked = (*sizes, precision, kind, shared, tied, "p_rotary" in pointers)
             found = plans.plan(*asked)
             if not isinstance(found, TilePlan if tied else Plan):  # tuned to the other kernel

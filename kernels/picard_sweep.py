@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fmrec_fast.config import PRECISIONS
 from fmrec_fast.kernels.launch import compile_cases, launch_network, tiled_cases
 from fmrec_fast.kernels.layers import norm_row
 from fmrec_fast.kernels.philox import load_seed
@@ -167,7 +166,7 @@ CASE = (
     "batch length steps num_blocks delta",
     {"p_noise": None},
 )
-COMPILE_CASES = compile_cases(*CASE) + compile_cases(*CASE, fave=True, precisions=PRECISIONS[:1])
+COMPILE_CASES = compile_cases(*CASE) + compile_cases(*CASE, fave=True)
 TILED_CASES = tiled_cases(
     picard_sweep_tiled_kernel,
     "p_e p_mask p_x p_taus p_matrices p_vectors p_norm p_rows p_seed p_out p_stream p_rest",
