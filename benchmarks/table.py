@@ -17,6 +17,7 @@ README_WAYS = {
     "auto": "`method='auto'`",
     "tf32": "`precision='tf32'`",
     "bf16": "`precision='bf16'`",
+    "ours, Server": "`Server.sample`",
     "ours, Server, top 10": "`Server`, with the top 10",
 }
 # A row has to gain so much on the one above it.
