@@ -137,13 +137,13 @@ def test_precisions(trained, sequences, precision, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_lists_in_low_precision(trained, precision, backend):
-    """Of a trained model: at least 99% of the best items are those of float32, with near scores."""
+    """Of a trained model: at least 99% of the top 20 are those of float32, with near scores."""
     many = make_sequences(64, 12, 61, 2, histories=EVERY[1:]).sequence
     found = {}
     for name in ("float32", precision):
         with use_backend(backend):
             rep = sample(trained, many, seed=3, precision=name)
-            found[name] = rank_items(trained, rep, 10, torch.empty(64, 0, dtype=torch.int64))
+            found[name] = rank_items(trained, rep, 20, torch.empty(64, 0, dtype=torch.int64))
     right, got = found["float32"], found[precision]
     assert overlap(got.ids, right.ids) >= 99.0
     limit = {"tf32": 1e-3, "bf16": 1e-2}[precision]
