@@ -186,6 +186,18 @@ def golden():
     return load
 
 
+@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
+def isa(request) -> Iterator[str]:
+    """Every instruction set of this machine, in force."""
+    if not extension.available():
+        pytest.skip(str(extension.reason()))
+    native = extension.load()
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
 @pytest.fixture
 def small_args():
     """The published namespace of a small model, dropouts on; keyword arguments replace."""

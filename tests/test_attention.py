@@ -35,17 +35,6 @@ SHAPES = [
 needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
 
 
-@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
-def isa(request):
-    if not extension.available():
-        pytest.skip(str(extension.reason()))
-    module = extension.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
-
-
 def draw(batch: int, length: int, width: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv, query_scale (with a history of padding alone, and a gap in one), upstream."""
     g = torch.Generator().manual_seed(batch + length + width + heads)

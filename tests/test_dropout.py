@@ -18,17 +18,6 @@ pytestmark = pytest.mark.op("dropout")
 SEED = torch.tensor(-987654321987654321)
 
 
-@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
-def isa(request):
-    if not extension.available():
-        pytest.skip(str(extension.reason()))
-    module = extension.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
-
-
 SHAPES = [(0, 5, 8), (1, 1, 1), (5, 1, 36), (2, 51, 96), (3, 50, 130), (2, 0, 4), (1, 3, 2)]
 
 

@@ -23,14 +23,6 @@ C = extension.load()
 SEEDS = [0, -1, 0x1234567890ABCDEF, -(2**63)]
 
 
-@pytest.fixture(params=C.supported_isas())
-def isa(request):
-    before = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(before)
-
-
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + 1))
 

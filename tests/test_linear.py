@@ -72,17 +72,6 @@ def test_instruction_sets_and_threads(isa):
         assert (one - right).abs().max() <= 2e-6 * right.abs().max()
 
 
-@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
-def isa(request):
-    """Every instruction set of this machine."""
-    if not extension.available():
-        pytest.skip(str(extension.reason()))
-    before = extension.load().isa()
-    extension.load().set_isa(request.param)
-    yield request.param
-    extension.load().set_isa(before)
-
-
 # An odd number of strips of 16, one more row than a block of 32, a depth of more than one block.
 @pytest.mark.parametrize(
     ("rows", "inner", "outer"), [(65, 48, 80), (225, 16, 16), (97, 1040, 48), (4000, 128, 176)]

@@ -16,17 +16,6 @@ SHAPES = [(0, 5, 8), (1, 1, 1), (3, 7, 36), (5, 50, 128), (2, 51, 33), (700, 130
 needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
 
 
-@pytest.fixture(params=extension.load().supported_isas() if extension.available() else ["none"])
-def isa(request):
-    if not extension.available():
-        pytest.skip(str(extension.reason()))
-    module = extension.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
-
-
 def draw(*shape):
     """x with a row of zeros and one so small that eps counts, dx, weight, two upstreams."""
     g = torch.Generator().manual_seed(len(shape) + shape[-1])
