@@ -79,10 +79,10 @@ def report() -> dict[str, Any]:
         "rng": str(current_rng().value),
         "triton interpreter": triton_interpreted(),
     }
-    missing = extension.reason()
+    why = extension.reason()
     try:
-        if missing is not None:
-            raise ImportError(missing)
+        if why is not None:
+            raise ImportError(why)
         native = extension.load()
     except ImportError as error:  # not built, or built for another torch or machine
         facts["extension"] = str(error)
