@@ -41,6 +41,8 @@ KERNEL_SOURCES = [
     "csrc/item_ranking.cpp",
     "csrc/recommend.cpp",
     "csrc/rms_norm.cpp",
+    "csrc/self_attention.cpp",
+    "csrc/self_attention_last.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
     "csrc/fingerprint.cpp",

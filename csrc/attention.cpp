@@ -168,7 +168,7 @@ void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     prepare(a, memory, &h, &walk);
     const int64_t columns = a->channels / a->heads, length = a->length;
     for (int64_t s = begin; s < end; ++s) {
-        const int64_t padding = padding_of(a, a->query_scale + s * length);
+        const int64_t padding = padding_of(a->query_scale + s * length, length);
         for (int64_t n = 0; n < a->heads; ++n) {
             probabilities(a, &h, &walk, s, n, padding);
             for (int64_t i = 0; i < length; ++i) {
@@ -224,7 +224,7 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     const uint64_t bytes = (uint64_t)columns * sizeof(float);
     for (int64_t s = begin; s < end; ++s) {
         const float* query_scale = a->query_scale + s * length;
-        const int64_t padding = padding_of(a, query_scale), queries = length - padding;
+        const int64_t padding = padding_of(query_scale, length), queries = length - padding;
         for (int64_t n = 0; n < a->heads; ++n) {
             float* d_query = a->out + s * length * row + n * columns;
             float* d_key = d_query + a->channels;
@@ -247,6 +247,12 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
                 } else {
                     d_softmax_row(a, &h, i);
                 }
+            }
+            if (a->result) {
+                const Product values = {h.dropped, h.keys, 1, h.value, h.width, nullptr, nullptr,
+                                        false, nullptr, 0, length};
+                multiply_out(&h, values, length, columns,
+                             a->result + s * length * a->channels + n * columns, a->channels);
             }
             const Product d_values = {h.dropped, 1, h.keys, h.grad, h.width, nullptr, nullptr,
                                       false, nullptr, 0, length};

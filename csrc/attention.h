@@ -17,6 +17,7 @@ struct Attention {
     const int64_t* rows;       // [B]
     const float* grad;         // [B, L, D]; backward only
     float* out;                // forward: [B, L, D]; backward: [B, L, 3 D]
+    float* result;             // [B, L, D]: forward's, from backward without tangents; or null
     // Of attention with its tangent: the same along another direction.
     const float* d_qkv;
     const float* d_grad;
@@ -28,6 +29,13 @@ struct Attention {
     uint32_t threshold;  // kept where word >= threshold
     float scale;
 };
+
+// Queries before the first one of a scale other than 0: their scores are all 0.
+FMREC_INLINE int64_t padding_of(const float* query_scale, int64_t length) {
+    int64_t padding = 0;
+    while (padding < length && query_scale[padding] == 0.0f) ++padding;
+    return padding;
+}
 
 // Sequences [begin, end). Scratch holds zeros at the first call, and may then go on to the next.
 struct AttentionKernels {

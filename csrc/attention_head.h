@@ -5,16 +5,11 @@
 
 #include "attention.h"
 #include "encoder.h"
+#include "scratch.h"
 #include "vector.h"
 
 namespace fmrec {
 namespace {
-
-FMREC_INLINE float* take(float** memory, int64_t count) {
-    float* part = *memory;
-    *memory += round_up(count, UNIT);
-    return part;
-}
 
 // A head's columns of `rows` rows, as padded rows, and back.
 FMREC_INLINE void gather(const float* in, int64_t in_row, int64_t rows, int64_t columns,
@@ -71,13 +66,6 @@ FMREC_INLINE f32v kept(uint32_t threshold, const uint32_t* words, f32v x) {
     u32v word;
     __builtin_memcpy(&word, words, sizeof word);
     return (f32v)((u32v)x & (u32v)(word >= threshold));
-}
-
-// Queries before the first one of a scale other than 0: their scores are all 0.
-FMREC_INLINE int64_t padding_of(const Attention* a, const float* query_scale) {
-    int64_t padding = 0;
-    while (padding < a->length && query_scale[padding] == 0.0f) ++padding;
-    return padding;
 }
 
 }  // namespace

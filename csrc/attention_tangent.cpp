@@ -161,7 +161,7 @@ void forward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     const int64_t columns = a->channels / a->heads, length = a->length;
     const int64_t width = h.width, stride = 2 * width;
     for (int64_t s = begin; s < end; ++s) {
-        const int64_t padding = padding_of(a, a->query_scale + s * length);
+        const int64_t padding = padding_of(a->query_scale + s * length, length);
         for (int64_t n = 0; n < a->heads; ++n) {
             probabilities(a, &h, &walk, s, n, padding);
             for (int64_t i = 0; i < padding; ++i) drop_padding(a, &h, i);
@@ -226,7 +226,7 @@ void backward(const Attention* a, int64_t begin, int64_t end, float* memory) {
     const uint64_t bytes = (uint64_t)columns * sizeof(float);
     for (int64_t s = begin; s < end; ++s) {
         const float* query_scale = a->query_scale + s * length;
-        const int64_t padding = padding_of(a, query_scale), queries = length - padding;
+        const int64_t padding = padding_of(query_scale, length), queries = length - padding;
         const int64_t from = padding * stride, square = padding * keys;
         for (int64_t n = 0; n < a->heads; ++n) {
             const int64_t in = s * length * a->channels + n * columns;

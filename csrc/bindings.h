@@ -89,5 +89,6 @@ void bind_noise_fusion(py::module_& m);
 void bind_picard_sweep(py::module_& m);
 void bind_recommend(py::module_& m);
 void bind_rms_norm(py::module_& m);
+void bind_self_attention(py::module_& m);
 
 }  // namespace fmrec

@@ -46,6 +46,7 @@ OPS = (
     "linear",
     "attention",
     "rms_norm",
+    "self_attention",
     "feed_forward",
     "encoder",
     "euler_sampler",
@@ -56,7 +57,8 @@ OPS = (
 )
 
 MISSING: dict[tuple[str, Backend], str] = {
-    ("feed_forward", Backend.TRITON): "its products are cuBLAS's there, so a block runs its parts",
+    ("self_attention", Backend.TRITON): "its layers are cuBLAS's there, so a block runs its parts",
+    ("feed_forward", Backend.TRITON): "its layers are cuBLAS's there, so a block runs its parts",
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("rms_norm", Backend.TRITON): "training alone calls it (encoder and samplers norm in their "
     "own kernels), and a GPU's share of it has not been measured",

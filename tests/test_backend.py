@@ -34,6 +34,7 @@ from fmrec_fast.ops import (
     noise_fusion,
     picard_sweep,
     rms_norm,
+    self_attention,
 )
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 
@@ -141,6 +142,15 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
             *(torch.ones(s, dtype=torch.float64) for s in ((64, 1, 16), 16, 16, (16, 16), 16)),
             *(torch.ones(s, dtype=torch.float64) for s in ((16, 16), 16)),
             0.5,
+            seed=torch.tensor(1),
+        ),
+        "self_attention": lambda: self_attention(
+            torch.ones(64, 1, 16, dtype=torch.float64),
+            torch.ones(64, 1, dtype=torch.float64),
+            *(torch.ones(16, dtype=torch.float64) for _ in range(2)),
+            *(torch.ones(s, dtype=torch.float64) for s in ((16, 16), 16) * 4),
+            0.5,
+            num_heads=1,
             seed=torch.tensor(1),
         ),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),

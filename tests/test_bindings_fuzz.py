@@ -247,6 +247,47 @@ def feed_forward_backward(call: Call) -> None:
         call.output(name, *shapes.get(name, (d,)))
 
 
+LAYERS = ("query", "key", "value", "output")
+PARAMETERS = ["norm_weight", "norm_bias"]
+PARAMETERS += [f"{layer}_{part}" for layer in LAYERS for part in ("weight", "bias")]
+# Arguments that are lists of arrays: each array is one here.
+LISTS = {"parameters": PARAMETERS, "d_parameters": [f"d_{name}" for name in PARAMETERS]}
+
+
+def self_attention(call: Call) -> tuple[int, int, int, int]:
+    """What both directions take; returns (B, L, positions that leave, D)."""
+    (b,) = sizes_of(call, "B")
+    length = call.draw(st.sampled_from([1, 2, 3, 7, 162]))
+    heads, last_only = call.draw(st.sampled_from([1, 2])), call.draw(st.booleans())
+    d = 16 * heads * call.draw(st.integers(1, 2))
+    call.floats("x", b, length, d)
+    call.floats("query_scale", b, length)
+    for name in PARAMETERS:
+        is_matrix = name.endswith("weight") and name != "norm_weight"
+        call.floats(name, *((d, d) if is_matrix else (d,)))
+    call.integers("rows", b)
+    call.plain |= {name: call.draw(words) for name in ("seed", "site")}
+    call.plain |= {"p": call.draw(st.floats(0, 0.999)), "num_heads": heads, "last_only": last_only}
+    return b, length, 1 if last_only else length, d
+
+
+def self_attention_forward(call: Call) -> None:
+    b, _, positions, d = self_attention(call)
+    if call.plain["p"] > 0 or call.maybe("kept"):
+        call.integer_output("kept", b, positions, (d + 63) // 64)
+    call.output("out", b, positions, d)
+
+
+def self_attention_backward(call: Call) -> None:
+    b, length, positions, d = self_attention(call)
+    call.floats("grad", b, positions, d)
+    if call.plain["p"] > 0 or call.maybe("kept"):
+        call.integers("kept", b, positions, (d + 63) // 64)
+    call.output("d_x", b, length, d)
+    for name in PARAMETERS:
+        call.output(f"d_{name}", *call.arrays[name].array.shape)
+
+
 def history_loss_forward(call: Call) -> None:
     b, v, h, m = sizes_of(call, "B V H M")
     m = m if b and v else 0
@@ -498,6 +539,8 @@ CALLS = {
         linear_backward,
         feed_forward_forward,
         feed_forward_backward,
+        self_attention_forward,
+        self_attention_backward,
         history_loss_forward,
         history_loss_backward,
         item_cross_entropy_forward,
@@ -520,6 +563,14 @@ CALLS = {
 def test_every_binding_is_fuzzed():
     functions = {name for name in dir(C) if inspect.isroutine(getattr(C, name))}
     assert functions - WITHOUT_ARRAYS == set(CALLS)
+
+
+def run(name: str, arguments: dict[str, Any]) -> Any:
+    """Calls it; lists of arrays are put together."""
+    for gathered, members in LISTS.items():
+        if members[-1] in arguments:
+            arguments[gathered] = [arguments.pop(member) for member in members]
+    return getattr(C, name)(**arguments)
 
 
 def build(name: str, data) -> Call:
@@ -548,7 +599,7 @@ QUICK = settings(
 @given(data=st.data())
 def test_right_calls_are_served(name, data):
     call = build(name, data)
-    assert getattr(C, name)(**call.arguments()) is None
+    assert run(name, call.arguments()) is None
     assert_memory_is_sound(call)
     for argument, a in call.arrays.items():
         if a.role == "output":
@@ -620,7 +671,7 @@ def corrupted(call: Call, data) -> dict[str, Any]:
 def test_wrong_arrays_are_refused(name, data):
     call = build(name, data)
     with pytest.raises((TypeError, ValueError), match=r"\w"):
-        getattr(C, name)(**corrupted(call, data))
+        run(name, corrupted(call, data))
     assert_memory_is_sound(call)
 
 
@@ -639,7 +690,7 @@ def test_other_shapes_are_refused_or_agree(name, data):
     filled = np.zeros(shape, array.dtype)
     arguments[wrong] = filled
     try:
-        getattr(C, name)(**arguments)
+        run(name, arguments)
     except (TypeError, ValueError) as error:
         assert str(error)
     assert_memory_is_sound(call)
@@ -667,7 +718,7 @@ def test_wrong_numbers_are_refused(name, data):
     wrong = data.draw(st.sampled_from(sorted(bad)))
     arguments[wrong] = data.draw(st.sampled_from(bad[wrong]))
     with pytest.raises((TypeError, ValueError), match=r"\w"):
-        getattr(C, name)(**arguments)
+        run(name, arguments)
     assert_memory_is_sound(call)
 
 

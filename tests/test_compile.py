@@ -22,7 +22,15 @@ from fmrec_fast import (
     use_rng,
 )
 from fmrec_fast.backend import availability
-from fmrec_fast.ops import attention, dropout, encoder, feed_forward, linear, noise_fusion
+from fmrec_fast.ops import (
+    attention,
+    dropout,
+    encoder,
+    feed_forward,
+    linear,
+    noise_fusion,
+    self_attention,
+)
 from fmrec_fast.ops.encoder import unflatten, variant_of
 from fmrec_fast.randomness import random_source
 from fmrec_fast.reference.encoder import FAVE, FMREC
@@ -65,6 +73,11 @@ def fave_weights(blocks: int) -> list[Tensor]:
 
 def feed_weights(grad: bool = False) -> list[Tensor]:
     shapes = [(16,), (16,), (32, 16), (32,), (16, 32), (16,)]
+    return [randn(*shape, seed=i + 1, grad=grad) for i, shape in enumerate(shapes)]
+
+
+def attention_weights(grad: bool = False) -> list[Tensor]:
+    shapes = [(16,), (16,), *[(16, 16), (16,)] * 4]
     return [randn(*shape, seed=i + 1, grad=grad) for i, shape in enumerate(shapes)]
 
 
@@ -112,6 +125,21 @@ REGISTERED = [
         )
         for p in (0.0, 0.3)
     ),
+    *(
+        pytest.param(
+            lambda p=p, last_only=last_only: (
+                ops.self_attention,
+                (
+                    *(randn(3, 5, 16, grad=True), MASK, *attention_weights(grad=True)),
+                    *(ROWS, SEED, 2, p, 1, last_only),
+                ),
+            ),
+            id=f"self_attention-{p}-{'last' if last_only else 'all'}",
+            marks=CPP,
+        )
+        for p in (0.0, 0.3)
+        for last_only in (False, True)
+    ),
     pytest.param(
         lambda: (
             ops.attention,
@@ -119,6 +147,21 @@ REGISTERED = [
         ),
         id="attention-dropout-rotary",
         marks=CPP,
+    ),
+    *(
+        pytest.param(
+            lambda p=p, last_only=last_only: (
+                ops.self_attention,
+                (
+                    *(randn(3, 5, 16, grad=True), MASK, *attention_weights(grad=True)),
+                    *(ROWS, SEED, 2, p, 1, last_only),
+                ),
+            ),
+            id=f"self_attention-{p}-{'last' if last_only else 'all'}",
+            marks=CPP,
+        )
+        for p in (0.0, 0.3)
+        for last_only in (False, True)
     ),
     pytest.param(
         lambda: (
@@ -239,7 +282,7 @@ def test_opcheck(case):
 
 def test_every_kernel_that_has_to_be_is_registered():
     names = {"noise_fusion", "dropout", "linear", "feed_forward", "attention", "encoder"}
-    names |= {"euler_sampler", "picard_sweep"}
+    names |= {"euler_sampler", "picard_sweep", "self_attention"}
     for name in names:
         assert hasattr(ops, name), name
     assert names <= set(backend.OPS)
@@ -265,9 +308,21 @@ def feed(*tensors: Tensor) -> Tensor:
     return feed_forward(*tensors, 0.3, seed=SEED, rows=ROWS, site=3, position_offset=1)
 
 
+def self_attend(*tensors: Tensor, last_only: bool = False) -> Tensor:
+    x, *weights = tensors
+    options = {"num_heads": 1, "seed": SEED, "rows": ROWS, "site": 3, "last_only": last_only}
+    return self_attention(x, LONG_MASK, *weights, 0.3, **options)
+
+
+LONG_MASK = (torch.arange(30) >= torch.tensor([[0], [7], [29]])).float()
 TILES = extension.available() and extension.load().isa() == "amx"
 CALLS = {
     "feed_forward": (feed, (randn(3, 30, 16), *feed_weights())),
+    "self_attention": (self_attend, (randn(3, 30, 16), *attention_weights())),
+    "self_attention of the last": (
+        partial(self_attend, last_only=True),
+        (randn(3, 30, 16), *attention_weights()),
+    ),
     "noise_fusion": (fuse, (randn(3, 5, 16), randn(3, 16, seed=1), randn(16, seed=2))),
     "dropout": (drop, (randn(3, 5, 16), randn(3, 5, 16, seed=1))),
     "linear": (linear, (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2))),

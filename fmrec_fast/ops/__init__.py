@@ -12,6 +12,7 @@ from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.noise_fusion import euler_noise_fusion, noise_fusion
 from fmrec_fast.ops.picard_sweep import picard_sweep
 from fmrec_fast.ops.rms_norm import rms_norm
+from fmrec_fast.ops.self_attention import self_attention
 
 __all__ = [
     "ItemIndex",
@@ -31,5 +32,6 @@ __all__ = [
     "picard_sweep",
     "prepare_items",
     "rms_norm",
+    "self_attention",
     "target_rank",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,16 @@ from fmrec_fast.backend import (
     use_backend,
 )
 from fmrec_fast.config import ATTENTIONS, PRECISIONS
-from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped
+from fmrec_fast.forward_mode import NO_RULE, is_dual
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
-from fmrec_fast.ops.feed_forward import feed_forward, joins
+from fmrec_fast.ops.feed_forward import feed_forward
+from fmrec_fast.ops.feed_forward import joins as feed_forward_joins
 from fmrec_fast.ops.linear import linear
 from fmrec_fast.ops.rms_norm import rms_norm
+from fmrec_fast.ops.self_attention import joins as self_attention_joins
+from fmrec_fast.ops.self_attention import self_attention
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
     FAVE,
@@ -35,6 +38,7 @@ from fmrec_fast.reference.encoder import (
     Drop,
     Feed,
     Paths,
+    SelfAttend,
     Variant,
     no_drop,
     no_paths,
@@ -173,8 +177,8 @@ def encoder(
         linear=partial(linear, precision=linear_precision),
         norm=_norm,
         attend=_attend(drop, p),
-        attend_last=_attend_last if _folds(x, linear_precision) else None,
-        feed=_feed(x, drop, linear_precision),
+        self_attend=_self_attend(drop) if _in_halves(x, drop, linear_precision) else None,
+        feed=_feed(drop) if _in_halves(x, drop, linear_precision) else None,
         precision=precision,
         first_key_bias=first_key_bias,
     )
@@ -273,17 +277,60 @@ def _attend(drop: Drop, p: float) -> Attend | None:
     return _attend_without_dropout if drop is no_drop or p == 0 else None
 
 
-def _feed(x: Tensor, drop: Drop, linear_precision: str) -> Feed | None:
-    """A block's second half as one op: on a CPU, in float32, where masks come from the stream."""
+def _in_halves(x: Tensor, drop: Drop, linear_precision: str) -> bool:
+    """Whether each half of a block is one op: on a CPU, in float32, where masks come from the
+    stream."""
     if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
-        return None
-    if not isinstance(drop, StreamDropout):
-        return None
+        return False
+    return isinstance(drop, StreamDropout)
+
+
+def _self_attend(drop: StreamDropout) -> SelfAttend:
+    """A block's first half as one op."""
+
+    def self_attend(
+        x: Tensor,
+        w: BlockWeights,
+        query_scale: Tensor,
+        *,
+        num_heads: int,
+        p: float,
+        site: int,
+        last_only: bool,
+    ) -> Tensor | None:
+        if w.norm1_bias is None or not self_attention_joins(x, num_heads, last_only):
+            return None
+        return self_attention(
+            x,
+            query_scale,
+            w.norm1_weight,
+            w.norm1_bias,
+            w.query_weight,
+            w.query_bias,
+            w.key_weight,
+            w.key_bias,
+            w.value_weight,
+            w.value_bias,
+            w.output_weight,
+            w.output_bias,
+            p,
+            num_heads=num_heads,
+            seed=drop.seed,
+            rows=drop.rows,
+            site=site,
+            last_only=last_only,
+        )
+
+    return self_attend
+
+
+def _feed(drop: StreamDropout) -> Feed:
+    """A block's second half as one op."""
 
     def feed(
         x: Tensor, w: BlockWeights, *, p: float, site: int, position_offset: int
     ) -> Tensor | None:
-        if not joins(x, w.w1_weight.shape[0]) or w.norm2_bias is None:
+        if w.norm2_bias is None or not feed_forward_joins(x, w.w1_weight.shape[0]):
             return None
         return feed_forward(
             x,
@@ -301,40 +348,6 @@ def _feed(x: Tensor, drop: Drop, linear_precision: str) -> Feed | None:
         )
 
     return feed
-
-
-def _folds(x: Tensor, linear_precision: str) -> bool:
-    """Whether keys and values of the last block are left out: on a CPU, in float32."""
-    if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
-        return False
-    return torch.compiler.is_compiling() or not (is_wrapped(x) or is_dual(x))
-
-
-def _attend_last(
-    q: Tensor,
-    keys_from: Tensor,
-    w: BlockWeights,
-    query_scale: Tensor,
-    *,
-    num_heads: int,
-    drop: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Attention of one query without keys and values: its score with the key W_k x_t + b_k is
-    (W_k^T q) . x_t + q . b_k, and its output W_v sum(p_t x_t) + b_v sum(p_t), head by head."""
-    batch, _, width = keys_from.shape
-    part = width // num_heads
-    q = (q * query_scale[..., None]).view(batch, num_heads, part).transpose(0, 1)  # [H, B, D/H]
-    turned = (q @ w.key_weight.view(num_heads, part, width)).transpose(0, 1)  # [B, H, D]
-    offset = (q * w.key_bias.view(num_heads, 1, part)).sum(-1).T  # [B, H]
-    scores = turned @ keys_from.transpose(1, 2) + offset[..., None]  # [B, H, L]
-    probabilities = torch.softmax(scores, dim=-1)
-    if drop is not None:
-        probabilities = drop(probabilities)
-    mixed = (probabilities @ keys_from).transpose(0, 1)  # [H, B, D]
-    shares = probabilities.sum(-1).T[..., None]  # [H, B, 1]; dropout makes them differ from 1
-    value_weight = w.value_weight.view(num_heads, part, width).transpose(1, 2)
-    values = mixed @ value_weight + shares * w.value_bias.view(num_heads, 1, part)
-    return values.transpose(0, 1).reshape(batch, 1, width)
 
 
 def _attend_without_dropout(

@@ -134,19 +134,21 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-class AttendLast(Protocol):
-    """Attention of the last position, from what its keys and values are made of."""
+class SelfAttend(Protocol):
+    """A block's first half, its dropouts included, in the definition's place; None where it does
+    not cover `x`."""
 
     def __call__(
         self,
-        q: Tensor,
-        keys_from: Tensor,
+        x: Tensor,
         w: BlockWeights,
         query_scale: Tensor,
         *,
         num_heads: int,
-        drop: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor: ...
+        p: float,
+        site: int,
+        last_only: bool,
+    ) -> Tensor | None: ...
 
 
 class Feed(Protocol):
@@ -217,6 +219,11 @@ def attention_bias(mask: Tensor, kind: str) -> Tensor | None:
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, -torch.inf)[:, None]
 
 
+def scale_of_queries(mask: Tensor, head_width: int) -> Tensor:
+    """What multiplies the queries [B, L]: 0 at padded ones, whose attention so becomes uniform."""
+    return mask * head_width**-0.5
+
+
 def first_key_bias_of(bias: Tensor, length: int) -> Tensor:
     """What is added to the scores [B, 1, L, L] where the first token stands for exp(bias) equal
     ones: `bias` [B], as a key, to every query."""
@@ -237,7 +244,6 @@ def attention(
     site: int,
     linear: Linear,
     attend: Attend | None = None,
-    attend_last: AttendLast | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """Multi-head attention of the last Lq positions over all L.
@@ -250,13 +256,12 @@ def attention(
         keys_from: [B, L, D].
         query_mask: [B, Lq], 1 at real positions.
         bias: None or [B, 1, Lq, L].
-        attend, attend_last: compute the published attention of all positions, or of the last one,
-            in the definition's place.
+        attend: computes the published attention of all positions in the definition's place.
         precision: see `encoder`; `linear` rounds its own operands.
     """
     length, width = keys_from.shape[1:]
     lq = queries_from.shape[1]
-    query_scale = query_mask * (width // num_heads) ** -0.5
+    query_scale = scale_of_queries(query_mask, width // num_heads)
 
     def drop_probabilities(probabilities: Tensor) -> Tensor:
         # A position of the mask's stream is head * L + query; the last Lq of each head.
@@ -264,10 +269,6 @@ def attention(
         return drop(probabilities, p, site, position_offset=length - lq, position_stride=stride)
 
     dropped = None if drop is no_drop or p == 0 else drop_probabilities
-    if attend_last is not None and lq == 1 and bias is None and w.inv_freq is None:
-        q = linear(queries_from, w.query_weight, w.query_bias)
-        mixed = attend_last(q, keys_from, w, query_scale, num_heads=num_heads, drop=dropped)
-        return linear(mixed, w.output_weight, w.output_bias)
     # One product for all projections of the same input.
     names = ("query", "key", "value") if lq == length else ("key", "value")
     weight = torch.cat([getattr(w, f"{name}_weight") for name in names])
@@ -416,7 +417,7 @@ def block(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
-    attend_last: AttendLast | None = None,
+    self_attend: SelfAttend | None = None,
     feed: Feed | None = None,
     precision: str = "float32",
 ) -> Tensor:
@@ -427,26 +428,32 @@ def block(
     """
     length = x.shape[1]
     sites = dropout_sites(index)
-    normed = norm(x, w.norm1_weight, w.norm1_bias)
     start = length - 1 if last_only else 0
-    if bias is not None:
-        bias = bias[:, :, start:]
-    attended = attention(
-        normed[:, start:],
-        normed,
-        w,
-        mask[:, start:],
-        num_heads=num_heads,
-        bias=bias,
-        drop=drop,
-        p=p,
-        site=sites[0],
-        linear=linear,
-        attend=attend,
-        attend_last=attend_last,
-        precision=precision,
-    )
-    x = add_branch(x[:, start:], attended, drop, p, sites[1], start, paths, index, 0)
+    whole = paths is no_paths and variant == FMREC  # what the ops of half a block are made for
+    halfway = None
+    if self_attend is not None and whole and bias is None:
+        scale = scale_of_queries(mask, x.shape[2] // num_heads)
+        halfway = self_attend(
+            x, w, scale, num_heads=num_heads, p=p, site=sites[0], last_only=last_only
+        )
+    if halfway is None:
+        normed = norm(x, w.norm1_weight, w.norm1_bias)
+        attended = attention(
+            normed[:, start:],
+            normed,
+            w,
+            mask[:, start:],
+            num_heads=num_heads,
+            bias=None if bias is None else bias[:, :, start:],
+            drop=drop,
+            p=p,
+            site=sites[0],
+            linear=linear,
+            attend=attend,
+            precision=precision,
+        )
+        halfway = add_branch(x[:, start:], attended, drop, p, sites[1], start, paths, index, 0)
+    x = halfway
     if cross is not None and context is not None:
         x = cross_step(
             x,
@@ -459,7 +466,7 @@ def block(
             path=paths(index, 1),
             linear=linear,
         )
-    if feed is not None and paths is no_paths and variant == FMREC:
+    if feed is not None and whole:
         fed = feed(x, w, p=p, site=sites[2], position_offset=start)
         if fed is not None:
             return fed
@@ -493,7 +500,7 @@ def encoder(
     linear: Linear = linear_definition,
     norm: Norm = norm,
     attend: Attend | None = None,
-    attend_last: AttendLast | None = None,
+    self_attend: SelfAttend | None = None,
     feed: Feed | None = None,
     precision: str = "float32",
     first_key_bias: Tensor | None = None,
@@ -508,9 +515,9 @@ def encoder(
         variant: the kind of block; paths: its drop path.
         cross, context: Fave's cross-attention steps over `context` [B, L, D].
         linear, norm: compute the linear layers and the norms.
-        attend, attend_last: see `attention`; feed: see `Feed`.
+        attend: see `attention`; self_attend, feed: see `SelfAttend` and `Feed`.
         precision: both operands of every product are `rounded` to it and multiplied in float32;
-            with one that is not 'float32', `linear`, `feed` and the attentions given are not used.
+            with one that is not 'float32', what computes parts by other means is not used.
         first_key_bias: [B], see `first_key_bias_of`; published attention only.
 
     Returns:
@@ -519,7 +526,7 @@ def encoder(
     tapped = None
     bias = attention_bias(mask, attention)
     if precision != "float32":
-        attend, attend_last, feed = None, None, None
+        attend, self_attend, feed = None, None, None
         linear = partial(_rounded_linear, precision=precision)
     if first_key_bias is not None:
         bias = first_key_bias_of(first_key_bias, x.shape[1])
@@ -541,7 +548,7 @@ def encoder(
             linear=linear,
             norm=norm,
             attend=attend,
-            attend_last=attend_last,
+            self_attend=self_attend,
             feed=feed,
             precision=precision,
         )

@@ -1,0 +1,266 @@
+#include "self_attention.h"
+
+#include "attention.h"
+#include "block_half.h"
+
+namespace fmrec {
+namespace {
+
+// Rows of the sequences that go through it together, at most; one sequence may have more.
+const int64_t ROWS = 160;
+
+enum Layer { QUERY, KEY, VALUE, OUTPUT };
+
+int64_t group(const SelfAttention* a) { return a->length < ROWS ? ROWS / a->length : 1; }
+
+struct Scratch {
+    float *normed, *queries, *qkv, *mixed, *sums;
+    float *d_branch, *d_mixed, *d_qkv, *d_normed, *d_queries;
+    float *left, *left_queries, *transposed, *right, *right_queries;
+    float* attention;
+    uint32_t* words;
+    int64_t* real;  // rows whose queries are wanted: the padding's scores are all alike
+    int64_t queried;
+};
+
+Attention attention_of(const SelfAttention* a, int64_t first, int64_t sequences, const Scratch* s) {
+    Attention b = {};
+    b.qkv = s->qkv;
+    b.query_scale = a->query_scale + first * a->length;
+    b.rows = a->rows + first;
+    b.out = s->mixed;
+    b.batch = sequences;
+    b.length = a->length;
+    b.channels = a->width;
+    b.heads = a->heads;
+    b.seed = a->seed;
+    b.site = a->site;
+    b.drop = a->kept != nullptr;
+    b.threshold = a->threshold;
+    b.scale = a->scale;
+    return b;
+}
+
+int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
+    float* const start = memory;
+    const int64_t rows = group(a) * a->length, width = a->width;
+    float** const parts[] = {&s->normed,   &s->queries, &s->mixed,    &s->sums,
+                             &s->d_branch, &s->d_mixed, &s->d_normed, &s->d_queries};
+    for (float** part : parts) *part = take(&memory, rows * width);
+    s->qkv = take(&memory, 3 * rows * width);
+    s->d_qkv = take(&memory, 3 * rows * width);
+    s->left = take(&memory, left_size(rows, width));
+    s->left_queries = take(&memory, left_size(rows, width));
+    s->transposed = take(&memory, left_size(width, rows));
+    s->right = take(&memory, right_size(rows, width));
+    s->right_queries = take(&memory, right_size(rows, width));
+    s->words = (uint32_t*)take(&memory, words_size(width));
+    s->real = (int64_t*)take(&memory, 2 * rows);
+    const Attention b = attention_of(a, 0, 1, s);
+    s->attention = take(&memory, FMREC_ISA::attention.scratch(&b));
+    return memory - start;
+}
+
+int64_t scratch(const SelfAttention* a) {
+    Scratch s = {};
+    return lay_out(a, nullptr, &s);
+}
+
+// --- weights ----------------------------------------------------------------------------------
+
+FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size(a->width, a->width); }
+
+int64_t packed(const SelfAttention* a) { return 7 * layer_size(a); }
+
+// As x W^T reads W.
+FMREC_INLINE void pack_layer(const SelfAttention* a, Layer layer, int64_t place) {
+    pack(a->weights[layer], 1, a->width, a->width, a->width, a->packed + place * layer_size(a));
+}
+
+// As d W reads it.
+FMREC_INLINE void pack_adjoint(const SelfAttention* a, Layer layer, int64_t place) {
+    pack(a->weights[layer], a->width, 1, a->width, a->width, a->packed + place * layer_size(a));
+}
+
+FMREC_INLINE Operand weights_at(const SelfAttention* a, int64_t place) {
+    return packed_right(a->packed + place * layer_size(a), a->width);
+}
+
+// Where pack_forward puts OUTPUT, and pack_backward the adjoints.
+const int64_t ADJOINT = 3;
+
+void pack_forward(const SelfAttention* a) {
+    for (int layer = QUERY; layer <= OUTPUT; ++layer) pack_layer(a, (Layer)layer, layer);
+}
+
+void pack_backward(const SelfAttention* a) {
+    for (int layer = QUERY; layer <= VALUE; ++layer) pack_layer(a, (Layer)layer, layer);
+    for (int layer = QUERY; layer <= OUTPUT; ++layer) {
+        pack_adjoint(a, (Layer)layer, ADJOINT + layer);
+    }
+}
+
+// --- both directions --------------------------------------------------------------------------
+
+// Norm and projections of the sequences [first, first + sequences), and the rows that query.
+void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequences) {
+    const int64_t length = a->length, width = a->width, rows = sequences * length;
+    const LayerNorm norm = {a->norm_weight, a->norm_bias, width, width};
+    layer_norm(&norm, a->x + first * length * width, s->normed, width, rows);
+    const Operand normed = left(s->normed, width, rows, width, s->left);
+    for (int layer = KEY; layer <= VALUE; ++layer) {
+        product(normed, weights_at(a, layer), width, rows, width, a->biases[layer], false,
+                s->qkv + layer * width, 3 * width);
+    }
+    s->queried = 0;
+    for (int64_t q = 0; q < sequences; ++q) {
+        for (int64_t i = padding_of(a->query_scale + (first + q) * length, length); i < length;
+             ++i) {
+            const int64_t row = q * length + i;
+            __builtin_memcpy(s->queries + s->queried * width, s->normed + row * width,
+                             (size_t)width * sizeof(float));
+            s->real[s->queried++] = row;
+        }
+    }
+    const Operand queries = left(s->queries, width, s->queried, width, s->left_queries);
+    finish_product(queries, weights_at(a, QUERY), width, s->queried, width, s->sums,
+                   [=](int64_t row, int64_t column, const float* sums, int64_t count) {
+                       float* out = s->qkv + 3 * s->real[row] * width + column;
+                       for (int64_t j = 0; j < count; j += FLOATS) {
+                           store(out + j, load(sums + j) + load(a->biases[QUERY] + column + j));
+                       }
+                   });
+}
+
+// --- forward ----------------------------------------------------------------------------------
+
+void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) {
+    const TileState tiles{};
+    (void)tiles;
+    Scratch s;
+    lay_out(a, memory, &s);
+    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
+    CounterWalk walk;
+    make_walk(&walk, (uint64_t)width / 4, 0, 1);
+    for (int64_t g = begin; g < end; ++g) {
+        const int64_t first = g * group(a), sequences = at_most(a->batch - first, group(a));
+        const int64_t row = first * length, rows = sequences * length;
+        uint8_t* const kept = a->kept ? (uint8_t*)a->kept + row * bytes : nullptr;
+        if (kept) {
+            const Masks masks = {(uint8_t*)a->kept, length, bytes, a->rows, a->seed, a->threshold};
+            // Beyond the mask the last word of a row has zeros.
+            __builtin_memset(kept, 0, (size_t)(rows * bytes));
+            draw_mask(&masks, &walk, row, rows, width, a->site + 1, 0, s.words);
+        }
+        project(a, &s, first, sequences);
+        const Attention attention = attention_of(a, first, sequences, &s);
+        FMREC_ISA::attention.forward(&attention, 0, sequences, s.attention);
+        const float* x = a->x + row * width;
+        float* out = a->out + row * width;
+        const Operand mixed = left(s.mixed, width, rows, width, s.left);
+        finish_product(
+            mixed, weights_at(a, OUTPUT), width, rows, width, s.sums,
+            [=](int64_t i, int64_t column, const float* sums, int64_t count) {
+                const uint8_t* bits = kept ? kept + i * bytes : nullptr;
+                const int64_t at = i * width + column;
+                for (int64_t j = 0; j < count; j += FLOATS) {
+                    const f32v h = load(sums + j) + load(a->biases[OUTPUT] + column + j);
+                    store(out + at + j,
+                          load(x + at + j) + masked(bits, column + j, h * a->scale));
+                }
+            });
+    }
+}
+
+// --- backward ---------------------------------------------------------------------------------
+
+void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequences,
+                    float* partial) {
+    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
+    const int64_t row = first * length, rows = sequences * length, size = width * width;
+    const uint8_t* kept = a->kept ? (const uint8_t*)a->kept + row * bytes : nullptr;
+    const float* grad = a->grad + row * width;
+    float* d_x = a->out + row * width;
+    float* const d_biases = partial + SELF_ATTENTION_LAYERS * size;
+    float* const d_norm_weight = d_biases + SELF_ATTENTION_LAYERS * width;
+    // The residual's gradient goes to d_x.
+    for (int64_t i = 0; i < rows; ++i) {
+        const uint8_t* bits = kept ? kept + i * bytes : nullptr;
+        for (int64_t j = 0; j < width; j += FLOATS) {
+            const f32v g = load(grad + i * width + j);
+            store(d_x + i * width + j, g);
+            store(s->d_branch + i * width + j, masked(bits, j, g * a->scale));
+        }
+    }
+    add_rows(s->d_branch, width, rows, width, d_biases + OUTPUT * width);
+    product(left(s->d_branch, width, rows, width, s->left), weights_at(a, ADJOINT + OUTPUT), width,
+            rows, width, nullptr, false, s->d_mixed, width);
+    project(a, s, first, sequences);
+    Attention attention = attention_of(a, first, sequences, s);
+    attention.grad = s->d_mixed;
+    attention.out = s->d_qkv;
+    attention.result = s->mixed;
+    FMREC_ISA::attention.backward(&attention, 0, sequences, s->attention);
+    product(left_transposed(s->d_branch, width, rows, width, s->transposed),
+            right(s->mixed, width, rows, width, s->right), rows, width, width, nullptr, true,
+            partial + OUTPUT * size, width);
+    const Operand normed = right(s->normed, width, rows, width, s->right);
+    for (int layer = KEY; layer <= VALUE; ++layer) {
+        const float* d = s->d_qkv + layer * width;
+        product(left(d, 3 * width, rows, width, s->left), weights_at(a, ADJOINT + layer), width,
+                rows, width, nullptr, layer > KEY, s->d_normed, width);
+        product(left_transposed(d, 3 * width, rows, width, s->transposed), normed, rows, width,
+                width, nullptr, true, partial + layer * size, width);
+        add_rows(d, 3 * width, rows, width, d_biases + layer * width);
+    }
+    const int64_t queried = s->queried;
+    for (int64_t i = 0; i < queried; ++i) {
+        __builtin_memcpy(s->d_queries + i * width, s->d_qkv + 3 * s->real[i] * width,
+                         (size_t)width * sizeof(float));
+    }
+    if (queried > 0) {
+        finish_product(left(s->d_queries, width, queried, width, s->left),
+                       weights_at(a, ADJOINT + QUERY), width, queried, width, s->sums,
+                       [=](int64_t i, int64_t column, const float* sums, int64_t count) {
+                           float* out = s->d_normed + s->real[i] * width + column;
+                           for (int64_t j = 0; j < count; j += FLOATS) {
+                               store(out + j, load(out + j) + load(sums + j));
+                           }
+                       });
+        product(left_transposed(s->d_queries, width, queried, width, s->transposed),
+                right(s->queries, width, queried, width, s->right_queries), queried, width, width,
+                nullptr, true, partial + QUERY * size, width);
+        add_rows(s->d_queries, width, queried, width, d_biases + QUERY * width);
+    }
+    add_rows(s->d_normed, width, rows, width, d_norm_weight + width);
+    const float* x = a->x + row * width;
+    for (int64_t i = 0; i < rows; ++i) {
+        norm_backward_row(a->norm_weight, width, x + i * width, s->d_normed + i * width,
+                          d_x + i * width);
+    }
+    add_rows(s->d_normed, width, rows, width, d_norm_weight);
+}
+
+void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) {
+    const TileState tiles{};
+    (void)tiles;
+    Scratch s;
+    lay_out(a, memory, &s);
+    const int64_t size = group(a), groups = (a->batch + size - 1) / size;
+    for (int64_t part = begin; part < end; ++part) {
+        float* partial = a->partial + part * self_attention_partial(a->width);
+        const int64_t last = groups * (part + 1) / a->parts;
+        for (int64_t g = groups * part / a->parts; g < last; ++g) {
+            backward_group(a, &s, g * size, at_most(a->batch - g * size, size), partial);
+        }
+    }
+}
+
+}  // namespace
+
+namespace FMREC_ISA {
+extern const SelfAttentionKernels self_attention = {
+    group, packed, scratch, pack_forward, pack_backward, forward, backward};
+}
+
+}  // namespace fmrec

@@ -1,0 +1,273 @@
+"""self_attention: every backend against the definition, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmrec_fast import TrainingDraws, dispatch_log, extension, training_losses, use_backend
+from fmrec_fast.backend import Backend
+from fmrec_fast.ops import dropout, self_attention
+from fmrec_fast.testing import assert_close_to_truth, make_sequences
+
+pytestmark = pytest.mark.op("self_attention")
+SEED = torch.tensor(-987654321987654321)
+# (B, L, D, H): sequences beside the kernel's groups of 160 rows (of 32 sequences with last_only),
+# a sequence longer than a group, heads beside whole vectors.
+SHAPES = [
+    (5, 51, 32, 2),
+    (70, 2, 48, 3),
+    (2, 170, 16, 1),
+    (35, 3, 144, 3),
+    (4, 50, 128, 4),
+]
+# Heads that the last position's kernel does not take.
+NARROW = [(7, 20, 32, 4), (3, 30, 48, 1)]
+LAYERS = ("query", "key", "value", "output")
+NAMES = ["norm_weight", "norm_bias"]
+NAMES += [f"{layer}_{part}" for layer in LAYERS for part in ("weight", "bias")]
+needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+
+
+def tensors(batch, length, width, heads, last_only, seed=0):
+    """x, the scales of its queries, the ten parameters, and the gradient of the result."""
+    g = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(batch, length, width, generator=g)
+    shapes = [(width,), (width,)] + [(width, width), (width,)] * 4
+    # Scores of order 1, as those of a network in training: one that is decided is ill-conditioned.
+    parameters = [torch.randn(shape, generator=g) * shape[-1] ** -0.5 for shape in shapes]
+    parameters[0] += 1
+    # Histories without padding, of padding only, and all between them; one with a hole.
+    padding = torch.randint(0, length + 1, (batch,), generator=g)
+    padding[0], padding[-1] = 0, length
+    mask = (torch.arange(length) >= padding[:, None]).float()
+    mask[0, length // 2] = 0
+    grad = torch.randn(batch, 1 if last_only else length, width, generator=g)
+    return [x, mask * (width // heads) ** -0.5, *parameters, grad]
+
+
+def run(function, given, **options):
+    x, query_scale, *parameters, grad = given
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
+    out = function(leaves[0], query_scale, *leaves[1:], **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def written_out(x, query_scale, *parameters, num_heads, p, kept, last_only):
+    """The sentence of the docstring, with the masks given, for all positions."""
+    batch, length, width = x.shape
+    norm, layers = parameters[:2], list(zip(parameters[2::2], parameters[3::2], strict=True))
+
+    def drop(x, mask):
+        return torch.where(mask, x / (1 - p), 0)
+
+    def heads(x):
+        return x.view(batch, length, num_heads, -1).transpose(1, 2)
+
+    normed = F.layer_norm(x, (width,), *norm, 1e-12)
+    q, k, v = (heads(F.linear(normed, *layer)) for layer in layers[:3])
+    probabilities = torch.softmax((query_scale[:, None, :, None] * q) @ k.mT, dim=-1)
+    mixed = (drop(probabilities, kept[0].view(batch, num_heads, length, length)) @ v).transpose(
+        1, 2
+    )
+    out = x + drop(F.linear(mixed.reshape(batch, length, width), *layers[3]), kept[1])
+    return out[:, -1:] if last_only else out
+
+
+def masks(shape, p, *, num_heads, seed, rows, site):
+    """The two masks, by the op `dropout` of ones."""
+    batch, length, width = shape
+    sizes = [(batch, num_heads * length, length), (batch, length, width)]
+    with use_backend("reference"):
+        return [
+            dropout(torch.ones(size), p, seed=seed, rows=rows, site=site + i) > 0
+            for i, size in enumerate(sizes)
+        ]
+
+
+def check(forced, given, p, put=lambda *t: t, *, last_only, **options):
+    kept = masks(given[0].shape, p, **options)
+    with forced:
+        on = dict(zip(("seed", "rows"), put(options["seed"], options["rows"]), strict=True))
+        options = {**options, **on, "last_only": last_only}
+        got = run(lambda *t: self_attention(*t, p, **options), put(*given))
+    plain = {"num_heads": options["num_heads"], "p": p, "kept": kept, "last_only": last_only}
+    same = run(written_out, given, **plain)
+    truth = run(written_out, [t.double() for t in given], **plain)
+    for name, mine, other, right in zip(("out", "x", *NAMES), got, same, truth, strict=True):
+        if name == "key_bias":  # nothing depends on it: only what rounding leaves
+            assert mine.abs().max() <= 1e-4 * same[2 + NAMES.index("query_bias")].abs().max()
+        else:
+            assert_close_to_truth(mine.cpu(), other, right, name=name)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_definition(place, shape, p, last_only):
+    rows = torch.arange(shape[0]) * 1_000_000_007 - 3
+    options = {"num_heads": shape[3], "seed": SEED, "rows": rows, "site": 9}
+    given = tensors(*shape, last_only)
+    check(place.forced("self_attention"), given, p, place.put, last_only=last_only, **options)
+
+
+@pytest.mark.parametrize("shape", NARROW)
+def test_heads_of_any_width(place, shape):
+    given = tensors(*shape, last_only=False)
+    options = {"num_heads": shape[3], "seed": SEED, "rows": torch.arange(shape[0]), "site": 2}
+    check(place.forced("self_attention"), given, 0.3, place.put, last_only=False, **options)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_non_contiguous_inputs(place, last_only):
+    x, scale, *rest = tensors(6, 40, 32, 2, last_only)
+    given = [x[::2], scale[::2], *(t.mT.contiguous().mT if t.ndim > 1 else t for t in rest)]
+    given[-1] = rest[-1][::2]
+    assert not given[0].is_contiguous() and not given[4].is_contiguous()
+    options = {"num_heads": 2, "seed": SEED, "rows": torch.arange(6)[::2], "site": 1}
+    check(place.forced("self_attention"), given, 0.3, place.put, last_only=last_only, **options)
+
+
+@pytest.mark.parametrize(
+    "shape, last_only",
+    [((1, 5, 16, 1), False), ((7, 20, 24, 3), False), ((7, 20, 32, 4), True)],
+)
+def test_what_the_kernel_declines(place, shape, last_only):
+    """Few rows, and widths that are no multiples of 16: the definition, and the log says why."""
+    options = {"num_heads": shape[3], "seed": SEED, "rows": torch.arange(shape[0]), "site": 1}
+    forced = place.forced("self_attention", declines=True)
+    check(forced, tensors(*shape, last_only), 0.3, place.put, last_only=last_only, **options)
+
+
+def test_the_scales_may_need_gradients(place):
+    x, scale, *parameters, grad = tensors(3, 30, 32, 2, last_only=False)
+    with place.forced("self_attention", declines=True):
+        (moved,) = place.put(scale)
+        moved.requires_grad_()
+        out = self_attention(*place.put(x), moved, *place.put(*parameters), 0.0, num_heads=2,
+                             seed=place.put(SEED)[0])  # fmt: skip
+        assert torch.autograd.grad(out, moved, *place.put(grad))[0].abs().sum() > 0
+
+
+@needs_cpp
+@pytest.mark.parametrize("last_only", [False, True])
+def test_instruction_sets_and_threads(isa, last_only):
+    threads = torch.get_num_threads()
+    given = tensors(40, 50, 64, 2, last_only)
+    options = {"num_heads": 2, "seed": SEED, "rows": torch.arange(40), "site": 4}
+    kept = masks(given[0].shape, 0.2, **options)
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with use_backend("cpp"), dispatch_log() as log:
+                results.append(
+                    run(lambda *t: self_attention(*t, 0.2, last_only=last_only, **options), given)
+                )
+            assert {entry.backend for entry in log} == {Backend.CPP}
+    finally:
+        torch.set_num_threads(threads)
+    plain = {"num_heads": 2, "p": 0.2, "kept": kept, "last_only": last_only}
+    same = run(written_out, given, **plain)
+    truth = run(written_out, [t.double() for t in given], **plain)
+    names = ("out", "x", *NAMES)
+    for name, one, two, three, other, right in zip(names, *results, same, truth, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three), f"{name} depends on the threads"
+        if name != "key_bias":
+            assert_close_to_truth(one, other, right, name=name)
+
+
+@needs_cpp
+def test_a_sequence_does_not_depend_on_the_batch():
+    given = tensors(9, 50, 32, 2, last_only=False)
+    order = torch.tensor([4, 0, 8, 3])
+    options = {"num_heads": 2, "seed": SEED}
+    with use_backend("cpp"):
+        whole, last = (
+            self_attention(*given[:-1], 0.3, rows=torch.arange(9), last_only=last, **options)
+            for last in (False, True)
+        )
+        part = [t[order] for t in given[:2]]
+        for out, all_out in ((False, whole), (True, last)):
+            mine = self_attention(*part, *given[2:-1], 0.3, rows=order, last_only=out, **options)
+            assert torch.equal(mine, all_out[order])
+    assert torch.allclose(last, whole[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_what_is_not_finite_stays_in_its_sequence(strange, last_only):
+    given = tensors(4, 50, 32, 2, last_only)
+    options = {"num_heads": 2, "seed": SEED, "last_only": last_only}
+    with use_backend("cpp"):
+        plain = self_attention(*given[:-1], 0.3, **options)
+        given[0][2, 7, 5] = strange
+        out = self_attention(*given[:-1], 0.3, **options)
+    assert not out[2].isfinite().all()
+    out[2] = plain[2]
+    assert torch.equal(out, plain)
+
+
+@needs_cpp
+def test_only_masks_are_kept():
+    given = [t.requires_grad_(i != 1) for i, t in enumerate(tensors(8, 50, 32, 2, False)[:-1])]
+    with use_backend("cpp"):
+        out = self_attention(*given, 0.1, num_heads=2, seed=SEED)
+    mine = {t.data_ptr() for t in given} | {SEED.data_ptr()}
+    kept = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in mine]
+    assert all(t.dtype == torch.int64 for t in kept)
+    assert sum(t.nbytes for t in kept) == 8 * 8 + 8 * 50 * 8  # the rows' names, a word a row
+
+
+# Fewer rows than the kernel's least, and enough.
+@needs_cpp
+@pytest.mark.parametrize("batch", [3, 70])
+def test_training_steps_are_those_of_the_definition(small_args, batch):
+    """Three steps with dropout: same draws, same losses; every block's first half is this op."""
+    from fmrec_fast import FMRecommender
+
+    sequence, target = make_sequences(batch, 20, 61, seed=3, histories=("padding", "short", "full"))
+    cells = torch.stack((torch.arange(batch), torch.arange(batch) % 7), dim=1)
+    losses = {}
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = FMRecommender.from_config(small_args(max_len=20, num_blocks=3, hidden_size=64))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        losses[backend] = []
+        for step in range(3):
+            with use_backend(backend), dispatch_log() as log:
+                optimizer.zero_grad()
+                loss = training_losses(
+                    model, sequence, target, seed=step, draws=TrainingDraws(cells=cells)
+                ).total
+                loss.backward()
+                optimizer.step()
+            losses[backend].append(loss.item())
+            ran = [entry.backend for entry in log if entry.op == "self_attention"]
+            mine = [Backend.CPP] * (3 if batch == 70 else 0)
+            assert ran == (mine if backend == "auto" else [])
+    assert losses["auto"] == pytest.approx(losses["reference"], rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.zeros(2, 16)}, ValueError, r"x must be .*got \(2, 16\)"),
+        ({"x": torch.zeros(2, 0, 16), "query_scale": torch.zeros(2, 0)}, ValueError, "position"),
+        ({"query_scale": torch.zeros(2, 4)}, ValueError, r"query_scale must be .*got \(2, 4\)"),
+        ({"key_weight": torch.zeros(16, 8)}, ValueError, r"key_weight must be .*got \(16, 8\)"),
+        ({"output_bias": torch.zeros(8)}, ValueError, r"output_bias must be .*got \(8,\)"),
+        ({"value_bias": torch.zeros(16).double()}, TypeError, "value_bias is torch.float64"),
+        ({"rows": torch.zeros(1).long()}, ValueError, r"rows must be .*got \(1,\)"),
+        ({"num_heads": 3}, ValueError, "num_heads must divide D = 16, got 3"),
+        ({"p": 1.0}, ValueError, r"p must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_inputs_are_named(change, error, message):
+    given = tensors(2, 3, 16, 2, last_only=False)
+    arguments = dict(zip(("x", "query_scale", *NAMES), given, strict=False))
+    arguments |= {"p": 0.1, "num_heads": 2, "seed": SEED}
+    with pytest.raises(error, match=message):
+        self_attention(**{**arguments, **change})
