@@ -47,6 +47,10 @@ void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
     a.scale = rate.scale;
 }
 
+const FeedForwardKernels& kernels_of(const std::string& precision) {
+    return rounds_to_bf16(precision) ? FMREC_TABLE(feed_forward_bf16) : FMREC_TABLE(feed_forward);
+}
+
 bool worth_it(const FeedForward& a) {
     return a.batch * a.positions * a.width * a.inner >= GRAIN;
 }
@@ -63,7 +67,7 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
                           const py::object& rows_, const py::object& seed, const py::object& site,
                           const py::object& position_offset, const py::object& position_stride,
                           double p, const py::object& kept_, const py::object& out_,
-                          int num_threads) {
+                          int num_threads, const std::string& precision) {
     const Inputs in{input<float>(x_, "x", 3),   input<float>(norm_weight_, "norm_weight", 1),
                     input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
                     input<float>(b1_, "b1", 1), input<float>(w2_, "w2", 2)};
@@ -92,7 +96,7 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
     a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
     a.position_offset = static_cast<std::uint64_t>(read_int64(position_offset, "position_offset"));
     a.position_stride = static_cast<std::uint64_t>(read_int64(position_stride, "position_stride"));
-    const FeedForwardKernels& kernels = FMREC_TABLE(feed_forward);
+    const FeedForwardKernels& kernels = kernels_of(precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -116,7 +120,8 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
                            double p, const py::object& kept_, const py::object& d_x_,
                            const py::object& d_norm_weight_, const py::object& d_norm_bias_,
                            const py::object& d_w1_, const py::object& d_b1_,
-                           const py::object& d_w2_, const py::object& d_b2_, int num_threads) {
+                           const py::object& d_w2_, const py::object& d_b2_, int num_threads,
+                           const std::string& precision) {
     const Inputs in{input<float>(x_, "x", 3),   input<float>(norm_weight_, "norm_weight", 1),
                     input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
                     input<float>(b1_, "b1", 1), input<float>(w2_, "w2", 2)};
@@ -145,7 +150,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
         check_kept(kept, a);
         a.kept = const_cast<std::int64_t*>(data<std::int64_t>(kept));
     }
-    const FeedForwardKernels& kernels = FMREC_TABLE(feed_forward);
+    const FeedForwardKernels& kernels = kernels_of(precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     float* const sums_to[] = {target(d_b1), target(d_b2), target(d_norm_weight),
@@ -204,14 +209,16 @@ void bind_feed_forward(py::module_& m) {
           py::arg("norm_bias"), py::arg("w1"), py::arg("b1"), py::arg("w2"), py::arg("b2"),
           py::arg("rows"), py::arg("seed"), py::arg("site"), py::arg("position_offset"),
           py::arg("position_stride"), py::arg("p"), py::arg("kept").none(true), py::arg("out"),
-          py::arg("num_threads"),
+          py::arg("num_threads"), py::arg("precision") = "float32",
           "out = drop(x + drop(drop(gelu(norm(x) @ w1.T + b1)) @ w2.T + b2)), the sites site, "
-          "site + 1 and site + 2 from the inside; kept gets the masks, a bit a channel.");
+          "site + 1 and site + 2 from the inside; kept gets the masks, a bit a channel. Precision "
+          "'bf16', on AMX tiles, rounds the operands of every product.");
     m.def("feed_forward_backward", &feed_forward_backward, py::arg("grad"), py::arg("x"),
           py::arg("norm_weight"), py::arg("norm_bias"), py::arg("w1"), py::arg("b1"),
           py::arg("w2"), py::arg("p"), py::arg("kept").none(true), py::arg("d_x"),
           py::arg("d_norm_weight"), py::arg("d_norm_bias"), py::arg("d_w1"), py::arg("d_b1"),
           py::arg("d_w2"), py::arg("d_b2"), py::arg("num_threads"),
+          py::arg("precision") = "float32",
           "Adjoint of feed_forward_forward in everything that is floating point.");
 }
 

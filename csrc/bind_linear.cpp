@@ -20,15 +20,7 @@ void check_width(std::int64_t width, const char* what) {
 
 // Planes of the products' operands. Without tiles there is float32 only.
 int read_precision(const std::string& precision) {
-    if (precision == "float32") return LINEAR_PLANES;
-    if (precision != "bf16") {
-        throw py::value_error("precision must be 'float32' or 'bf16', got '" + precision + "'");
-    }
-    if (isa() != Isa::amx) {
-        throw py::value_error(std::string("precision 'bf16' needs the instruction set amx, got ") +
-                              isa_name(isa()));
-    }
-    return LINEAR_BF16_PLANES;
+    return rounds_to_bf16(precision) ? LINEAR_BF16_PLANES : LINEAR_PLANES;
 }
 
 // out = in B + bias with element (k, j) of B at weight[k * row + j * column].

@@ -41,8 +41,11 @@ void check_parameter(const py::array& array, int i, std::int64_t width) {
     }
 }
 
-const SelfAttentionKernels& kernels_of(bool last_only) {
-    return last_only ? FMREC_TABLE(self_attention_last) : FMREC_TABLE(self_attention);
+// Of the last position the layers' products are few, and always in float32.
+const SelfAttentionKernels& kernels_of(bool last_only, const std::string& precision) {
+    const bool rounds = rounds_to_bf16(precision);
+    if (last_only) return FMREC_TABLE(self_attention_last);
+    return rounds ? FMREC_TABLE(self_attention_bf16) : FMREC_TABLE(self_attention);
 }
 
 void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
@@ -112,7 +115,8 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
                             const py::sequence& parameters, const py::object& rows,
                             const py::object& seed, const py::object& site, double p,
                             const py::object& kept_, const py::object& out_,
-                            std::int64_t num_heads, bool last_only, int num_threads) {
+                            std::int64_t num_heads, bool last_only, int num_threads,
+                            const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
     Inputs in;
@@ -133,7 +137,7 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     } else if (p > 0.0) {
         throw py::value_error("kept must be given where p > 0, got None");
     }
-    const SelfAttentionKernels& kernels = kernels_of(last_only);
+    const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -155,7 +159,8 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
                              const py::object& rows, const py::object& seed,
                              const py::object& site, double p, const py::object& kept_,
                              const py::object& d_x_, const py::sequence& d_parameters_,
-                             std::int64_t num_heads, bool last_only, int num_threads) {
+                             std::int64_t num_heads, bool last_only, int num_threads,
+                            const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
     Inputs in;
@@ -186,7 +191,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
     } else if (p > 0.0) {
         throw py::value_error("kept must be given where p > 0, got None");
     }
-    const SelfAttentionKernels& kernels = kernels_of(last_only);
+    const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     py::gil_scoped_release release;
@@ -231,16 +236,17 @@ void bind_self_attention(py::module_& m) {
     m.def("self_attention_forward", &self_attention_forward, py::arg("x"), py::arg("query_scale"),
           py::arg("parameters"), py::arg("rows"), py::arg("seed"), py::arg("site"), py::arg("p"),
           py::arg("kept").none(true), py::arg("out"), py::arg("num_heads"), py::arg("last_only"),
-          py::arg("num_threads"),
+          py::arg("num_threads"), py::arg("precision") = "float32",
           "out = x + drop(attention(norm(x)) @ output_weight.T + output_bias), of all positions or "
           "of the last; the probabilities drop at `site`, the branch at site + 1, whose masks kept "
           "gets, a bit a channel. parameters: weight and bias of the norm, and of the query's, "
-          "key's, value's and output's layers.");
+          "key's, value's and output's layers. Precision 'bf16', on AMX tiles, rounds the operands "
+          "of the layers' products.");
     m.def("self_attention_backward", &self_attention_backward, py::arg("grad"), py::arg("x"),
           py::arg("query_scale"), py::arg("parameters"), py::arg("rows"), py::arg("seed"),
           py::arg("site"), py::arg("p"), py::arg("kept").none(true), py::arg("d_x"),
           py::arg("d_parameters"), py::arg("num_heads"), py::arg("last_only"),
-          py::arg("num_threads"),
+          py::arg("num_threads"), py::arg("precision") = "float32",
           "Adjoint of self_attention_forward in x and the parameters.");
 }
 

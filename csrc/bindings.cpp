@@ -117,6 +117,18 @@ int check_threads(int num_threads) {
     return num_threads;
 }
 
+bool rounds_to_bf16(const std::string& precision) {
+    if (precision == "float32") return false;
+    if (precision != "bf16") {
+        throw py::value_error("precision must be 'float32' or 'bf16', got '" + precision + "'");
+    }
+    if (isa() != Isa::amx) {
+        throw py::value_error(std::string("precision 'bf16' needs the instruction set amx, got ") +
+                              isa_name(isa()));
+    }
+    return true;
+}
+
 DropoutRate dropout_rate(double p) {
     if (!(p >= 0.0 && p < 1.0)) {
         throw py::value_error("p must satisfy 0 <= p < 1, got " + text(py::float_(p)));

@@ -66,6 +66,10 @@ std::int64_t read_int64(const py::object& object, const char* name);
 // At least 1, and the same.
 int check_threads(int num_threads);
 
+// Whether the operands of products are to be rounded: 'bf16', for which there must be AMX tiles, not
+// 'float32'.
+bool rounds_to_bf16(const std::string& precision);
+
 // Dropout keeps what meets a word of the stream that is at least the threshold, times scale.
 struct DropoutRate {
     std::uint32_t threshold;

@@ -18,6 +18,14 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // --- products --------------------------------------------------------------------------------
 
+// Planes of an operand in float32, and of one that is rounded to bfloat16: where there are tiles.
+const int EXACT = 3;
+#if defined(__AMX_BF16__)
+const int ROUNDED = 1;
+#else
+const int ROUNDED = EXACT;
+#endif
+
 // An operand as the products below read it: with AMX planes, else a matrix in memory.
 struct Operand {
     const float* at;
@@ -26,17 +34,18 @@ struct Operand {
 
 #if defined(__AMX_BF16__)
 
-const int PLANES = 3;
-
+template <int PLANES>
 FMREC_INLINE int64_t left_size(int64_t rows, int64_t depth) {
     return amx_rows_size(rows, depth, PLANES) / 2;
 }
 
+template <int PLANES>
 FMREC_INLINE int64_t right_size(int64_t depth, int64_t columns) {
     return amx_columns_size(depth, columns, PLANES) / 2;
 }
 
 // `in` [rows, depth], in rows of `row` floats, as A.
+template <int PLANES>
 FMREC_INLINE Operand left(const float* in, int64_t row, int64_t rows, int64_t depth,
                           float* memory) {
     amx_split<PLANES, true, DEPTH_INSIDE>(in, row, rows, depth, (uint16_t*)memory);
@@ -44,6 +53,7 @@ FMREC_INLINE Operand left(const float* in, int64_t row, int64_t rows, int64_t de
 }
 
 // The transpose of `in` [depth, rows] as A.
+template <int PLANES>
 FMREC_INLINE Operand left_transposed(const float* in, int64_t row, int64_t depth, int64_t rows,
                                      float* memory) {
     amx_split<PLANES, true, STRIPS_INSIDE>(in, row, rows, depth, (uint16_t*)memory);
@@ -51,6 +61,7 @@ FMREC_INLINE Operand left_transposed(const float* in, int64_t row, int64_t depth
 }
 
 // `in` [depth, columns] as B.
+template <int PLANES>
 FMREC_INLINE Operand right(const float* in, int64_t row, int64_t depth, int64_t columns,
                            float* memory) {
     amx_split<PLANES, false, STRIPS_INSIDE>(in, row, columns, depth, (uint16_t*)memory);
@@ -58,6 +69,7 @@ FMREC_INLINE Operand right(const float* in, int64_t row, int64_t depth, int64_t 
 }
 
 // Element (k, j) of B is at source[k * row + j * column], and one of the strides is 1.
+template <int PLANES>
 static inline void pack(const float* source, int64_t row, int64_t column, int64_t depth,
                         int64_t columns, float* to) {
     if (column == 1) {
@@ -70,7 +82,7 @@ static inline void pack(const float* source, int64_t row, int64_t column, int64_
 FMREC_INLINE Operand packed_right(const float* packed, int64_t) { return {packed, 0, 0}; }
 
 // Calls finish(row, column, sums, width) on pieces of the rows of A B.
-template <typename Finish>
+template <int PLANES, typename Finish>
 FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t rows,
                                  int64_t columns, float*, const Finish& finish) {
     amx_blocks<PLANES, PLANES>(
@@ -82,6 +94,7 @@ FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t ro
         });
 }
 
+template <int PLANES>
 FMREC_INLINE void product(Operand a, Operand b, int64_t depth, int64_t rows, int64_t columns,
                           const float* bias, bool add, float* out, int64_t out_row) {
     const AmxProduct p = {(const uint16_t*)a.at, (const uint16_t*)b.at, bias, nullptr, add, out,
@@ -93,14 +106,19 @@ FMREC_INLINE void product(Operand a, Operand b, int64_t depth, int64_t rows, int
 
 struct TileState {};
 
+template <int PLANES>
 FMREC_INLINE int64_t left_size(int64_t, int64_t) { return 0; }
+template <int PLANES>
 FMREC_INLINE int64_t right_size(int64_t depth, int64_t columns) { return depth * columns; }
+template <int PLANES>
 FMREC_INLINE Operand left(const float* in, int64_t row, int64_t, int64_t, float*) {
     return {in, row, 1};
 }
+template <int PLANES>
 FMREC_INLINE Operand left_transposed(const float* in, int64_t row, int64_t, int64_t, float*) {
     return {in, 1, row};
 }
+template <int PLANES>
 FMREC_INLINE Operand right(const float* in, int64_t row, int64_t, int64_t, float*) {
     return {in, row, 0};
 }
@@ -108,6 +126,7 @@ FMREC_INLINE Operand packed_right(const float* packed, int64_t columns) {
     return {packed, columns, 0};
 }
 
+template <int PLANES>
 static inline void pack(const float* source, int64_t row, int64_t column, int64_t depth,
                         int64_t columns, float* to) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -115,6 +134,7 @@ static inline void pack(const float* source, int64_t row, int64_t column, int64_
     }
 }
 
+template <int PLANES>
 FMREC_INLINE void product(Operand a, Operand b, int64_t depth, int64_t rows, int64_t columns,
                           const float* bias, bool add, float* out, int64_t out_row) {
     // Columns of B that stay in the first-level cache while all rows pass them.
@@ -126,10 +146,10 @@ FMREC_INLINE void product(Operand a, Operand b, int64_t depth, int64_t rows, int
     }
 }
 
-template <typename Finish>
+template <int PLANES, typename Finish>
 FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t rows,
                                  int64_t columns, float* sums, const Finish& finish) {
-    product(a, b, depth, rows, columns, nullptr, false, sums, columns);
+    product<PLANES>(a, b, depth, rows, columns, nullptr, false, sums, columns);
     for (int64_t i = 0; i < rows; ++i) finish(i, 0, sums + i * columns, columns);
 }
 

@@ -16,6 +16,7 @@ struct Scratch {
     uint32_t* words;
 };
 
+template <int PLANES>
 int64_t lay_out(const FeedForward* a, float* memory, Scratch* s) {
     float* const start = memory;
     const int64_t width = a->width;
@@ -26,52 +27,57 @@ int64_t lay_out(const FeedForward* a, float* memory, Scratch* s) {
     s->slopes = take(&memory, ROWS * PANEL);
     s->d_hidden = take(&memory, ROWS * PANEL);
     s->sums = take(&memory, ROWS * PANEL);
-    s->left = take(&memory, left_size(ROWS, width));
-    s->transposed = take(&memory, left_size(width, ROWS));
-    s->left_rows = take(&memory, left_size(ROWS, width));
-    s->transposed_rows = take(&memory, left_size(width, ROWS));
-    s->left_hidden = take(&memory, left_size(ROWS, PANEL));
-    s->right = take(&memory, right_size(ROWS, PANEL));
+    s->left = take(&memory, left_size<PLANES>(ROWS, width));
+    s->transposed = take(&memory, left_size<PLANES>(width, ROWS));
+    s->left_rows = take(&memory, left_size<PLANES>(ROWS, width));
+    s->transposed_rows = take(&memory, left_size<PLANES>(width, ROWS));
+    s->left_hidden = take(&memory, left_size<PLANES>(ROWS, PANEL));
+    s->right = take(&memory, right_size<PLANES>(ROWS, PANEL));
     s->words = (uint32_t*)take(&memory, words_size(a->inner > width ? a->inner : width));
     return memory - start;
 }
 
+template <int PLANES>
 int64_t scratch(const FeedForward* a) {
     Scratch s;
-    return lay_out(a, nullptr, &s);
+    return lay_out<PLANES>(a, nullptr, &s);
 }
 
 // The weights in panels of the inner layer: of each one all that a chunk of rows reads in a row.
+template <int PLANES>
 FMREC_INLINE int64_t panel_packed(const FeedForward* a, int64_t columns) {
-    return right_size(a->width, columns) + right_size(columns, a->width);
+    return right_size<PLANES>(a->width, columns) + right_size<PLANES>(columns, a->width);
 }
 
+template <int PLANES>
 int64_t packed(const FeedForward* a) {
     const int64_t panels = (a->inner + PANEL - 1) / PANEL;
-    return panels * (panel_packed(a, PANEL) + right_size(a->width, PANEL));
+    return panels * (panel_packed<PLANES>(a, PANEL) + right_size<PLANES>(a->width, PANEL));
 }
 
+template <int PLANES>
 void pack_forward(const FeedForward* a) {
     float* to = a->packed;
     for (int64_t f = 0; f < a->inner; f += PANEL) {
         const int64_t columns = at_most(a->inner - f, PANEL);
-        pack(a->w1 + f * a->width, 1, a->width, a->width, columns, to);
-        to += right_size(a->width, columns);
-        pack(a->w2 + f, 1, a->inner, columns, a->width, to);
-        to += right_size(columns, a->width);
+        pack<PLANES>(a->w1 + f * a->width, 1, a->width, a->width, columns, to);
+        to += right_size<PLANES>(a->width, columns);
+        pack<PLANES>(a->w2 + f, 1, a->inner, columns, a->width, to);
+        to += right_size<PLANES>(columns, a->width);
     }
 }
 
+template <int PLANES>
 void pack_backward(const FeedForward* a) {
     float* to = a->packed;
     for (int64_t f = 0; f < a->inner; f += PANEL) {
         const int64_t columns = at_most(a->inner - f, PANEL);
-        pack(a->w1 + f * a->width, 1, a->width, a->width, columns, to);
-        to += right_size(a->width, columns);
-        pack(a->w2 + f, a->inner, 1, a->width, columns, to);
-        to += right_size(a->width, columns);
-        pack(a->w1 + f * a->width, a->width, 1, columns, a->width, to);
-        to += right_size(columns, a->width);
+        pack<PLANES>(a->w1 + f * a->width, 1, a->width, a->width, columns, to);
+        to += right_size<PLANES>(a->width, columns);
+        pack<PLANES>(a->w2 + f, a->inner, 1, a->width, columns, to);
+        to += right_size<PLANES>(a->width, columns);
+        pack<PLANES>(a->w1 + f * a->width, a->width, 1, columns, a->width, to);
+        to += right_size<PLANES>(columns, a->width);
     }
 }
 
@@ -81,11 +87,12 @@ FMREC_INLINE LayerNorm norm_of(const FeedForward* a) {
 
 // --- forward ----------------------------------------------------------------------------------
 
+template <int PLANES>
 void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     const TileState tiles{};
     (void)tiles;
     Scratch s;
-    lay_out(a, memory, &s);
+    lay_out<PLANES>(a, memory, &s);
     const int64_t width = a->width, inner = a->inner, bytes = 8 * mask_words(width, inner);
     const int64_t all = a->batch * a->positions;
     const LayerNorm norm = norm_of(a);
@@ -106,13 +113,13 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
             draw_mask(&masks, &outer_walk, first, rows, width, a->site + 2, inner + width, s.words);
         }
         layer_norm(&norm, x, s.normed, width, rows);
-        const Operand normed = left(s.normed, width, rows, width, s.left);
+        const Operand normed = left<PLANES>(s.normed, width, rows, width, s.left);
         const float* weights = a->packed;
         for (int64_t f = 0; f < inner; f += PANEL) {
             const int64_t columns = at_most(inner - f, PANEL);
             const float* bias = a->b1 + f;
             float* const activated = s.inner;
-            finish_product(
+            finish_product<PLANES>(
                 normed, packed_right(weights, columns), width, rows, columns, s.sums,
                 [=](int64_t row, int64_t column, const float* sums, int64_t count) {
                     float* out = activated + row * columns + column;
@@ -122,10 +129,10 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
                         store(out + j, masked(bits, f + column + j, h * scale));
                     }
                 });
-            weights += right_size(width, columns);
-            product(left(s.inner, columns, rows, columns, s.left_hidden), packed_right(weights, width),
+            weights += right_size<PLANES>(width, columns);
+            product<PLANES>(left<PLANES>(s.inner, columns, rows, columns, s.left_hidden), packed_right(weights, width),
                     columns, rows, width, f ? nullptr : a->b2, f > 0, s.rows, width);
-            weights += right_size(columns, width);
+            weights += right_size<PLANES>(columns, width);
         }
         float* out = a->out + first * width;
         for (int64_t i = 0; i < rows; ++i) {
@@ -141,6 +148,7 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
 
 // --- backward ---------------------------------------------------------------------------------
 
+template <int PLANES>
 void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64_t rows,
                     float* d_w1, float* d_w2, float* sums) {
     const int64_t width = a->width, inner = a->inner, bytes = 8 * mask_words(width, inner);
@@ -152,8 +160,8 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     float *d_b1 = sums, *d_b2 = d_b1 + inner, *d_weight = d_b2 + width, *d_bias = d_weight + width;
     const LayerNorm norm = norm_of(a);
     layer_norm(&norm, x, s->normed, width, rows);
-    const Operand normed = left(s->normed, width, rows, width, s->left);
-    const Operand normed_transposed = left_transposed(s->normed, width, rows, width, s->transposed);
+    const Operand normed = left<PLANES>(s->normed, width, rows, width, s->left);
+    const Operand normed_transposed = left_transposed<PLANES>(s->normed, width, rows, width, s->transposed);
     // The residual's gradient goes to d_x, the branch's to s->rows.
     for (int64_t i = 0; i < rows; ++i) {
         const uint8_t* bits = kept ? kept + i * bytes : nullptr;
@@ -164,9 +172,9 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
         }
     }
     add_rows(s->rows, width, rows, width, d_b2);
-    const Operand d_outer = left(s->rows, width, rows, width, s->left_rows);
+    const Operand d_outer = left<PLANES>(s->rows, width, rows, width, s->left_rows);
     const Operand d_outer_transposed =
-        left_transposed(s->rows, width, rows, width, s->transposed_rows);
+        left_transposed<PLANES>(s->rows, width, rows, width, s->transposed_rows);
     const float* weights = a->packed;
     for (int64_t f = 0; f < inner; f += PANEL) {
         const int64_t columns = at_most(inner - f, PANEL);
@@ -175,7 +183,7 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
         float* const d_hidden = s->d_hidden;
         // GELU and its derivative are finished under the products of their own layer: what is left
         // for the next one is a multiplication.
-        finish_product(
+        finish_product<PLANES>(
             normed, packed_right(weights, columns), width, rows, columns, s->sums,
             [=](int64_t row, int64_t column, const float* of, int64_t count) {
                 const int64_t at = row * columns + column;
@@ -188,8 +196,8 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
                     store(activated + at + j, masked(bits, f + column + j, value));
                 }
             });
-        weights += right_size(width, columns);
-        finish_product(
+        weights += right_size<PLANES>(width, columns);
+        finish_product<PLANES>(
             d_outer, packed_right(weights, columns), width, rows, columns, s->sums,
             [=](int64_t row, int64_t column, const float* of, int64_t count) {
                 const int64_t at = row * columns + column;
@@ -199,15 +207,15 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
                     store(d_hidden + at + j, masked(bits, f + column + j, d));
                 }
             });
-        weights += right_size(width, columns);
-        product(d_outer_transposed, right(s->inner, columns, rows, columns, s->right), rows, width, columns,
+        weights += right_size<PLANES>(width, columns);
+        product<PLANES>(d_outer_transposed, right<PLANES>(s->inner, columns, rows, columns, s->right), rows, width, columns,
                 nullptr, true, d_w2 + f * width, columns);
-        product(normed_transposed, right(s->d_hidden, columns, rows, columns, s->right), rows, width,
+        product<PLANES>(normed_transposed, right<PLANES>(s->d_hidden, columns, rows, columns, s->right), rows, width,
                 columns, nullptr, true, d_w1 + f * width, columns);
         add_rows(s->d_hidden, columns, rows, columns, d_b1 + f);
-        product(left(s->d_hidden, columns, rows, columns, s->left_hidden), packed_right(weights, width),
+        product<PLANES>(left<PLANES>(s->d_hidden, columns, rows, columns, s->left_hidden), packed_right(weights, width),
                 columns, rows, width, nullptr, f > 0, s->d_normed, width);
-        weights += right_size(columns, width);
+        weights += right_size<PLANES>(columns, width);
     }
     add_rows(s->d_normed, width, rows, width, d_bias);
     for (int64_t i = 0; i < rows; ++i) {
@@ -217,11 +225,12 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     add_rows(s->d_normed, width, rows, width, d_weight);
 }
 
+template <int PLANES>
 void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     const TileState tiles{};
     (void)tiles;
     Scratch s;
-    lay_out(a, memory, &s);
+    lay_out<PLANES>(a, memory, &s);
     const int64_t all = a->batch * a->positions, chunks = (all + ROWS - 1) / ROWS;
     const int64_t size = a->width * a->inner;
     for (int64_t part = begin; part < end; ++part) {
@@ -229,17 +238,23 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
         const int64_t last = chunks * (part + 1) / a->parts;
         for (int64_t chunk = chunks * part / a->parts; chunk < last; ++chunk) {
             const int64_t first = chunk * ROWS;
-            backward_chunk(a, &s, first, at_most(all - first, ROWS), partial, partial + size,
+            backward_chunk<PLANES>(a, &s, first, at_most(all - first, ROWS), partial, partial + size,
                            partial + 2 * size);
         }
     }
 }
 
+template <int PLANES>
+constexpr FeedForwardKernels kernels() {
+    return {packed<PLANES>,        scratch<PLANES>, pack_forward<PLANES>,
+            pack_backward<PLANES>, forward<PLANES>, backward<PLANES>};
+}
+
 }  // namespace
 
 namespace FMREC_ISA {
-extern const FeedForwardKernels feed_forward = {packed,        scratch, pack_forward,
-                                                pack_backward, forward, backward};
+extern const FeedForwardKernels feed_forward = kernels<EXACT>();
+extern const FeedForwardKernels feed_forward_bf16 = kernels<ROUNDED>();
 }
 
 }  // namespace fmrec

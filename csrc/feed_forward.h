@@ -67,5 +67,7 @@ struct FeedForwardKernels {
 };
 
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward)
+// With the operands of all products rounded to bfloat16; without AMX the same.
+FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_bf16)
 
 }  // namespace fmrec

@@ -41,6 +41,7 @@ Attention attention_of(const SelfAttention* a, int64_t first, int64_t sequences,
     return b;
 }
 
+template <int PLANES>
 int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     float* const start = memory;
     const int64_t rows = group(a) * a->length, width = a->width;
@@ -49,11 +50,11 @@ int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     for (float** part : parts) *part = take(&memory, rows * width);
     s->qkv = take(&memory, 3 * rows * width);
     s->d_qkv = take(&memory, 3 * rows * width);
-    s->left = take(&memory, left_size(rows, width));
-    s->left_queries = take(&memory, left_size(rows, width));
-    s->transposed = take(&memory, left_size(width, rows));
-    s->right = take(&memory, right_size(rows, width));
-    s->right_queries = take(&memory, right_size(rows, width));
+    s->left = take(&memory, left_size<PLANES>(rows, width));
+    s->left_queries = take(&memory, left_size<PLANES>(rows, width));
+    s->transposed = take(&memory, left_size<PLANES>(width, rows));
+    s->right = take(&memory, right_size<PLANES>(rows, width));
+    s->right_queries = take(&memory, right_size<PLANES>(rows, width));
     s->words = (uint32_t*)take(&memory, words_size(width));
     s->real = (int64_t*)take(&memory, 2 * rows);
     const Attention b = attention_of(a, 0, 1, s);
@@ -61,55 +62,64 @@ int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     return memory - start;
 }
 
+template <int PLANES>
 int64_t scratch(const SelfAttention* a) {
     Scratch s = {};
-    return lay_out(a, nullptr, &s);
+    return lay_out<PLANES>(a, nullptr, &s);
 }
 
 // --- weights ----------------------------------------------------------------------------------
 
-FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size(a->width, a->width); }
+template <int PLANES>
+FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size<PLANES>(a->width, a->width); }
 
-int64_t packed(const SelfAttention* a) { return 7 * layer_size(a); }
+template <int PLANES>
+int64_t packed(const SelfAttention* a) { return 7 * layer_size<PLANES>(a); }
 
 // As x W^T reads W.
+template <int PLANES>
 FMREC_INLINE void pack_layer(const SelfAttention* a, Layer layer, int64_t place) {
-    pack(a->weights[layer], 1, a->width, a->width, a->width, a->packed + place * layer_size(a));
+    pack<PLANES>(a->weights[layer], 1, a->width, a->width, a->width, a->packed + place * layer_size<PLANES>(a));
 }
 
 // As d W reads it.
+template <int PLANES>
 FMREC_INLINE void pack_adjoint(const SelfAttention* a, Layer layer, int64_t place) {
-    pack(a->weights[layer], a->width, 1, a->width, a->width, a->packed + place * layer_size(a));
+    pack<PLANES>(a->weights[layer], a->width, 1, a->width, a->width, a->packed + place * layer_size<PLANES>(a));
 }
 
+template <int PLANES>
 FMREC_INLINE Operand weights_at(const SelfAttention* a, int64_t place) {
-    return packed_right(a->packed + place * layer_size(a), a->width);
+    return packed_right(a->packed + place * layer_size<PLANES>(a), a->width);
 }
 
 // Where pack_forward puts OUTPUT, and pack_backward the adjoints.
 const int64_t ADJOINT = 3;
 
+template <int PLANES>
 void pack_forward(const SelfAttention* a) {
-    for (int layer = QUERY; layer <= OUTPUT; ++layer) pack_layer(a, (Layer)layer, layer);
+    for (int layer = QUERY; layer <= OUTPUT; ++layer) pack_layer<PLANES>(a, (Layer)layer, layer);
 }
 
+template <int PLANES>
 void pack_backward(const SelfAttention* a) {
-    for (int layer = QUERY; layer <= VALUE; ++layer) pack_layer(a, (Layer)layer, layer);
+    for (int layer = QUERY; layer <= VALUE; ++layer) pack_layer<PLANES>(a, (Layer)layer, layer);
     for (int layer = QUERY; layer <= OUTPUT; ++layer) {
-        pack_adjoint(a, (Layer)layer, ADJOINT + layer);
+        pack_adjoint<PLANES>(a, (Layer)layer, ADJOINT + layer);
     }
 }
 
 // --- both directions --------------------------------------------------------------------------
 
 // Norm and projections of the sequences [first, first + sequences), and the rows that query.
+template <int PLANES>
 void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequences) {
     const int64_t length = a->length, width = a->width, rows = sequences * length;
     const LayerNorm norm = {a->norm_weight, a->norm_bias, width, width};
     layer_norm(&norm, a->x + first * length * width, s->normed, width, rows);
-    const Operand normed = left(s->normed, width, rows, width, s->left);
+    const Operand normed = left<PLANES>(s->normed, width, rows, width, s->left);
     for (int layer = KEY; layer <= VALUE; ++layer) {
-        product(normed, weights_at(a, layer), width, rows, width, a->biases[layer], false,
+        product<PLANES>(normed, weights_at<PLANES>(a, layer), width, rows, width, a->biases[layer], false,
                 s->qkv + layer * width, 3 * width);
     }
     s->queried = 0;
@@ -122,8 +132,8 @@ void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequence
             s->real[s->queried++] = row;
         }
     }
-    const Operand queries = left(s->queries, width, s->queried, width, s->left_queries);
-    finish_product(queries, weights_at(a, QUERY), width, s->queried, width, s->sums,
+    const Operand queries = left<PLANES>(s->queries, width, s->queried, width, s->left_queries);
+    finish_product<PLANES>(queries, weights_at<PLANES>(a, QUERY), width, s->queried, width, s->sums,
                    [=](int64_t row, int64_t column, const float* sums, int64_t count) {
                        float* out = s->qkv + 3 * s->real[row] * width + column;
                        for (int64_t j = 0; j < count; j += FLOATS) {
@@ -134,11 +144,12 @@ void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequence
 
 // --- forward ----------------------------------------------------------------------------------
 
+template <int PLANES>
 void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) {
     const TileState tiles{};
     (void)tiles;
     Scratch s;
-    lay_out(a, memory, &s);
+    lay_out<PLANES>(a, memory, &s);
     const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
     CounterWalk walk;
     make_walk(&walk, (uint64_t)width / 4, 0, 1);
@@ -152,14 +163,14 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
             __builtin_memset(kept, 0, (size_t)(rows * bytes));
             draw_mask(&masks, &walk, row, rows, width, a->site + 1, 0, s.words);
         }
-        project(a, &s, first, sequences);
+        project<PLANES>(a, &s, first, sequences);
         const Attention attention = attention_of(a, first, sequences, &s);
         FMREC_ISA::attention.forward(&attention, 0, sequences, s.attention);
         const float* x = a->x + row * width;
         float* out = a->out + row * width;
-        const Operand mixed = left(s.mixed, width, rows, width, s.left);
-        finish_product(
-            mixed, weights_at(a, OUTPUT), width, rows, width, s.sums,
+        const Operand mixed = left<PLANES>(s.mixed, width, rows, width, s.left);
+        finish_product<PLANES>(
+            mixed, weights_at<PLANES>(a, OUTPUT), width, rows, width, s.sums,
             [=](int64_t i, int64_t column, const float* sums, int64_t count) {
                 const uint8_t* bits = kept ? kept + i * bytes : nullptr;
                 const int64_t at = i * width + column;
@@ -174,6 +185,7 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
 
 // --- backward ---------------------------------------------------------------------------------
 
+template <int PLANES>
 void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequences,
                     float* partial) {
     const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
@@ -193,23 +205,23 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
         }
     }
     add_rows(s->d_branch, width, rows, width, d_biases + OUTPUT * width);
-    product(left(s->d_branch, width, rows, width, s->left), weights_at(a, ADJOINT + OUTPUT), width,
+    product<PLANES>(left<PLANES>(s->d_branch, width, rows, width, s->left), weights_at<PLANES>(a, ADJOINT + OUTPUT), width,
             rows, width, nullptr, false, s->d_mixed, width);
-    project(a, s, first, sequences);
+    project<PLANES>(a, s, first, sequences);
     Attention attention = attention_of(a, first, sequences, s);
     attention.grad = s->d_mixed;
     attention.out = s->d_qkv;
     attention.result = s->mixed;
     FMREC_ISA::attention.backward(&attention, 0, sequences, s->attention);
-    product(left_transposed(s->d_branch, width, rows, width, s->transposed),
-            right(s->mixed, width, rows, width, s->right), rows, width, width, nullptr, true,
+    product<PLANES>(left_transposed<PLANES>(s->d_branch, width, rows, width, s->transposed),
+            right<PLANES>(s->mixed, width, rows, width, s->right), rows, width, width, nullptr, true,
             partial + OUTPUT * size, width);
-    const Operand normed = right(s->normed, width, rows, width, s->right);
+    const Operand normed = right<PLANES>(s->normed, width, rows, width, s->right);
     for (int layer = KEY; layer <= VALUE; ++layer) {
         const float* d = s->d_qkv + layer * width;
-        product(left(d, 3 * width, rows, width, s->left), weights_at(a, ADJOINT + layer), width,
+        product<PLANES>(left<PLANES>(d, 3 * width, rows, width, s->left), weights_at<PLANES>(a, ADJOINT + layer), width,
                 rows, width, nullptr, layer > KEY, s->d_normed, width);
-        product(left_transposed(d, 3 * width, rows, width, s->transposed), normed, rows, width,
+        product<PLANES>(left_transposed<PLANES>(d, 3 * width, rows, width, s->transposed), normed, rows, width,
                 width, nullptr, true, partial + layer * size, width);
         add_rows(d, 3 * width, rows, width, d_biases + layer * width);
     }
@@ -219,16 +231,16 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
                          (size_t)width * sizeof(float));
     }
     if (queried > 0) {
-        finish_product(left(s->d_queries, width, queried, width, s->left),
-                       weights_at(a, ADJOINT + QUERY), width, queried, width, s->sums,
+        finish_product<PLANES>(left<PLANES>(s->d_queries, width, queried, width, s->left),
+                       weights_at<PLANES>(a, ADJOINT + QUERY), width, queried, width, s->sums,
                        [=](int64_t i, int64_t column, const float* sums, int64_t count) {
                            float* out = s->d_normed + s->real[i] * width + column;
                            for (int64_t j = 0; j < count; j += FLOATS) {
                                store(out + j, load(out + j) + load(sums + j));
                            }
                        });
-        product(left_transposed(s->d_queries, width, queried, width, s->transposed),
-                right(s->queries, width, queried, width, s->right_queries), queried, width, width,
+        product<PLANES>(left_transposed<PLANES>(s->d_queries, width, queried, width, s->transposed),
+                right<PLANES>(s->queries, width, queried, width, s->right_queries), queried, width, width,
                 nullptr, true, partial + QUERY * size, width);
         add_rows(s->d_queries, width, queried, width, d_biases + QUERY * width);
     }
@@ -241,26 +253,38 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
     add_rows(s->d_normed, width, rows, width, d_norm_weight);
 }
 
+template <int PLANES>
 void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) {
     const TileState tiles{};
     (void)tiles;
     Scratch s;
-    lay_out(a, memory, &s);
+    lay_out<PLANES>(a, memory, &s);
     const int64_t size = group(a), groups = (a->batch + size - 1) / size;
     for (int64_t part = begin; part < end; ++part) {
         float* partial = a->partial + part * self_attention_partial(a->width);
         const int64_t last = groups * (part + 1) / a->parts;
         for (int64_t g = groups * part / a->parts; g < last; ++g) {
-            backward_group(a, &s, g * size, at_most(a->batch - g * size, size), partial);
+            backward_group<PLANES>(a, &s, g * size, at_most(a->batch - g * size, size), partial);
         }
     }
+}
+
+template <int PLANES>
+constexpr SelfAttentionKernels kernels() {
+    return {group,
+            packed<PLANES>,
+            scratch<PLANES>,
+            pack_forward<PLANES>,
+            pack_backward<PLANES>,
+            forward<PLANES>,
+            backward<PLANES>};
 }
 
 }  // namespace
 
 namespace FMREC_ISA {
-extern const SelfAttentionKernels self_attention = {
-    group, packed, scratch, pack_forward, pack_backward, forward, backward};
+extern const SelfAttentionKernels self_attention = kernels<EXACT>();
+extern const SelfAttentionKernels self_attention_bf16 = kernels<ROUNDED>();
 }
 
 }  // namespace fmrec

@@ -46,11 +46,11 @@ int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     s->normed = take(&memory, a->length * width);
     s->d_normed = take(&memory, a->length * width);
     s->d_scores = take(&memory, heads * s->keys);
-    s->left = take(&memory, left_size(GROUP, width));
-    s->left_head = take(&memory, left_size(GROUP, s->part));
-    s->transposed = take(&memory, left_size(width, GROUP));
-    s->transposed_head = take(&memory, left_size(s->part, GROUP));
-    s->right = take(&memory, right_size(GROUP, width));
+    s->left = take(&memory, left_size<EXACT>(GROUP, width));
+    s->left_head = take(&memory, left_size<EXACT>(GROUP, s->part));
+    s->transposed = take(&memory, left_size<EXACT>(width, GROUP));
+    s->transposed_head = take(&memory, left_size<EXACT>(s->part, GROUP));
+    s->right = take(&memory, right_size<EXACT>(GROUP, width));
     const uint64_t counters = (uint64_t)(heads * ((a->length + 3) / 4));
     s->words = (uint32_t*)take(&memory, 4 * (int64_t)round_up_counters(counters) + UNIT);
     s->mask_words = (uint32_t*)take(&memory, words_size(width));
@@ -65,12 +65,12 @@ int64_t scratch(const SelfAttention* a) {
 // --- weights ----------------------------------------------------------------------------------
 
 // Of a layer as a whole, of a head's columns of a product, and of what meets a head's channels.
-FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size(a->width, a->width); }
+FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size<EXACT>(a->width, a->width); }
 FMREC_INLINE int64_t columns_size(const SelfAttention* a) {
-    return right_size(a->width, a->width / a->heads);
+    return right_size<EXACT>(a->width, a->width / a->heads);
 }
 FMREC_INLINE int64_t channels_size(const SelfAttention* a) {
-    return right_size(a->width / a->heads, a->width);
+    return right_size<EXACT>(a->width / a->heads, a->width);
 }
 
 int64_t packed(const SelfAttention* a) {
@@ -100,12 +100,12 @@ Packed places(const SelfAttention* a) {
 void pack_forward(const SelfAttention* a) {
     const Packed p = places(a);
     const int64_t width = a->width, part = width / a->heads;
-    pack(a->weights[QUERY], 1, width, width, width, p.query);
-    pack(a->weights[OUTPUT], 1, width, width, width, p.output);
+    pack<EXACT>(a->weights[QUERY], 1, width, width, width, p.query);
+    pack<EXACT>(a->weights[OUTPUT], 1, width, width, width, p.output);
     for (int64_t h = 0; h < a->heads; ++h) {
-        pack(a->weights[KEY] + h * part * width, width, 1, part, width,
+        pack<EXACT>(a->weights[KEY] + h * part * width, width, 1, part, width,
              p.turn + h * channels_size(a));
-        pack(a->weights[VALUE] + h * part * width, 1, width, width, part,
+        pack<EXACT>(a->weights[VALUE] + h * part * width, 1, width, width, part,
              p.value + h * columns_size(a));
     }
 }
@@ -114,12 +114,12 @@ void pack_backward(const SelfAttention* a) {
     const Packed p = places(a);
     const int64_t width = a->width, part = width / a->heads;
     pack_forward(a);
-    pack(a->weights[QUERY], width, 1, width, width, p.query_adjoint);
-    pack(a->weights[OUTPUT], width, 1, width, width, p.output_adjoint);
+    pack<EXACT>(a->weights[QUERY], width, 1, width, width, p.query_adjoint);
+    pack<EXACT>(a->weights[OUTPUT], width, 1, width, width, p.output_adjoint);
     for (int64_t h = 0; h < a->heads; ++h) {
-        pack(a->weights[KEY] + h * part * width, 1, width, width, part,
+        pack<EXACT>(a->weights[KEY] + h * part * width, 1, width, width, part,
              p.turn_adjoint + h * columns_size(a));
-        pack(a->weights[VALUE] + h * part * width, width, 1, part, width,
+        pack<EXACT>(a->weights[VALUE] + h * part * width, width, 1, part, width,
              p.value_adjoint + h * channels_size(a));
     }
 }
@@ -177,7 +177,7 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
         layer_norm(&norm, rows_of(a, first + g) + (a->length - 1) * width, s->last + g * width,
                    width, 1);
     }
-    product(left(s->last, width, count, width, s->left), packed_right(p->query, width), width,
+    product<EXACT>(left<EXACT>(s->last, width, count, width, s->left), packed_right(p->query, width), width,
             count, width, a->biases[QUERY], false, s->queries, width);
     for (int64_t g = 0; g < count; ++g) {
         // A padded query's scores are 0, whatever the query.
@@ -188,7 +188,7 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
         }
     }
     for (int64_t h = 0; h < heads; ++h) {
-        product(left(s->queries + h * part, width, count, part, s->left_head),
+        product<EXACT>(left<EXACT>(s->queries + h * part, width, count, part, s->left_head),
                 packed_right(p->turn + h * channels_size(a), width), part, count, width, nullptr,
                 false, s->turned + h * width, heads * width);
     }
@@ -224,7 +224,7 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
     }
     for (int64_t h = 0; h < heads; ++h) {
         const float* bias = a->biases[VALUE] + h * part;
-        finish_product(left(s->mixed + h * width, heads * width, count, width, s->left),
+        finish_product<EXACT>(left<EXACT>(s->mixed + h * width, heads * width, count, width, s->left),
                        packed_right(p->value + h * columns_size(a), part), width, count, part,
                        s->sums, [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
                            float* out = s->values + g * width + h * part + column;
@@ -263,8 +263,8 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
             draw_mask(&masks, &mask_walk, first, count, width, a->site + 1, 0, s.mask_words);
         }
         attend(a, &p, &walk, &s, first, count);
-        finish_product(
-            left(s.values, width, count, width, s.left), packed_right(p.output, width), width,
+        finish_product<EXACT>(
+            left<EXACT>(s.values, width, count, width, s.left), packed_right(p.output, width), width,
             count, width, s.sums,
             [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
                 const uint8_t* bits = kept ? kept + g * bytes : nullptr;
@@ -370,10 +370,10 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
         }
     }
     add_rows(s->d_branch, width, count, width, d->biases[OUTPUT]);
-    product(left_transposed(s->d_branch, width, count, width, s->transposed),
-            right(s->values, width, count, width, s->right), count, width, width, nullptr, true,
+    product<EXACT>(left_transposed<EXACT>(s->d_branch, width, count, width, s->transposed),
+            right<EXACT>(s->values, width, count, width, s->right), count, width, width, nullptr, true,
             d->weights[OUTPUT], width);
-    product(left(s->d_branch, width, count, width, s->left), packed_right(p->output_adjoint, width),
+    product<EXACT>(left<EXACT>(s->d_branch, width, count, width, s->left), packed_right(p->output_adjoint, width),
             width, count, width, nullptr, false, s->d_values, width);
     for (int64_t g = 0; g < count; ++g) {
         for (int64_t h = 0; h < heads; ++h) {
@@ -384,20 +384,20 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
     }
     for (int64_t h = 0; h < heads; ++h) {
         const float* d_value = s->d_values + h * part;
-        product(left_transposed(d_value, width, count, part, s->transposed_head),
-                right(s->mixed + h * width, heads * width, count, width, s->right), count, part,
+        product<EXACT>(left_transposed<EXACT>(d_value, width, count, part, s->transposed_head),
+                right<EXACT>(s->mixed + h * width, heads * width, count, width, s->right), count, part,
                 width, nullptr, true, d->weights[VALUE] + h * part * width, width);
-        product(left(d_value, width, count, part, s->left_head),
+        product<EXACT>(left<EXACT>(d_value, width, count, part, s->left_head),
                 packed_right(p->value_adjoint + h * channels_size(a), width), part, count, width,
                 nullptr, false, s->d_mixed + h * width, heads * width);
     }
     for (int64_t g = 0; g < count; ++g) attend_backward(a, s, d, first, g);
     for (int64_t h = 0; h < heads; ++h) {
         const float* d_turned = s->d_turned + h * width;
-        product(left_transposed(s->queries + h * part, width, count, part, s->transposed_head),
-                right(d_turned, heads * width, count, width, s->right), count, part, width,
+        product<EXACT>(left_transposed<EXACT>(s->queries + h * part, width, count, part, s->transposed_head),
+                right<EXACT>(d_turned, heads * width, count, width, s->right), count, part, width,
                 nullptr, true, d->weights[KEY] + h * part * width, width);
-        finish_product(left(d_turned, heads * width, count, width, s->left),
+        finish_product<EXACT>(left<EXACT>(d_turned, heads * width, count, width, s->left),
                        packed_right(p->turn_adjoint + h * columns_size(a), part), width, count,
                        part, s->sums,
                        [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
@@ -409,10 +409,10 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
                        });
     }
     add_rows(s->d_queries, width, count, width, d->biases[QUERY]);
-    product(left_transposed(s->d_queries, width, count, width, s->transposed),
-            right(s->last, width, count, width, s->right), count, width, width, nullptr, true,
+    product<EXACT>(left_transposed<EXACT>(s->d_queries, width, count, width, s->transposed),
+            right<EXACT>(s->last, width, count, width, s->right), count, width, width, nullptr, true,
             d->weights[QUERY], width);
-    product(left(s->d_queries, width, count, width, s->left), packed_right(p->query_adjoint, width),
+    product<EXACT>(left<EXACT>(s->d_queries, width, count, width, s->left), packed_right(p->query_adjoint, width),
             width, count, width, nullptr, true, s->d_row, width);
     add_rows(s->d_row, width, count, width, d->norm_bias);
     for (int64_t g = 0; g < count; ++g) {

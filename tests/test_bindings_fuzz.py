@@ -223,6 +223,7 @@ def feed_forward(call: Call, weights: str) -> tuple[int, int, int, int]:
     for name in weights.split():
         call.floats(name, *shapes.get(name, (d,)))
     call.plain["p"] = call.draw(st.floats(0, 0.999))
+    linear_precision(call)
     return b, positions, d, f
 
 
@@ -268,6 +269,7 @@ def self_attention(call: Call) -> tuple[int, int, int, int]:
     call.integers("rows", b)
     call.plain |= {name: call.draw(words) for name in ("seed", "site")}
     call.plain |= {"p": call.draw(st.floats(0, 0.999)), "num_heads": heads, "last_only": last_only}
+    linear_precision(call)
     return b, length, 1 if last_only else length, d
 
 

@@ -118,7 +118,17 @@ REGISTERED = [
         pytest.param(
             lambda p=p: (
                 ops.feed_forward,
-                (randn(3, 5, 16, grad=True), *feed_weights(grad=True), ROWS, SEED, 2, 1, 3, p),
+                (
+                    randn(3, 5, 16, grad=True),
+                    *feed_weights(grad=True),
+                    ROWS,
+                    SEED,
+                    2,
+                    1,
+                    3,
+                    p,
+                    "float32",
+                ),
             ),
             id=f"feed_forward-{p}",
             marks=CPP,
@@ -131,7 +141,7 @@ REGISTERED = [
                 ops.self_attention,
                 (
                     *(randn(3, 5, 16, grad=True), MASK, *attention_weights(grad=True)),
-                    *(ROWS, SEED, 2, p, 1, last_only),
+                    *(ROWS, SEED, 2, p, 1, last_only, "float32"),
                 ),
             ),
             id=f"self_attention-{p}-{'last' if last_only else 'all'}",
@@ -154,7 +164,7 @@ REGISTERED = [
                 ops.self_attention,
                 (
                     *(randn(3, 5, 16, grad=True), MASK, *attention_weights(grad=True)),
-                    *(ROWS, SEED, 2, p, 1, last_only),
+                    *(ROWS, SEED, 2, p, 1, last_only, "float32"),
                 ),
             ),
             id=f"self_attention-{p}-{'last' if last_only else 'all'}",

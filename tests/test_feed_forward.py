@@ -125,6 +125,27 @@ def test_instruction_sets_and_threads(isa):
 
 
 @needs_cpp
+def test_bf16_is_as_close_as_its_definition(isa):
+    """With tiles; elsewhere the definition itself."""
+    given = tensors(9, 50, 64, 208)
+    options = {"seed": SEED, "rows": torch.arange(9), "site": 4}
+    results = []
+    for backend in ("reference", "cpp"):
+        with use_backend(backend), dispatch_log() as log:
+            results.append(
+                run(lambda *t: feed_forward(*t, 0.2, precision="bf16", **options), given)
+            )
+        ran = Backend.CPP if backend == "cpp" and isa == "amx" else Backend.REFERENCE
+        assert log[0].backend is ran
+    kept = masks(given[0].shape, 208, 0.2, **options)
+    truth = run(written_out, [t.double() for t in given], p=0.2, kept=kept)
+    exact = run(lambda *t: feed_forward(*t, 0.2, **options), given)
+    for name, a, b, right in zip(NAMES, results[1], results[0], truth, strict=True):
+        assert_close_to_truth(a, b, right, name=name)
+    assert not torch.equal(results[1][0], exact[0])
+
+
+@needs_cpp
 def test_a_row_does_not_depend_on_the_batch():
     given = tensors(9, 50, 32, 64)
     order = torch.tensor([4, 0, 8, 3])
@@ -200,6 +221,7 @@ def test_training_steps_are_those_of_the_definition(small_args, batch):
         ({"w2": torch.zeros(16, 33)}, ValueError, r"w2 must be .*got \(16, 33\)"),
         ({"b1": torch.zeros(32).double()}, TypeError, "b1 is torch.float64"),
         ({"rows": torch.zeros(1).long()}, ValueError, r"rows must be .*got \(1,\)"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of .*got 'fp8'"),
         ({"p": 1.0}, ValueError, r"p must be in \[0, 1\), got 1.0"),
     ],
 )

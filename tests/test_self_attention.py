@@ -179,6 +179,31 @@ def test_instruction_sets_and_threads(isa, last_only):
 
 
 @needs_cpp
+@pytest.mark.parametrize("last_only", [False, True])
+def test_bf16_is_as_close_as_its_definition(isa, last_only):
+    """With tiles; elsewhere the definition itself."""
+    given = tensors(12, 50, 64, 2, last_only)
+    options = {"num_heads": 2, "seed": SEED, "rows": torch.arange(12), "last_only": last_only}
+    results = {}
+    for precision, backend in (("bf16", "reference"), ("bf16", "cpp"), ("float32", "cpp")):
+        with use_backend(backend), dispatch_log() as log:
+            results[precision, backend] = run(
+                lambda *t, name=precision: self_attention(*t, 0.2, precision=name, **options), given
+            )
+        ran = Backend.CPP if backend == "cpp" and (isa == "amx" or precision == "float32") else None
+        assert log[0].backend is (ran or Backend.REFERENCE)
+    kept = masks(given[0].shape, 0.2, num_heads=2, seed=SEED, rows=torch.arange(12), site=0)
+    plain = {"num_heads": 2, "p": 0.2, "kept": kept, "last_only": last_only}
+    truth = run(written_out, [t.double() for t in given], **plain)
+    rounded, mine, exact = results.values()
+    for name, a, b, right in zip(("out", "x", *NAMES), mine, rounded, truth, strict=True):
+        if name != "key_bias":
+            assert_close_to_truth(a, b, right, name=name)
+    # Of the last position the products are in float32 all the same.
+    assert torch.equal(mine[0], exact[0]) == (last_only and isa == "amx")
+
+
+@needs_cpp
 def test_a_sequence_does_not_depend_on_the_batch():
     given = tensors(9, 50, 32, 2, last_only=False)
     order = torch.tensor([4, 0, 8, 3])
@@ -262,6 +287,7 @@ def test_training_steps_are_those_of_the_definition(small_args, batch):
         ({"value_bias": torch.zeros(16).double()}, TypeError, "value_bias is torch.float64"),
         ({"rows": torch.zeros(1).long()}, ValueError, r"rows must be .*got \(1,\)"),
         ({"num_heads": 3}, ValueError, "num_heads must divide D = 16, got 3"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of .*got 'fp8'"),
         ({"p": 1.0}, ValueError, r"p must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -177,8 +177,8 @@ def encoder(
         linear=partial(linear, precision=linear_precision),
         norm=_norm,
         attend=_attend(drop, p),
-        self_attend=_self_attend(drop) if _in_halves(x, drop, linear_precision) else None,
-        feed=_feed(drop) if _in_halves(x, drop, linear_precision) else None,
+        self_attend=_self_attend(x, drop, linear_precision),
+        feed=_feed(x, drop, linear_precision),
         precision=precision,
         first_key_bias=first_key_bias,
     )
@@ -277,16 +277,10 @@ def _attend(drop: Drop, p: float) -> Attend | None:
     return _attend_without_dropout if drop is no_drop or p == 0 else None
 
 
-def _in_halves(x: Tensor, drop: Drop, linear_precision: str) -> bool:
-    """Whether each half of a block is one op: on a CPU, in float32, where masks come from the
-    stream."""
-    if candidate(x.device) is not Backend.CPP or linear_precision != "float32":
-        return False
-    return isinstance(drop, StreamDropout)
-
-
-def _self_attend(drop: StreamDropout) -> SelfAttend:
-    """A block's first half as one op."""
+def _self_attend(x: Tensor, drop: Drop, precision: str) -> SelfAttend | None:
+    """A block's first half as one op: on a CPU, where masks come from the stream."""
+    if candidate(x.device) is not Backend.CPP or not isinstance(drop, StreamDropout):
+        return None
 
     def self_attend(
         x: Tensor,
@@ -298,7 +292,7 @@ def _self_attend(drop: StreamDropout) -> SelfAttend:
         site: int,
         last_only: bool,
     ) -> Tensor | None:
-        if w.norm1_bias is None or not self_attention_joins(x, num_heads, last_only):
+        if w.norm1_bias is None or not self_attention_joins(x, num_heads, last_only, precision):
             return None
         return self_attention(
             x,
@@ -319,18 +313,21 @@ def _self_attend(drop: StreamDropout) -> SelfAttend:
             rows=drop.rows,
             site=site,
             last_only=last_only,
+            precision=precision,
         )
 
     return self_attend
 
 
-def _feed(drop: StreamDropout) -> Feed:
-    """A block's second half as one op."""
+def _feed(x: Tensor, drop: Drop, precision: str) -> Feed | None:
+    """A block's second half as one op, likewise."""
+    if candidate(x.device) is not Backend.CPP or not isinstance(drop, StreamDropout):
+        return None
 
     def feed(
         x: Tensor, w: BlockWeights, *, p: float, site: int, position_offset: int
     ) -> Tensor | None:
-        if w.norm2_bias is None or not feed_forward_joins(x, w.w1_weight.shape[0]):
+        if w.norm2_bias is None or not feed_forward_joins(x, w.w1_weight.shape[0], precision):
             return None
         return feed_forward(
             x,
@@ -345,6 +342,7 @@ def _feed(drop: StreamDropout) -> Feed:
             rows=drop.rows,
             site=site,
             position_offset=position_offset,
+            precision=precision,
         )
 
     return feed

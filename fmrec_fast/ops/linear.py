@@ -45,8 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
     check_shape("weight", weight, "O I", sizes)
     check_shape("bias", bias, "O", sizes)
     check_float(x=x, weight=weight, bias=bias)
-    if precision not in LINEAR_PRECISIONS:
-        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
+    check_precision(precision)
     declined = ""
     value, tangent = split(x)
     if tangent is not None and not is_dual(weight, bias):
@@ -57,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
         )
     if is_dual(x, weight, bias):
         declined = NO_RULE
-    elif precision != "float32" and not _has_tiles():
+    elif not multiplies(precision):
         declined = f"without AMX its kernel multiplies in float32 only, got precision {precision!r}"
     elif sizes["I"] % WIDTH or sizes["O"] % WIDTH or 0 in sizes.values():
         declined = (
@@ -71,6 +70,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
             return torch.ops.fmrec_fast.linear(x, weight, bias, precision)
         return _Linear.apply(x, weight, bias, precision)
     return reference.linear(x, weight, bias, precision)
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for what is not one of `LINEAR_PRECISIONS`."""
+    if precision not in LINEAR_PRECISIONS:
+        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
+
+
+def multiplies(precision: str) -> bool:
+    """Whether the C++ kernels multiply in this precision here."""
+    return precision == "float32" or _has_tiles()
 
 
 @constant_when_compiled

@@ -9,6 +9,7 @@ from fmrec_fast import extension, memory
 from fmrec_fast.backend import Backend, choose, log_run
 from fmrec_fast.forward_mode import NO_RULE, is_dual, is_wrapped
 from fmrec_fast.ops._checks import check_float, check_shape, request_rows
+from fmrec_fast.ops.linear import check_precision, multiplies
 from fmrec_fast.reference import self_attention as reference
 
 # The C++ kernel's widths are multiples of it, and fewer rows than this are not worth packing for.
@@ -35,6 +36,7 @@ def self_attention(
     rows: Tensor | None = None,
     site: int = 0,
     last_only: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """Norm, multi-head self-attention, residual and the dropouts of a block, in one pass (paper,
     section 4.2).
@@ -66,6 +68,8 @@ def self_attention(
         rows: int64 [B]; None is 0 .. B-1.
         site: the first of the two sites.
         last_only: only the last position leaves.
+        precision: of the linear layers' products, as in `linear`; the kernel of the last position
+            always multiplies in float32.
 
     Returns:
         [B, L, D], or [B, 1, D] with `last_only`. Differentiable in all that is floating point; the
@@ -94,12 +98,15 @@ def self_attention(
         raise ValueError(f"num_heads must divide D = {sizes['D']}, got {num_heads}")
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
+    check_precision(precision)
     rows = request_rows(rows, x.shape[0], x.device)
     declined = ""
     if is_dual(x, query_scale, *weights):
         declined = NO_RULE
     elif torch.is_grad_enabled() and query_scale.requires_grad:
         declined = "its kernel has no gradient of query_scale, and one is needed"
+    elif not multiplies(precision):
+        declined = f"without AMX its kernel multiplies in float32 only, got precision {precision!r}"
     elif not covers(sizes["D"], num_heads, last_only):
         what = "a head's width" if last_only and sizes["D"] % WIDTH == 0 else "D"
         declined = (
@@ -108,7 +115,7 @@ def self_attention(
         )
     elif not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] < FEWEST_ROWS:
         declined = f"its kernel is for at least {FEWEST_ROWS} rows"
-    constants = (site, p, num_heads, last_only)
+    constants = (site, p, num_heads, last_only, precision)
     if choose("self_attention", x, *weights, declined=declined) is Backend.CPP:
         if torch.compiler.is_compiling():
             return torch.ops.fmrec_fast.self_attention(
@@ -125,6 +132,7 @@ def self_attention(
         rows=rows,
         site=site,
         last_only=last_only,
+        precision=precision,
     )
 
 
@@ -141,9 +149,9 @@ def covers(width: int, num_heads: int, last_only: bool) -> bool:
     return not last_only or width // num_heads % WIDTH == 0
 
 
-def joins(x: Tensor, num_heads: int, last_only: bool) -> bool:
+def joins(x: Tensor, num_heads: int, last_only: bool, precision: str) -> bool:
     """Whether a block is to call the op: where its own kernel would run, on [B, L, D]."""
-    if not covers(x.shape[-1], num_heads, last_only):
+    if not covers(x.shape[-1], num_heads, last_only) or not multiplies(precision):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -159,7 +167,7 @@ def _shapes(x: Tensor, p: float, last_only: bool) -> tuple[tuple[int, ...], tupl
 
 def _forward(
     x: Tensor, query_scale: Tensor, weights: tuple[Tensor, ...], rows: Tensor, seed: Tensor,
-    site: int, p: float, num_heads: int, last_only: bool,
+    site: int, p: float, num_heads: int, last_only: bool, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result and the masks. All contiguous."""
     shape, words = _shapes(x, p, last_only)
@@ -178,6 +186,7 @@ def _forward(
         num_heads,
         last_only,
         torch.get_num_threads(),
+        precision,
     )
     return out, kept
 
@@ -185,6 +194,7 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, query_scale: Tensor, weights: tuple[Tensor, ...], rows: Tensor,
     kept: Tensor, seed: Tensor, site: int, p: float, num_heads: int, last_only: bool,
+    precision: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of `x` and the ten parameters. All contiguous."""
     d_x = memory.empty(*x.shape)
@@ -204,6 +214,7 @@ def _backward(
         num_heads,
         last_only,
         torch.get_num_threads(),
+        precision,
     )
     return d_x, *d_weights
 
@@ -253,6 +264,7 @@ def _registered(
     p: float,
     num_heads: int,
     last_only: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     log_run("self_attention", "cpp")
     weights = (
@@ -260,7 +272,9 @@ def _registered(
         *(value_weight, value_bias, output_weight, output_bias),
     )
     x, query_scale, rows, *given = (t.contiguous() for t in (x, query_scale, rows, *weights))
-    return _forward(x, query_scale, tuple(given), rows, seed, site, p, num_heads, last_only)
+    return _forward(
+        x, query_scale, tuple(given), rows, seed, site, p, num_heads, last_only, precision
+    )
 
 
 @torch.library.custom_op("fmrec_fast::self_attention_backward", mutates_args=(), device_types="cpu")
@@ -276,21 +290,22 @@ def _registered_backward(
     p: float,
     num_heads: int,
     last_only: bool,
+    precision: str,
 ) -> list[Tensor]:
     x, query_scale, rows, *given = (t.contiguous() for t in (x, query_scale, rows, *weights))
-    fixed = (kept.contiguous(), seed, site, p, num_heads, last_only)
+    fixed = (kept.contiguous(), seed, site, p, num_heads, last_only, precision)
     return list(_backward(grad, x, query_scale, tuple(given), rows, *fixed))
 
 
 @_registered.register_fake
 def _(x, query_scale, *rest):
-    p, _, last_only = rest[-3:]
+    p, _, last_only, _ = rest[-4:]
     shape, words = _shapes(x, p, last_only)
     return x.new_empty(shape), x.new_empty(words, dtype=torch.int64)
 
 
 @_registered_backward.register_fake
-def _(grad, x, query_scale, weights, rows, kept, seed, site, p, num_heads, last_only):
+def _(grad, x, query_scale, weights, rows, kept, seed, site, p, num_heads, last_only, precision):
     return [t.new_empty(t.shape) for t in (x, *weights)]
 
 
@@ -306,7 +321,7 @@ def _gradients(ctx, grad, _):
     d_x, *d_weights = torch.ops.fmrec_fast.self_attention_backward(
         grad, x, query_scale, weights, rows, kept, seed, *ctx.constants
     )
-    return d_x, None, *d_weights, *[None] * 6
+    return d_x, None, *d_weights, *[None] * 7
 
 
 _registered.register_autograd(_gradients, setup_context=_setup)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmrec_fast.reference.dropout import dropout
+from fmrec_fast.reference.linear import linear
 
 NORM_EPS = 1e-12
 
@@ -25,6 +26,7 @@ def feed_forward(
     site: int = 0,
     position_offset: int = 0,
     position_stride: int = 1,
+    precision: str = "float32",
 ) -> Tensor:
     """drop(x + drop(drop(gelu(norm(x) W1^T + b1)) W2^T + b2)): [B, P, D]."""
 
@@ -42,5 +44,5 @@ def feed_forward(
         )
 
     normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, NORM_EPS)
-    inner = drop(F.linear(normed, w1, b1), 0, gelu=True)
-    return drop(drop(F.linear(inner, w2, b2), 1, residual=x), 2)
+    inner = drop(linear(normed, w1, b1, precision), 0, gelu=True)
+    return drop(drop(linear(inner, w2, b2, precision), 1, residual=x), 2)

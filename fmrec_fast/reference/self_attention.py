@@ -8,6 +8,7 @@ from torch import Tensor
 from fmrec_fast.reference.attention import mix
 from fmrec_fast.reference.dropout import dropout
 from fmrec_fast.reference.feed_forward import NORM_EPS
+from fmrec_fast.reference.linear import linear
 
 
 def self_attention(
@@ -30,6 +31,7 @@ def self_attention(
     rows: Tensor,
     site: int = 0,
     last_only: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """x + drop(attention(norm(x)) W_o^T + b_o): [B, L, D], or [B, 1, D] with `last_only`."""
     length = x.shape[1]
@@ -42,14 +44,14 @@ def self_attention(
 
     normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, NORM_EPS)
     mixed = mix(
-        F.linear(normed[:, start:], query_weight, query_bias),
-        F.linear(normed, key_weight, key_bias),
-        F.linear(normed, value_weight, value_bias),
+        linear(normed[:, start:], query_weight, query_bias, precision),
+        linear(normed, key_weight, key_bias, precision),
+        linear(normed, value_weight, value_bias, precision),
         query_scale[:, start:],
         num_heads=num_heads,
         drop=drop_probabilities if p > 0 else None,
     )
-    branch = F.linear(mixed, output_weight, output_bias)
+    branch = linear(mixed, output_weight, output_bias, precision)
     return dropout(
         branch,
         p,
