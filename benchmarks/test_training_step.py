@@ -15,11 +15,11 @@ from benchmarks.inputs import (
     targets,
 )
 from benchmarks.peers import Tuned
-from fmrec_fast import TrainingDraws, training_losses, use_backend
+from fmrec_fast import TrainingDraws, extension, training_losses, use_backend
 
 # Rows of the batch that the agreement of losses and gradients is asserted on.
 ROWS_CHECKED = 64
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_OF_BF16 = 1e-4, 5e-2
 SEED = 13
 
 
@@ -57,7 +57,7 @@ def agreement(sizes, device, sequence, tag, compile_mode):
     return assert_agreement(results, "published", TOLERANCE) | {"rows_checked": len(sequence)}
 
 
-def agreement_with_dropout(model, sequence, tag):
+def agreement_with_dropout(model, sequence, tag, tolerance=TOLERANCE):
     """What is timed against its own definition: same seed, dropouts on."""
     named = dict(model.named_parameters())
 
@@ -67,7 +67,7 @@ def agreement_with_dropout(model, sequence, tag):
     results = {"ours": run()}
     with use_backend("reference"):
         results["definition"] = run()
-    return assert_agreement(results, "definition", TOLERANCE)
+    return assert_agreement(results, "definition", tolerance)
 
 
 def test_training_step(suite, race):
@@ -82,6 +82,14 @@ def test_training_step(suite, race):
     ours_model, published_model = models(config, device)
     few = slice(min(batch, ROWS_CHECKED // 2))
     equality["ours_with_dropout"] = agreement_with_dropout(ours_model, sequence[few], tag[few])
+
+    # The linear layers in bfloat16, which the extension multiplies on AMX tiles only.
+    has_tiles = device.type == "cpu" and extension.available() and extension.load().isa() == "amx"
+    if has_tiles:
+        bf16_model = models(config_of(sizes, precision="bf16"), device)[0]
+        equality["bf16_with_dropout"] = agreement_with_dropout(
+            bf16_model, sequence[few], tag[few], TOLERANCE_OF_BF16
+        )
 
     def ours(rows=batch):
         return training_losses(ours_model, sequence[:rows], tag[:rows]).total
@@ -121,6 +129,11 @@ def test_training_step(suite, race):
             lambda: compiled_model.training_loss(sequence, tag), compiled_model, fused=True
         )
     variants["ours"] = stepping(ours, ours_model, fused=True)
+    if has_tiles:
+        flops["bf16"] = flops["ours"]
+        variants["bf16"] = stepping(
+            lambda: training_losses(bf16_model, sequence, tag).total, bf16_model, fused=True
+        )
     for run in variants.values():
         run()
     record = race(

@@ -39,8 +39,15 @@ def self_attention(
 
     def drop_probabilities(probabilities: Tensor) -> Tensor:
         # A position of the mask's stream is head * L + query.
-        options = {"position_offset": start, "position_stride": length if last_only else 1}
-        return dropout(probabilities, p, seed=seed, rows=rows, site=site, **options)
+        return dropout(
+            probabilities,
+            p,
+            seed=seed,
+            rows=rows,
+            site=site,
+            position_offset=start,
+            position_stride=length if last_only else 1,
+        )
 
     normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, NORM_EPS)
     mixed = mix(
