@@ -12,13 +12,6 @@ namespace {
 // Elements of work below which a second thread costs more than it brings.
 constexpr std::int64_t GRAIN = 1 << 20;
 
-void check_width(std::int64_t width, const char* what) {
-    if (width < 1 || width % 16 != 0) {
-        throw py::value_error(std::string(what) + " must be a positive multiple of 16, got " +
-                              std::to_string(width));
-    }
-}
-
 // The arrays that both directions read; they hold the memory while the kernels run.
 struct Inputs {
     py::array x, norm_weight, norm_bias, w1, b1, w2;
@@ -176,10 +169,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
                        });
     }
     float* const total = partial.get();
-    for (std::int64_t i = 1; i < a.parts; ++i) {
-        const float* more = total + i * part;
-        for (std::int64_t n = 0; n < part; ++n) total[n] += more[n];
-    }
+    add_parts(total, a.parts, part);
     const std::int64_t size = a.width * a.inner;
     for (std::int64_t f = 0; f < a.inner; f += FEED_FORWARD_PANEL) {
         const std::int64_t columns =

@@ -10,14 +10,6 @@ namespace {
 // Elements of work below which a second thread costs more than it brings.
 constexpr std::int64_t GRAIN = 1 << 20;
 
-// Both widths of a linear layer must be multiples of 16.
-void check_width(std::int64_t width, const char* what) {
-    if (width < 1 || width % LINEAR_WIDTH != 0) {
-        throw py::value_error(std::string(what) + " must be a positive multiple of 16, got " +
-                              std::to_string(width));
-    }
-}
-
 // Planes of the products' operands. Without tiles there is float32 only.
 int read_precision(const std::string& precision) {
     return rounds_to_bf16(precision) ? LINEAR_BF16_PLANES : LINEAR_PLANES;

@@ -59,18 +59,12 @@ void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
     a.length = in.x.shape(1);
     a.width = in.x.shape(2);
     if (a.length < 1) throw py::value_error("x must have at least one position, got none");
-    if (a.width < 1 || a.width % 16) {
-        throw py::value_error("D must be a positive multiple of 16, got " +
-                              std::to_string(a.width));
-    }
+    check_width(a.width, "D");
     if (num_heads < 1 || a.width % num_heads) {
         throw py::value_error("num_heads must divide D = " + std::to_string(a.width) + ", got " +
                               std::to_string(num_heads));
     }
-    if (last_only && a.width / num_heads % 16) {
-        throw py::value_error("D / num_heads must be a multiple of 16 for the last position, got " +
-                              std::to_string(a.width / num_heads));
-    }
+    if (last_only) check_width(a.width / num_heads, "D / num_heads of the last position");
     a.heads = num_heads;
     check_shape(in.query_scale, "query_scale", "[B, L]", {a.batch, a.length});
     check_parameters(parameters, "parameters");
@@ -214,12 +208,8 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
                                             memory.get() + next_slab.fetch_add(1) * slab);
                        });
     }
-    float* const total = partial.get();
-    for (std::int64_t i = 1; i < a.parts; ++i) {
-        const float* more = total + i * part;
-        for (std::int64_t n = 0; n < part; ++n) total[n] += more[n];
-    }
-    const float* from = total;
+    add_parts(partial.get(), a.parts, part);
+    const float* from = partial.get();
     const auto copy = [&](int parameter, std::int64_t count) {
         for (std::int64_t n = 0; n < count; ++n) d_at[parameter][n] = from[n];
         from += count;

@@ -117,6 +117,20 @@ int check_threads(int num_threads) {
     return num_threads;
 }
 
+void check_width(std::int64_t width, const char* what) {
+    if (width < 1 || width % 16 != 0) {
+        throw py::value_error(std::string(what) + " must be a positive multiple of 16, got " +
+                              std::to_string(width));
+    }
+}
+
+void add_parts(float* total, std::int64_t parts, std::int64_t size) {
+    for (std::int64_t i = 1; i < parts; ++i) {
+        const float* more = total + i * size;
+        for (std::int64_t n = 0; n < size; ++n) total[n] += more[n];
+    }
+}
+
 bool rounds_to_bf16(const std::string& precision) {
     if (precision == "float32") return false;
     if (precision != "bf16") {

@@ -66,6 +66,12 @@ std::int64_t read_int64(const py::object& object, const char* name);
 // At least 1, and the same.
 int check_threads(int num_threads);
 
+// A positive multiple of 16.
+void check_width(std::int64_t width, const char* what);
+
+// Adds `parts` arrays of `size` numbers, one after the other, up into the first.
+void add_parts(float* total, std::int64_t parts, std::int64_t size);
+
 // Whether the operands of products are to be rounded: 'bf16', for which there must be AMX tiles, not
 // 'float32'.
 bool rounds_to_bf16(const std::string& precision);

@@ -9,7 +9,7 @@
 namespace fmrec {
 
 // Columns of a packed panel: the widest tile of every instruction set divides it.
-constexpr int64_t LINEAR_PANEL = 64, LINEAR_WIDTH = 16;
+constexpr int64_t LINEAR_PANEL = 64;
 // Rows of a work item, and rows that a weight gradient sums before it touches its accumulators.
 constexpr int64_t LINEAR_ROWS = 96, LINEAR_CHUNK = LINEAR_ROWS;
 // Partial sums of a weight gradient: their number does not depend on the threads, so neither do

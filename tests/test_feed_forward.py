@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmrec_fast import TrainingDraws, dispatch_log, extension, training_losses, use_backend
+from fmrec_fast import dispatch_log, extension, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.ops import dropout, feed_forward
-from fmrec_fast.testing import assert_close_to_truth, make_sequences
+from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("feed_forward")
 SEED = torch.tensor(-987654321987654321)
@@ -181,36 +181,6 @@ def test_nothing_as_wide_as_the_inner_layer_is_kept():
     kept = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in mine]
     assert [t.dtype for t in kept] == [torch.int64]
     assert sum(t.nbytes for t in kept) == 8 * 50 * (512 + 2 * 32) / 8
-
-
-# Fewer rows than the kernel's least for the last block, enough for the others; and enough for all.
-@needs_cpp
-@pytest.mark.parametrize("batch", [5, 70])
-def test_training_steps_are_those_of_the_definition(small_args, batch):
-    """Three steps with dropout: same draws, same losses; every block's second half is this op."""
-    from fmrec_fast import FMRecommender
-
-    sequence, target = make_sequences(batch, 20, 61, seed=3, histories=("padding", "short", "full"))
-    cells = torch.stack((torch.arange(batch), torch.arange(batch) % 7), dim=1)
-    losses = {}
-    for backend in ("auto", "reference"):
-        torch.manual_seed(0)
-        model = FMRecommender.from_config(small_args(max_len=20, num_blocks=3))
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        losses[backend] = []
-        for step in range(3):
-            with use_backend(backend), dispatch_log() as log:
-                optimizer.zero_grad()
-                loss = training_losses(
-                    model, sequence, target, seed=step, draws=TrainingDraws(cells=cells)
-                ).total
-                loss.backward()
-                optimizer.step()
-            losses[backend].append(loss.item())
-            ran = [entry.backend for entry in log if entry.op == "feed_forward"]
-            mine = [Backend.CPP] * (3 if batch == 70 else 2)
-            assert ran == (mine if backend == "auto" else [])
-    assert losses["auto"] == pytest.approx(losses["reference"], rel=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -246,11 +246,13 @@ def test_only_masks_are_kept():
     assert sum(t.nbytes for t in kept) == 8 * 8 + 8 * 50 * 8  # the rows' names, a word a row
 
 
-# Fewer rows than the kernel's least, and enough.
+# Fewer rows than the kernels' least; of the second half of the last block, whose only position is
+# the last; enough for all.
 @needs_cpp
-@pytest.mark.parametrize("batch", [3, 70])
-def test_training_steps_are_those_of_the_definition(small_args, batch):
-    """Three steps with dropout: same draws, same losses; every block's first half is this op."""
+@pytest.mark.parametrize("batch, blocks", [(3, (0, 0)), (5, (3, 2)), (70, (3, 3))])
+def test_training_steps_are_those_of_the_definition(small_args, batch, blocks):
+    """Three steps with dropout: same draws, same losses; the halves of a block are ops of their
+    own."""
     from fmrec_fast import FMRecommender
 
     sequence, target = make_sequences(batch, 20, 61, seed=3, histories=("padding", "short", "full"))
@@ -270,9 +272,9 @@ def test_training_steps_are_those_of_the_definition(small_args, batch):
                 loss.backward()
                 optimizer.step()
             losses[backend].append(loss.item())
-            ran = [entry.backend for entry in log if entry.op == "self_attention"]
-            mine = [Backend.CPP] * (3 if batch == 70 else 0)
-            assert ran == (mine if backend == "auto" else [])
+            for op, times in zip(("self_attention", "feed_forward"), blocks, strict=True):
+                ran = [entry.backend for entry in log if entry.op == op]
+                assert ran == [Backend.CPP] * (times if backend == "auto" else 0)
     assert losses["auto"] == pytest.approx(losses["reference"], rel=2e-6)
 
 
