@@ -13,9 +13,9 @@ namespace {
 constexpr std::int64_t GRAIN = 1 << 20;
 
 constexpr int PARAMETERS = 2 + 2 * SELF_ATTENTION_LAYERS;
-const char* const NAMES[PARAMETERS] = {
-    "norm_weight", "norm_bias", "query_weight", "query_bias",    "key_weight",
-    "key_bias",    "value_weight", "value_bias", "output_weight", "output_bias"};
+const char* const NAMES[PARAMETERS] = {"norm_weight",   "norm_bias",  "query_weight", "query_bias",
+                                       "key_weight",    "key_bias",   "value_weight", "value_bias",
+                                       "output_weight", "output_bias"};
 
 // The norm's, then weight and bias of each layer.
 bool is_matrix(int parameter) { return parameter >= 2 && parameter % 2 == 0; }
@@ -69,8 +69,8 @@ void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
     check_shape(in.query_scale, "query_scale", "[B, L]", {a.batch, a.length});
     check_parameters(parameters, "parameters");
     for (int i = 0; i < PARAMETERS; ++i) {
-        in.parameters[i] = input<float>(parameters[static_cast<std::size_t>(i)], NAMES[i],
-                                        is_matrix(i) ? 2 : 1);
+        in.parameters[i] =
+            input<float>(parameters[static_cast<std::size_t>(i)], NAMES[i], is_matrix(i) ? 2 : 1);
         check_parameter(in.parameters[i], i, a.width);
     }
     const py::array names = input<std::int64_t>(rows, "rows", 1);
@@ -96,9 +96,7 @@ void check_kept(const py::array& kept, const SelfAttention& a, std::int64_t posi
                 {a.batch, positions, self_attention_words(a.width)});
 }
 
-bool worth_it(const SelfAttention& a) {
-    return a.batch * a.length * a.width * a.width >= GRAIN;
-}
+bool worth_it(const SelfAttention& a) { return a.batch * a.length * a.width * a.width >= GRAIN; }
 
 std::int64_t groups_of(const SelfAttention& a, const SelfAttentionKernels& kernels) {
     const std::int64_t size = kernels.group(&a);
@@ -108,9 +106,8 @@ std::int64_t groups_of(const SelfAttention& a, const SelfAttentionKernels& kerne
 void self_attention_forward(const py::object& x, const py::object& query_scale,
                             const py::sequence& parameters, const py::object& rows,
                             const py::object& seed, const py::object& site, double p,
-                            const py::object& kept_, const py::object& out_,
-                            std::int64_t num_heads, bool last_only, int num_threads,
-                            const std::string& precision) {
+                            const py::object& kept_, const py::object& out_, std::int64_t num_heads,
+                            bool last_only, int num_threads, const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
     Inputs in;
@@ -142,19 +139,18 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     const std::int64_t slab = kernels.scratch(&a);
     const Floats memory = allocate_floats(num_threads * slab, true);
     std::atomic<std::int64_t> next_slab{0};
-    parallel_items(num_threads, groups_of(a, kernels), worth_it(a),
-                   [&](std::int64_t begin, std::int64_t end) {
-                       kernels.forward(&a, begin, end, memory.get() + next_slab.fetch_add(1) * slab);
-                   });
+    parallel_items(
+        num_threads, groups_of(a, kernels), worth_it(a), [&](std::int64_t begin, std::int64_t end) {
+            kernels.forward(&a, begin, end, memory.get() + next_slab.fetch_add(1) * slab);
+        });
 }
 
 void self_attention_backward(const py::object& grad_, const py::object& x,
                              const py::object& query_scale, const py::sequence& parameters,
-                             const py::object& rows, const py::object& seed,
-                             const py::object& site, double p, const py::object& kept_,
-                             const py::object& d_x_, const py::sequence& d_parameters_,
-                             std::int64_t num_heads, bool last_only, int num_threads,
-                            const std::string& precision) {
+                             const py::object& rows, const py::object& seed, const py::object& site,
+                             double p, const py::object& kept_, const py::object& d_x_,
+                             const py::sequence& d_parameters_, std::int64_t num_heads,
+                             bool last_only, int num_threads, const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
     Inputs in;
@@ -202,11 +198,10 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
         const std::int64_t slab = kernels.scratch(&a);
         const Floats memory = allocate_floats(num_threads * slab, true);
         std::atomic<std::int64_t> next_slab{0};
-        parallel_items(num_threads, a.parts, worth_it(a),
-                       [&](std::int64_t begin, std::int64_t end) {
-                           kernels.backward(&a, begin, end,
-                                            memory.get() + next_slab.fetch_add(1) * slab);
-                       });
+        parallel_items(
+            num_threads, a.parts, worth_it(a), [&](std::int64_t begin, std::int64_t end) {
+                kernels.backward(&a, begin, end, memory.get() + next_slab.fetch_add(1) * slab);
+            });
     }
     add_parts(partial.get(), a.parts, part);
     const float* from = partial.get();

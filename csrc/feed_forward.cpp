@@ -105,7 +105,8 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
         const uint8_t* kept = a->kept ? (const uint8_t*)a->kept + first * bytes : nullptr;
         const float scale = a->scale;
         if (kept) {
-            const Masks masks = {(uint8_t*)a->kept, a->positions, bytes, a->rows, a->seed, a->threshold};
+            const Masks masks = {(uint8_t*)a->kept, a->positions, bytes,
+                                 a->rows,           a->seed,      a->threshold};
             // Beyond the masks the last word of a row has zeros.
             __builtin_memset((uint8_t*)a->kept + first * bytes, 0, (size_t)(rows * bytes));
             draw_mask(&masks, &inner_walk, first, rows, inner, a->site, 0, s.words);
@@ -130,8 +131,9 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
                     }
                 });
             weights += right_size<PLANES>(width, columns);
-            product<PLANES>(left<PLANES>(s.inner, columns, rows, columns, s.left_hidden), packed_right(weights, width),
-                    columns, rows, width, f ? nullptr : a->b2, f > 0, s.rows, width);
+            product<PLANES>(left<PLANES>(s.inner, columns, rows, columns, s.left_hidden),
+                            packed_right(weights, width), columns, rows, width, f ? nullptr : a->b2,
+                            f > 0, s.rows, width);
             weights += right_size<PLANES>(columns, width);
         }
         float* out = a->out + first * width;
@@ -161,7 +163,8 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     const LayerNorm norm = norm_of(a);
     layer_norm(&norm, x, s->normed, width, rows);
     const Operand normed = left<PLANES>(s->normed, width, rows, width, s->left);
-    const Operand normed_transposed = left_transposed<PLANES>(s->normed, width, rows, width, s->transposed);
+    const Operand normed_transposed =
+        left_transposed<PLANES>(s->normed, width, rows, width, s->transposed);
     // The residual's gradient goes to d_x, the branch's to s->rows.
     for (int64_t i = 0; i < rows; ++i) {
         const uint8_t* bits = kept ? kept + i * bytes : nullptr;
@@ -197,24 +200,27 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
                 }
             });
         weights += right_size<PLANES>(width, columns);
-        finish_product<PLANES>(
-            d_outer, packed_right(weights, columns), width, rows, columns, s->sums,
-            [=](int64_t row, int64_t column, const float* of, int64_t count) {
-                const int64_t at = row * columns + column;
-                const uint8_t* bits = kept ? kept + row * bytes : nullptr;
-                for (int64_t j = 0; j < count; j += FLOATS) {
-                    const f32v d = load(of + j) * load(slopes + at + j);
-                    store(d_hidden + at + j, masked(bits, f + column + j, d));
-                }
-            });
+        finish_product<PLANES>(d_outer, packed_right(weights, columns), width, rows, columns,
+                               s->sums,
+                               [=](int64_t row, int64_t column, const float* of, int64_t count) {
+                                   const int64_t at = row * columns + column;
+                                   const uint8_t* bits = kept ? kept + row * bytes : nullptr;
+                                   for (int64_t j = 0; j < count; j += FLOATS) {
+                                       const f32v d = load(of + j) * load(slopes + at + j);
+                                       store(d_hidden + at + j, masked(bits, f + column + j, d));
+                                   }
+                               });
         weights += right_size<PLANES>(width, columns);
-        product<PLANES>(d_outer_transposed, right<PLANES>(s->inner, columns, rows, columns, s->right), rows, width, columns,
-                nullptr, true, d_w2 + f * width, columns);
-        product<PLANES>(normed_transposed, right<PLANES>(s->d_hidden, columns, rows, columns, s->right), rows, width,
-                columns, nullptr, true, d_w1 + f * width, columns);
+        product<PLANES>(d_outer_transposed,
+                        right<PLANES>(s->inner, columns, rows, columns, s->right), rows, width,
+                        columns, nullptr, true, d_w2 + f * width, columns);
+        product<PLANES>(normed_transposed,
+                        right<PLANES>(s->d_hidden, columns, rows, columns, s->right), rows, width,
+                        columns, nullptr, true, d_w1 + f * width, columns);
         add_rows(s->d_hidden, columns, rows, columns, d_b1 + f);
-        product<PLANES>(left<PLANES>(s->d_hidden, columns, rows, columns, s->left_hidden), packed_right(weights, width),
-                columns, rows, width, nullptr, f > 0, s->d_normed, width);
+        product<PLANES>(left<PLANES>(s->d_hidden, columns, rows, columns, s->left_hidden),
+                        packed_right(weights, width), columns, rows, width, nullptr, f > 0,
+                        s->d_normed, width);
         weights += right_size<PLANES>(columns, width);
     }
     add_rows(s->d_normed, width, rows, width, d_bias);
@@ -238,8 +244,8 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
         const int64_t last = chunks * (part + 1) / a->parts;
         for (int64_t chunk = chunks * part / a->parts; chunk < last; ++chunk) {
             const int64_t first = chunk * ROWS;
-            backward_chunk<PLANES>(a, &s, first, at_most(all - first, ROWS), partial, partial + size,
-                           partial + 2 * size);
+            backward_chunk<PLANES>(a, &s, first, at_most(all - first, ROWS), partial,
+                                   partial + size, partial + 2 * size);
         }
     }
 }
@@ -255,6 +261,6 @@ constexpr FeedForwardKernels kernels() {
 namespace FMREC_ISA {
 extern const FeedForwardKernels feed_forward = kernels<EXACT>();
 extern const FeedForwardKernels feed_forward_bf16 = kernels<ROUNDED>();
-}
+}  // namespace FMREC_ISA
 
 }  // namespace fmrec

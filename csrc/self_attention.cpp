@@ -9,8 +9,6 @@ namespace {
 // Rows of the sequences that go through it together, at most; one sequence may have more.
 const int64_t ROWS = 160;
 
-enum Layer { QUERY, KEY, VALUE, OUTPUT };
-
 int64_t group(const SelfAttention* a) { return a->length < ROWS ? ROWS / a->length : 1; }
 
 struct Scratch {
@@ -71,21 +69,27 @@ int64_t scratch(const SelfAttention* a) {
 // --- weights ----------------------------------------------------------------------------------
 
 template <int PLANES>
-FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size<PLANES>(a->width, a->width); }
+FMREC_INLINE int64_t layer_size(const SelfAttention* a) {
+    return right_size<PLANES>(a->width, a->width);
+}
 
 template <int PLANES>
-int64_t packed(const SelfAttention* a) { return 7 * layer_size<PLANES>(a); }
+int64_t packed(const SelfAttention* a) {
+    return 7 * layer_size<PLANES>(a);
+}
 
 // As x W^T reads W.
 template <int PLANES>
-FMREC_INLINE void pack_layer(const SelfAttention* a, Layer layer, int64_t place) {
-    pack<PLANES>(a->weights[layer], 1, a->width, a->width, a->width, a->packed + place * layer_size<PLANES>(a));
+FMREC_INLINE void pack_layer(const SelfAttention* a, int layer, int64_t place) {
+    pack<PLANES>(a->weights[layer], 1, a->width, a->width, a->width,
+                 a->packed + place * layer_size<PLANES>(a));
 }
 
 // As d W reads it.
 template <int PLANES>
-FMREC_INLINE void pack_adjoint(const SelfAttention* a, Layer layer, int64_t place) {
-    pack<PLANES>(a->weights[layer], a->width, 1, a->width, a->width, a->packed + place * layer_size<PLANES>(a));
+FMREC_INLINE void pack_adjoint(const SelfAttention* a, int layer, int64_t place) {
+    pack<PLANES>(a->weights[layer], a->width, 1, a->width, a->width,
+                 a->packed + place * layer_size<PLANES>(a));
 }
 
 template <int PLANES>
@@ -98,14 +102,14 @@ const int64_t ADJOINT = 3;
 
 template <int PLANES>
 void pack_forward(const SelfAttention* a) {
-    for (int layer = QUERY; layer <= OUTPUT; ++layer) pack_layer<PLANES>(a, (Layer)layer, layer);
+    for (int layer = QUERY; layer <= OUTPUT; ++layer) pack_layer<PLANES>(a, layer, layer);
 }
 
 template <int PLANES>
 void pack_backward(const SelfAttention* a) {
-    for (int layer = QUERY; layer <= VALUE; ++layer) pack_layer<PLANES>(a, (Layer)layer, layer);
+    for (int layer = QUERY; layer <= VALUE; ++layer) pack_layer<PLANES>(a, layer, layer);
     for (int layer = QUERY; layer <= OUTPUT; ++layer) {
-        pack_adjoint<PLANES>(a, (Layer)layer, ADJOINT + layer);
+        pack_adjoint<PLANES>(a, layer, ADJOINT + layer);
     }
 }
 
@@ -119,8 +123,8 @@ void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequence
     layer_norm(&norm, a->x + first * length * width, s->normed, width, rows);
     const Operand normed = left<PLANES>(s->normed, width, rows, width, s->left);
     for (int layer = KEY; layer <= VALUE; ++layer) {
-        product<PLANES>(normed, weights_at<PLANES>(a, layer), width, rows, width, a->biases[layer], false,
-                s->qkv + layer * width, 3 * width);
+        product<PLANES>(normed, weights_at<PLANES>(a, layer), width, rows, width, a->biases[layer],
+                        false, s->qkv + layer * width, 3 * width);
     }
     s->queried = 0;
     for (int64_t q = 0; q < sequences; ++q) {
@@ -134,12 +138,13 @@ void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequence
     }
     const Operand queries = left<PLANES>(s->queries, width, s->queried, width, s->left_queries);
     finish_product<PLANES>(queries, weights_at<PLANES>(a, QUERY), width, s->queried, width, s->sums,
-                   [=](int64_t row, int64_t column, const float* sums, int64_t count) {
-                       float* out = s->qkv + 3 * s->real[row] * width + column;
-                       for (int64_t j = 0; j < count; j += FLOATS) {
-                           store(out + j, load(sums + j) + load(a->biases[QUERY] + column + j));
-                       }
-                   });
+                           [=](int64_t row, int64_t column, const float* sums, int64_t count) {
+                               float* out = s->qkv + 3 * s->real[row] * width + column;
+                               for (int64_t j = 0; j < count; j += FLOATS) {
+                                   store(out + j,
+                                         load(sums + j) + load(a->biases[QUERY] + column + j));
+                               }
+                           });
 }
 
 // --- forward ----------------------------------------------------------------------------------
@@ -176,8 +181,7 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
                 const int64_t at = i * width + column;
                 for (int64_t j = 0; j < count; j += FLOATS) {
                     const f32v h = load(sums + j) + load(a->biases[OUTPUT] + column + j);
-                    store(out + at + j,
-                          load(x + at + j) + masked(bits, column + j, h * a->scale));
+                    store(out + at + j, load(x + at + j) + masked(bits, column + j, h * a->scale));
                 }
             });
     }
@@ -205,8 +209,9 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
         }
     }
     add_rows(s->d_branch, width, rows, width, d_biases + OUTPUT * width);
-    product<PLANES>(left<PLANES>(s->d_branch, width, rows, width, s->left), weights_at<PLANES>(a, ADJOINT + OUTPUT), width,
-            rows, width, nullptr, false, s->d_mixed, width);
+    product<PLANES>(left<PLANES>(s->d_branch, width, rows, width, s->left),
+                    weights_at<PLANES>(a, ADJOINT + OUTPUT), width, rows, width, nullptr, false,
+                    s->d_mixed, width);
     project<PLANES>(a, s, first, sequences);
     Attention attention = attention_of(a, first, sequences, s);
     attention.grad = s->d_mixed;
@@ -214,15 +219,16 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
     attention.result = s->mixed;
     FMREC_ISA::attention.backward(&attention, 0, sequences, s->attention);
     product<PLANES>(left_transposed<PLANES>(s->d_branch, width, rows, width, s->transposed),
-            right<PLANES>(s->mixed, width, rows, width, s->right), rows, width, width, nullptr, true,
-            partial + OUTPUT * size, width);
+                    right<PLANES>(s->mixed, width, rows, width, s->right), rows, width, width,
+                    nullptr, true, partial + OUTPUT * size, width);
     const Operand normed = right<PLANES>(s->normed, width, rows, width, s->right);
     for (int layer = KEY; layer <= VALUE; ++layer) {
         const float* d = s->d_qkv + layer * width;
-        product<PLANES>(left<PLANES>(d, 3 * width, rows, width, s->left), weights_at<PLANES>(a, ADJOINT + layer), width,
-                rows, width, nullptr, layer > KEY, s->d_normed, width);
-        product<PLANES>(left_transposed<PLANES>(d, 3 * width, rows, width, s->transposed), normed, rows, width,
-                width, nullptr, true, partial + layer * size, width);
+        product<PLANES>(left<PLANES>(d, 3 * width, rows, width, s->left),
+                        weights_at<PLANES>(a, ADJOINT + layer), width, rows, width, nullptr,
+                        layer > KEY, s->d_normed, width);
+        product<PLANES>(left_transposed<PLANES>(d, 3 * width, rows, width, s->transposed), normed,
+                        rows, width, width, nullptr, true, partial + layer * size, width);
         add_rows(d, 3 * width, rows, width, d_biases + layer * width);
     }
     const int64_t queried = s->queried;
@@ -232,16 +238,17 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
     }
     if (queried > 0) {
         finish_product<PLANES>(left<PLANES>(s->d_queries, width, queried, width, s->left),
-                       weights_at<PLANES>(a, ADJOINT + QUERY), width, queried, width, s->sums,
-                       [=](int64_t i, int64_t column, const float* sums, int64_t count) {
-                           float* out = s->d_normed + s->real[i] * width + column;
-                           for (int64_t j = 0; j < count; j += FLOATS) {
-                               store(out + j, load(out + j) + load(sums + j));
-                           }
-                       });
+                               weights_at<PLANES>(a, ADJOINT + QUERY), width, queried, width,
+                               s->sums,
+                               [=](int64_t i, int64_t column, const float* sums, int64_t count) {
+                                   float* out = s->d_normed + s->real[i] * width + column;
+                                   for (int64_t j = 0; j < count; j += FLOATS) {
+                                       store(out + j, load(out + j) + load(sums + j));
+                                   }
+                               });
         product<PLANES>(left_transposed<PLANES>(s->d_queries, width, queried, width, s->transposed),
-                right<PLANES>(s->queries, width, queried, width, s->right_queries), queried, width, width,
-                nullptr, true, partial + QUERY * size, width);
+                        right<PLANES>(s->queries, width, queried, width, s->right_queries), queried,
+                        width, width, nullptr, true, partial + QUERY * size, width);
         add_rows(s->d_queries, width, queried, width, d_biases + QUERY * width);
     }
     add_rows(s->d_normed, width, rows, width, d_norm_weight + width);
@@ -285,6 +292,6 @@ constexpr SelfAttentionKernels kernels() {
 namespace FMREC_ISA {
 extern const SelfAttentionKernels self_attention = kernels<EXACT>();
 extern const SelfAttentionKernels self_attention_bf16 = kernels<ROUNDED>();
-}
+}  // namespace FMREC_ISA
 
 }  // namespace fmrec

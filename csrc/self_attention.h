@@ -16,8 +16,8 @@ namespace fmrec {
 // Partial sums of the weights' gradients, at most: their number does not depend on the threads, so
 // neither do the results.
 constexpr int64_t SELF_ATTENTION_PARTS = 8;
-// Query, key, value and output.
-constexpr int SELF_ATTENTION_LAYERS = 4;
+enum SelfAttentionLayer { QUERY, KEY, VALUE, OUTPUT };
+constexpr int SELF_ATTENTION_LAYERS = OUTPUT + 1;
 
 struct SelfAttention {
     const float* x;  // [B, L, D]

@@ -12,8 +12,6 @@ namespace {
 // Sequences that go through it together.
 const int64_t GROUP = 32;
 
-enum Layer { QUERY, KEY, VALUE, OUTPUT };
-
 int64_t group(const SelfAttention*) { return GROUP; }
 
 struct Scratch {
@@ -34,7 +32,7 @@ int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     const int64_t width = a->width, heads = a->heads;
     s->keys = round_up(a->length, UNIT);
     s->part = width / heads;
-    float** const rows[] = {&s->last,     &s->queries,  &s->values,    &s->sums,  &s->d_branch,
+    float** const rows[] = {&s->last,     &s->queries,   &s->values, &s->sums, &s->d_branch,
                             &s->d_values, &s->d_queries, &s->d_last, &s->d_row};
     for (float** part : rows) *part = take(&memory, GROUP * width);
     float** const of_heads[] = {&s->turned, &s->mixed, &s->d_mixed, &s->d_turned};
@@ -65,7 +63,9 @@ int64_t scratch(const SelfAttention* a) {
 // --- weights ----------------------------------------------------------------------------------
 
 // Of a layer as a whole, of a head's columns of a product, and of what meets a head's channels.
-FMREC_INLINE int64_t layer_size(const SelfAttention* a) { return right_size<EXACT>(a->width, a->width); }
+FMREC_INLINE int64_t layer_size(const SelfAttention* a) {
+    return right_size<EXACT>(a->width, a->width);
+}
 FMREC_INLINE int64_t columns_size(const SelfAttention* a) {
     return right_size<EXACT>(a->width, a->width / a->heads);
 }
@@ -104,9 +104,9 @@ void pack_forward(const SelfAttention* a) {
     pack<EXACT>(a->weights[OUTPUT], 1, width, width, width, p.output);
     for (int64_t h = 0; h < a->heads; ++h) {
         pack<EXACT>(a->weights[KEY] + h * part * width, width, 1, part, width,
-             p.turn + h * channels_size(a));
+                    p.turn + h * channels_size(a));
         pack<EXACT>(a->weights[VALUE] + h * part * width, 1, width, width, part,
-             p.value + h * columns_size(a));
+                    p.value + h * columns_size(a));
     }
 }
 
@@ -118,9 +118,9 @@ void pack_backward(const SelfAttention* a) {
     pack<EXACT>(a->weights[OUTPUT], width, 1, width, width, p.output_adjoint);
     for (int64_t h = 0; h < a->heads; ++h) {
         pack<EXACT>(a->weights[KEY] + h * part * width, 1, width, width, part,
-             p.turn_adjoint + h * columns_size(a));
+                    p.turn_adjoint + h * columns_size(a));
         pack<EXACT>(a->weights[VALUE] + h * part * width, width, 1, part, width,
-             p.value_adjoint + h * channels_size(a));
+                    p.value_adjoint + h * channels_size(a));
     }
 }
 
@@ -145,7 +145,8 @@ FMREC_INLINE float dot(const float* x, const float* y, int64_t count) {
 }
 
 FMREC_INLINE void add_scaled(const float* x, float factor, int64_t count, float* out) {
-    for (int64_t j = 0; j < count; j += FLOATS) store(out + j, load(out + j) + load(x + j) * factor);
+    for (int64_t j = 0; j < count; j += FLOATS)
+        store(out + j, load(out + j) + load(x + j) * factor);
 }
 
 // out[h, t] = vectors[h] . normed[t]
@@ -177,8 +178,9 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
         layer_norm(&norm, rows_of(a, first + g) + (a->length - 1) * width, s->last + g * width,
                    width, 1);
     }
-    product<EXACT>(left<EXACT>(s->last, width, count, width, s->left), packed_right(p->query, width), width,
-            count, width, a->biases[QUERY], false, s->queries, width);
+    product<EXACT>(left<EXACT>(s->last, width, count, width, s->left),
+                   packed_right(p->query, width), width, count, width, a->biases[QUERY], false,
+                   s->queries, width);
     for (int64_t g = 0; g < count; ++g) {
         // A padded query's scores are 0, whatever the query.
         const float scale = scale_of(a, first + g);
@@ -189,8 +191,8 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
     }
     for (int64_t h = 0; h < heads; ++h) {
         product<EXACT>(left<EXACT>(s->queries + h * part, width, count, part, s->left_head),
-                packed_right(p->turn + h * channels_size(a), width), part, count, width, nullptr,
-                false, s->turned + h * width, heads * width);
+                       packed_right(p->turn + h * channels_size(a), width), part, count, width,
+                       nullptr, false, s->turned + h * width, heads * width);
     }
     const uint64_t groups = (uint64_t)((a->length + 3) / 4);
     for (int64_t g = 0; g < count; ++g) {
@@ -224,15 +226,16 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
     }
     for (int64_t h = 0; h < heads; ++h) {
         const float* bias = a->biases[VALUE] + h * part;
-        finish_product<EXACT>(left<EXACT>(s->mixed + h * width, heads * width, count, width, s->left),
-                       packed_right(p->value + h * columns_size(a), part), width, count, part,
-                       s->sums, [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
-                           float* out = s->values + g * width + h * part + column;
-                           const float share = s->shares[g * heads + h];
-                           for (int64_t j = 0; j < wide; j += FLOATS) {
-                               store(out + j, load(sums + j) + load(bias + column + j) * share);
-                           }
-                       });
+        finish_product<EXACT>(
+            left<EXACT>(s->mixed + h * width, heads * width, count, width, s->left),
+            packed_right(p->value + h * columns_size(a), part), width, count, part, s->sums,
+            [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
+                float* out = s->values + g * width + h * part + column;
+                const float share = s->shares[g * heads + h];
+                for (int64_t j = 0; j < wide; j += FLOATS) {
+                    store(out + j, load(sums + j) + load(bias + column + j) * share);
+                }
+            });
     }
 }
 
@@ -264,8 +267,8 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
         }
         attend(a, &p, &walk, &s, first, count);
         finish_product<EXACT>(
-            left<EXACT>(s.values, width, count, width, s.left), packed_right(p.output, width), width,
-            count, width, s.sums,
+            left<EXACT>(s.values, width, count, width, s.left), packed_right(p.output, width),
+            width, count, width, s.sums,
             [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
                 const uint8_t* bits = kept ? kept + g * bytes : nullptr;
                 const float* x = rows_of(a, first + g) + (a->length - 1) * width + column;
@@ -371,10 +374,11 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
     }
     add_rows(s->d_branch, width, count, width, d->biases[OUTPUT]);
     product<EXACT>(left_transposed<EXACT>(s->d_branch, width, count, width, s->transposed),
-            right<EXACT>(s->values, width, count, width, s->right), count, width, width, nullptr, true,
-            d->weights[OUTPUT], width);
-    product<EXACT>(left<EXACT>(s->d_branch, width, count, width, s->left), packed_right(p->output_adjoint, width),
-            width, count, width, nullptr, false, s->d_values, width);
+                   right<EXACT>(s->values, width, count, width, s->right), count, width, width,
+                   nullptr, true, d->weights[OUTPUT], width);
+    product<EXACT>(left<EXACT>(s->d_branch, width, count, width, s->left),
+                   packed_right(p->output_adjoint, width), width, count, width, nullptr, false,
+                   s->d_values, width);
     for (int64_t g = 0; g < count; ++g) {
         for (int64_t h = 0; h < heads; ++h) {
             const float* d_value = s->d_values + g * width + h * part;
@@ -385,35 +389,38 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
     for (int64_t h = 0; h < heads; ++h) {
         const float* d_value = s->d_values + h * part;
         product<EXACT>(left_transposed<EXACT>(d_value, width, count, part, s->transposed_head),
-                right<EXACT>(s->mixed + h * width, heads * width, count, width, s->right), count, part,
-                width, nullptr, true, d->weights[VALUE] + h * part * width, width);
+                       right<EXACT>(s->mixed + h * width, heads * width, count, width, s->right),
+                       count, part, width, nullptr, true, d->weights[VALUE] + h * part * width,
+                       width);
         product<EXACT>(left<EXACT>(d_value, width, count, part, s->left_head),
-                packed_right(p->value_adjoint + h * channels_size(a), width), part, count, width,
-                nullptr, false, s->d_mixed + h * width, heads * width);
+                       packed_right(p->value_adjoint + h * channels_size(a), width), part, count,
+                       width, nullptr, false, s->d_mixed + h * width, heads * width);
     }
     for (int64_t g = 0; g < count; ++g) attend_backward(a, s, d, first, g);
     for (int64_t h = 0; h < heads; ++h) {
         const float* d_turned = s->d_turned + h * width;
-        product<EXACT>(left_transposed<EXACT>(s->queries + h * part, width, count, part, s->transposed_head),
-                right<EXACT>(d_turned, heads * width, count, width, s->right), count, part, width,
-                nullptr, true, d->weights[KEY] + h * part * width, width);
+        product<EXACT>(
+            left_transposed<EXACT>(s->queries + h * part, width, count, part, s->transposed_head),
+            right<EXACT>(d_turned, heads * width, count, width, s->right), count, part, width,
+            nullptr, true, d->weights[KEY] + h * part * width, width);
         finish_product<EXACT>(left<EXACT>(d_turned, heads * width, count, width, s->left),
-                       packed_right(p->turn_adjoint + h * columns_size(a), part), width, count,
-                       part, s->sums,
-                       [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
-                           float* out = s->d_queries + g * width + h * part + column;
-                           const float scale = scale_of(a, first + g);
-                           for (int64_t j = 0; j < wide; j += FLOATS) {
-                               store(out + j, load(sums + j) * scale);
-                           }
-                       });
+                              packed_right(p->turn_adjoint + h * columns_size(a), part), width,
+                              count, part, s->sums,
+                              [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
+                                  float* out = s->d_queries + g * width + h * part + column;
+                                  const float scale = scale_of(a, first + g);
+                                  for (int64_t j = 0; j < wide; j += FLOATS) {
+                                      store(out + j, load(sums + j) * scale);
+                                  }
+                              });
     }
     add_rows(s->d_queries, width, count, width, d->biases[QUERY]);
     product<EXACT>(left_transposed<EXACT>(s->d_queries, width, count, width, s->transposed),
-            right<EXACT>(s->last, width, count, width, s->right), count, width, width, nullptr, true,
-            d->weights[QUERY], width);
-    product<EXACT>(left<EXACT>(s->d_queries, width, count, width, s->left), packed_right(p->query_adjoint, width),
-            width, count, width, nullptr, true, s->d_row, width);
+                   right<EXACT>(s->last, width, count, width, s->right), count, width, width,
+                   nullptr, true, d->weights[QUERY], width);
+    product<EXACT>(left<EXACT>(s->d_queries, width, count, width, s->left),
+                   packed_right(p->query_adjoint, width), width, count, width, nullptr, true,
+                   s->d_row, width);
     add_rows(s->d_row, width, count, width, d->norm_bias);
     for (int64_t g = 0; g < count; ++g) {
         const int64_t row = (first + g) * a->length + a->length - 1;
