@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 HOST_SOURCES = [
     "csrc/bindings.cpp",
     *sorted(str(path) for path in Path("csrc").glob("bind_*.cpp")),
+    "csrc/history_cells.cpp",
     "csrc/isa.cpp",
     "csrc/memory.cpp",
     "csrc/packed_encoder.cpp",
@@ -43,6 +44,7 @@ KERNEL_SOURCES = [
     "csrc/rms_norm.cpp",
     "csrc/self_attention.cpp",
     "csrc/self_attention_last.cpp",
+    "csrc/stream.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
     "csrc/fingerprint.cpp",

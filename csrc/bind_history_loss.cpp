@@ -4,8 +4,10 @@
 #include <memory>
 #include <new>
 
+#include "history_cells.h"
 #include "history_loss.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace fmrec {
 namespace {
@@ -206,9 +208,43 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
     }
 }
 
+py::tuple history_cells(const py::object& sequence_, const py::object& num_items, double mask_ratio,
+                        const py::object& seed_) {
+    const py::array sequence = input<std::int64_t>(sequence_, "sequence", 2);
+    const std::int64_t batch = sequence.shape(0), length = sequence.shape(1);
+    const std::int64_t items = read_int64(num_items, "num_items");
+    const std::uint64_t seed = static_cast<std::uint64_t>(read_int64(seed_, "seed"));
+    const std::int64_t limit = std::int64_t{1} << 62;
+    if (items < 1 || (batch > 0 && items > limit / batch)) {
+        throw py::value_error("num_items must be at least 1 and at most 2**62 / B, got " +
+                              std::to_string(items));
+    }
+    if (!(mask_ratio >= 0.0 &&
+          mask_ratio * static_cast<double>(sequence.size()) < static_cast<double>(limit))) {
+        throw py::value_error("mask_ratio must be at least 0 and below 2**62 / (B L), got " +
+                              text(py::float_(mask_ratio)));
+    }
+    const StreamKernels& kernels = FMREC_TABLE(stream);
+    HistoryCells cells;
+    {
+        py::gil_scoped_release release;
+        cells = draw_history_cells(data<std::int64_t>(sequence), batch, length, items, mask_ratio,
+                                   kernels.words, seed);
+    }
+    py::array_t<std::int64_t> rows(cells.count()), cols(cells.count());
+    py::array_t<float> label(cells.count());
+    write_history_cells(cells, items, rows.mutable_data(), cols.mutable_data(),
+                        label.mutable_data());
+    return py::make_tuple(rows, cols, label);
+}
+
 }  // namespace
 
 void bind_history_loss(py::module_& m) {
+    m.def("history_cells", &history_cells, py::arg("sequence"), py::arg("num_items"),
+          py::arg("mask_ratio"), py::arg("seed"),
+          "(rows, cols, label) of the cells in use: the ones of the ids in sequence [B, L], and "
+          "zeros drawn by the words of seed.");
     m.def("history_loss_forward", &history_loss_forward, py::arg("hidden"), py::arg("weight"),
           py::arg("bias"), py::arg("rows"), py::arg("cols"), py::arg("label"), py::arg("use"),
           py::arg("residual"), py::arg("num_threads"),

@@ -12,15 +12,24 @@ outputs of a call become four standard normals (two Box-Muller pairs) for channe
 The Triton and C++ kernels generate the same numbers in registers; this module is what they are
 held against. Uses that need numbers of their own (the sampler's start, dropout masks, ...) take
 a seed derived by `derive_seed`, so that no two uses share a counter.
+
+The few numbers a row that no kernel generates for itself (`start`, `uniforms`, ...) come from the
+C++ extension where `native` says that it may draw them, words and uniforms to the bit as defined.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fmrec_fast import extension
+from fmrec_fast.backend import Backend, candidate
+from fmrec_fast.forward_mode import is_wrapped
 
 MASK32 = 0xFFFFFFFF
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -58,9 +67,46 @@ def derived_word(seed: int, use: Use) -> int:
 def step_seed(seed: Tensor, step: int) -> Tensor:
     """The seed of one sampler step that has draws besides lam: two words of Philox at counter
     (step, 0, 0, 0), so that neighbouring seeds share no step."""
+    kernels = native(seed)
+    if kernels is not None:
+        return _native_words(kernels, seed, Use.STEP, 1, step)[0]
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     low, high, _, _ = philox_4x32((zero + step, zero, zero, zero), derive_seed(seed, Use.STEP))
     return (high << 32) | low
+
+
+def native(seed: Tensor, *names: Tensor) -> ModuleType | None:
+    """The extension where it draws what `seed` and the int64 tensors `names` key; else None, and
+    the definition does: for another device or backend, while compiling, for wrapped tensors."""
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in (seed, *names):
+        plain = type(tensor) is Tensor and not is_wrapped(tensor)
+        if not plain or tensor.device.type != "cpu" or tensor.dtype != torch.int64:
+            return None
+    if candidate(seed.device) is not Backend.CPP or not extension.available():
+        return None
+    return extension.load()
+
+
+def _native_words(
+    kernels: ModuleType, seed: Tensor, use: Use, count: int, first: int = 0
+) -> Tensor:
+    """Words 0 (low) and 1 (high) at counters (first + j, 0, 0, 0): int64 [count]."""
+    out = torch.empty(count, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    kernels.stream_words(derived_word(int(seed), use), first, out.numpy(), threads)
+    return out
+
+
+def _native_rows(
+    kernel: Callable[..., None], seed: Tensor, use: Use, rows: Tensor, channels: int, step: int = 0
+) -> Tensor:
+    """Of position 0: float32 [B, channels]."""
+    out = torch.empty(len(rows), channels, dtype=torch.float32)
+    word, names = derived_word(int(seed), use), rows.contiguous().numpy()
+    kernel(names, word, step, out.numpy(), torch.get_num_threads())
+    return out
 
 
 def _signed(word: int) -> int:
@@ -189,47 +235,55 @@ def lam(
 
 def start(seed: Tensor, rows: Tensor, channels: int) -> Tensor:
     """z0 ~ N(0, I), the sampler's start: float32 [B, D]."""
-    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    return normals(derive_seed(seed, Use.START), rows, zero, zero, channels)[0, :, 0]
+    return _row_normals(seed, Use.START, rows, channels)
 
 
 def uniforms(seed: Tensor, rows: Tensor) -> Tensor:
     """u ~ U[0, 1), one per row, for the training times: float32 [B]."""
-    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    return to_uniform(words(derive_seed(seed, Use.TIME), rows, zero, zero, 1)[0].flatten())
+    return _row_uniforms(seed, Use.TIME, rows, 1).flatten()
 
 
 def time_normals(seed: Tensor, rows: Tensor) -> Tensor:
     """One standard normal per row, for the logit-normal training times: float32 [B]."""
-    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    return normals(derive_seed(seed, Use.TIME), rows, zero, zero, 1).flatten()
+    return _row_normals(seed, Use.TIME, rows, 1).flatten()
 
 
-def _row_uniforms(seed: Tensor, rows: Tensor, step: int = 0) -> list[Tensor]:
-    """Four uniforms per row, each float32 [B]: the words at counter (0, 0, step, row)."""
+def _row_normals(seed: Tensor, use: Use, rows: Tensor, channels: int) -> Tensor:
+    """The normals at counters (channel // 4, 0, 0, row): float32 [B, channels]."""
+    kernels = native(seed, rows)
+    if kernels is not None:
+        return _native_rows(kernels.stream_normals, seed, use, rows, channels)
     zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    return [to_uniform(word.flatten()) for word in words(seed, rows, zero + step, zero, 1)]
+    return normals(derive_seed(seed, use), rows, zero, zero, channels)[0, :, 0]
+
+
+def _row_uniforms(seed: Tensor, use: Use, rows: Tensor, channels: int, step: int = 0) -> Tensor:
+    """The uniforms at counters (channel // 4, 0, step, row): float32 [B, channels]."""
+    kernels = native(seed, rows)
+    if kernels is not None:
+        return _native_rows(kernels.stream_uniforms, seed, use, rows, channels, step)
+    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    four = words(derive_seed(seed, use), rows, zero + step, zero, channels)
+    return to_uniform(torch.stack(four, dim=-1)[0, :, 0].flatten(1)[:, :channels])
 
 
 def interval(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Two uniforms per row, for the end of Fave's interval: where it lies, and whether at 1."""
-    where, at_end, _, _ = _row_uniforms(derive_seed(seed, Use.INTERVAL), rows)
+    where, at_end = _row_uniforms(seed, Use.INTERVAL, rows, 2).unbind(1)
     return where, at_end
 
 
 def anchor(seed: Tensor, rows: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Uniforms for Fave's anchor: one per row for its position [B], and those of the mask over
     its channels [B, D]. The position's is the word after the last group of channels."""
-    zero = torch.zeros(1, dtype=torch.int64, device=rows.device)
     groups = (channels + 3) // 4
-    four = words(derive_seed(seed, Use.ANCHOR), rows, zero, zero, 4 * groups + 1)
-    uniform = to_uniform(torch.stack(four, dim=-1)[0, :, 0].flatten(1))
+    uniform = _row_uniforms(seed, Use.ANCHOR, rows, 4 * groups + 1)
     return uniform[:, 4 * groups], uniform[:, :channels]
 
 
 def path(seed: Tensor, rows: Tensor, site: int) -> Tensor:
     """One uniform per row, for one use of drop path: float32 [B]."""
-    return _row_uniforms(derive_seed(seed, Use.PATH), rows, site)[0]
+    return _row_uniforms(seed, Use.PATH, rows, 1, site).flatten()
 
 
 def wide_words(seed: Tensor, count: int) -> Tensor:
@@ -237,6 +291,9 @@ def wide_words(seed: Tensor, count: int) -> Tensor:
 
     Draw j is words 0 (low) and 1 (high, its top bit dropped) at counter (j, 0, 0, 0).
     """
+    kernels = native(seed)
+    if kernels is not None:
+        return _native_words(kernels, seed, Use.CELLS, count).bitwise_and_(2**63 - 1)
     j = torch.arange(count, device=seed.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     low, high, _, _ = philox_4x32((j, zero, zero, zero), derive_seed(seed, Use.CELLS))

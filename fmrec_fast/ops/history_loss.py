@@ -102,6 +102,8 @@ def history_loss(
         return (hidden.sum() + weight.sum() + bias.sum()) * 0.0
     if isinstance(cells, Cells):
         used = cells
+    elif cells is None and not published:
+        used = draw_cells(sequence, sizes["V"], mask_ratio, noise.as_seed(seed, sequence.device))
     else:
         used = reference.history_cells(
             sequence,
@@ -118,11 +120,24 @@ def history_loss(
     return at_cells(hidden, weight, bias, used, sparse_grad)
 
 
+def draw_cells(sequence: Tensor, num_items: int, mask_ratio: float, seed: Tensor) -> Cells:
+    """`reference.history_cells` drawn by `seed`; in C++ only those in use, in the same order."""
+    kernels = noise.native(seed, sequence)
+    # 64 bits must hold the numbers of cells and of draws.
+    if kernels is None or max(len(sequence) * num_items, sequence.numel() * mask_ratio) >= 2**62:
+        return reference.history_cells(sequence, num_items, mask_ratio=mask_ratio, seed=seed)
+    word = noise.derived_word(int(seed), noise.Use.CELLS)
+    found = kernels.history_cells(sequence.contiguous().numpy(), num_items, mask_ratio, word)
+    rows, columns, label = (torch.from_numpy(part) for part in found)
+    return Cells(rows, columns, label, torch.ones(len(rows), dtype=torch.bool))
+
+
 def at_cells(
     hidden: Tensor, weight: Tensor, bias: Tensor, used: Cells, sparse_grad: bool = False
 ) -> Tensor:
     """The loss at given cells: sum of squared residuals / (B V)."""
-    if hidden.device.type == "cpu":  # looking at `use` waits for nothing here
+    # Looking at `use` waits for nothing here.
+    if hidden.device.type == "cpu" and not used.use.all():
         used = Cells(*(part[used.use] for part in used))
     backend = choose("history_loss", hidden, weight, bias)
     if backend is Backend.REFERENCE:
