@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrec_fast import extension, noise
+from fmrec_fast import extension, noise, use_backend
 
 if not extension.available():
     pytest.skip(str(extension.reason()), allow_module_level=True)
@@ -102,6 +102,50 @@ def test_noise_fusion_in_place(isa):
     C.noise_fusion_forward(e, shift, rows, 1, 2, 0.5, out, 1)
     C.noise_fusion_forward(e, shift, rows, 1, 2, 0.5, e, 1)
     assert same(e, out)
+
+
+DRAWS = {
+    "start": lambda seed, rows: [noise.start(seed, rows, channels) for channels in CHANNELS],
+    "uniforms": lambda seed, rows: [noise.uniforms(seed, rows)],
+    "time_normals": lambda seed, rows: [noise.time_normals(seed, rows)],
+    "interval": lambda seed, rows: noise.interval(seed, rows),
+    "anchor": lambda seed, rows: [part for d in CHANNELS for part in noise.anchor(seed, rows, d)],
+    "path": lambda seed, rows: [noise.path(seed, rows, site) for site in (0, 3, 2**32 - 1)],
+    "wide_words": lambda seed, rows: [noise.wide_words(seed, 157 * len(rows))],
+    "step_seed": lambda seed, rows: [noise.step_seed(seed, step) for step in (0, 29, 2**31)],
+}
+CHANNELS = (0, 1, 3, 32, 130, 2100)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, 131])
+@pytest.mark.parametrize("name", DRAWS)
+def test_small_draws_are_the_stream(isa, monkeypatch, name, batch):
+    seeds, rows = [torch.tensor(seed) for seed in SEEDS], row_numbers(2 * batch)[::2]
+    with use_backend("reference"):
+        expected = [draw for seed in seeds for draw in DRAWS[name](seed, rows)]
+    monkeypatch.setattr(noise, "philox_4x32", None)  # the definition cannot run
+    got = [draw for seed in seeds for draw in DRAWS[name](seed, rows)]
+    exact = name not in ("start", "time_normals")
+    for one, wanted in zip(got, expected, strict=True):
+        tolerance = 0.0 if exact else 1e-6
+        torch.testing.assert_close(one, wanted, atol=tolerance, rtol=0)
+
+
+def test_small_draws_do_not_depend_on_the_threads(isa):
+    rows = row_numbers(301).numpy()
+    results = []
+    for threads in (1, 2, 3):
+        floats = [np.full((301, 66), np.nan, np.float32) for _ in range(2)]
+        C.stream_normals(rows, -7, 2**32 + 3, floats[0], threads)
+        C.stream_uniforms(rows, -7, 2**32 + 3, floats[1], threads)
+        drawn = np.empty(20_001, np.int64)
+        C.stream_words(-7, 5, drawn, threads)
+        results.append((*floats, drawn))
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other))
+    later = np.empty(100, np.int64)
+    C.stream_words(-7, 5 + 700, later, 1)
+    assert same(later, results[0][2][700:800])
 
 
 # --- dropout --------------------------------------------------------------------------------

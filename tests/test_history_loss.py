@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -11,13 +12,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmrec_fast import noise
+from fmrec_fast import extension, noise
 from fmrec_fast.backend import Backend, use_backend, use_rng
 from fmrec_fast.ops import history_loss
+from fmrec_fast.ops.history_loss import draw_cells
+from fmrec_fast.reference import history_loss as reference
 from fmrec_fast.reference.history_loss import WholeBatch, distinct, history_cells, zero_cells
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("history_loss")
+needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
 EVERY = ("padding", "short", "long", "full")
 SEED = torch.tensor(20240607)
 SHAPES = [(1, 1, 7, 5), (5, 50, 61, 36), (2, 51, 1009, 96), (5, 12, 130, 33)]  # B, L, V, hidden
@@ -434,6 +438,55 @@ def test_parts_of_a_batch_have_its_cells_together(ratio):
     assert sorted(together) == sorted(
         used(history_cells(sequence, items, mask_ratio=ratio, seed=seed))
     )
+
+
+@needs_cpp
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5, 1.0, 3.0, 500.0])
+@pytest.mark.parametrize("items", [2, 9, 1009])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 50), (5, 1), (5, 51), (67, 12)], ids=str)
+def test_native_cells_are_the_used_ones_of_the_definition(monkeypatch, shape, items, mask_ratio):
+    g = torch.Generator().manual_seed(shape[0] + items)
+    ids = torch.randint(0, items, shape, generator=g)
+    for seed, sequence in ((SEED, ids), (SEED + 1, ids * (ids % 3 == 0)), (-SEED, 0 * ids)):
+        sequence = sequence.T.contiguous().T
+        held = history_cells(sequence, items, mask_ratio=mask_ratio, seed=seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "history_cells", None)  # the definition cannot run
+            cells = draw_cells(sequence, items, mask_ratio, seed)
+        assert cells.use.all() and len(cells.use) == int(held.use.sum())
+        for name in ("rows", "columns", "label"):
+            expected = getattr(held, name)[held.use]
+            torch.testing.assert_close(getattr(cells, name), expected, rtol=0, atol=0)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"sequence": np.zeros((2, 3), np.int32)}, TypeError, "sequence .* int64, got int32"),
+        ({"sequence": np.zeros(6, np.int64)}, ValueError, r"2 dimensions, got shape \(6,\)"),
+        ({"sequence": np.array([[0, 1], [7, 2]])}, ValueError, r"e\[1, 0\] .* id < 7, got 7"),
+        ({"sequence": np.array([[0, -1], [3, 2]])}, ValueError, r"sequence\[0, 1\] .* got -1"),
+        ({"num_items": 0}, ValueError, "num_items must be at least 1 .* got 0"),
+        ({"num_items": 2**62}, ValueError, "num_items .* got 4611686018427387904"),
+        ({"num_items": 7.0}, TypeError, "num_items must be an int .* got 7.0"),
+        ({"mask_ratio": -0.5}, ValueError, "mask_ratio must be at least 0 .* got -0.5"),
+        ({"mask_ratio": math.inf}, ValueError, "mask_ratio .* got inf"),
+        ({"mask_ratio": 1e19}, ValueError, "mask_ratio .* got 1e[+]19"),
+        ({"seed": 2**63}, ValueError, "seed .* got 9223372036854775808"),
+    ],
+)
+def test_native_cells_refuse_bad_arguments(change, error, message):
+    arguments = {"sequence": np.array([[0, 1], [6, 3]]), "num_items": 7, "mask_ratio": 1.0}
+    with pytest.raises(error, match=message):
+        extension.load().history_cells(**{**arguments, "seed": 3, **change})
+
+
+def test_cells_that_64_bits_do_not_count_are_the_definitions():
+    sequence = torch.tensor([[0, 2], [1, 1]])
+    drawn = draw_cells(sequence, 3, math.inf, SEED)
+    held = history_cells(sequence, 3, mask_ratio=math.inf, seed=SEED)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, held))
 
 
 def test_all_cells_may_be_given():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy import stats
+from torch._subclasses import FakeTensorMode
 
-from fmrec_fast import noise
+from fmrec_fast import extension, noise, use_backend
 
 SEED = torch.tensor(-6234567890123456789)
 
@@ -188,6 +189,27 @@ def test_lam_has_mean_and_deviation_delta():
     lam = noise.lam(SEED, torch.arange(64), 3, 50, 32, 0.25)
     assert lam.shape == (64, 50, 32)
     assert stats.kstest(lam.flatten().numpy(), "norm", (0.25, 0.25)).pvalue > 0.001
+
+
+def draws(seed, rows):
+    return noise.start(seed, rows, 6), noise.uniforms(seed, rows), noise.wide_words(seed, 7)
+
+
+def test_the_definition_draws_where_the_extension_cannot():
+    rows = torch.arange(3)
+    with use_backend("reference"):
+        assert noise.native(SEED, rows) is None
+        expected = draws(SEED, rows)
+    assert (noise.native(SEED, rows) is None) == (not extension.available())
+    assert noise.native(SEED, rows.int()) is None
+    assert noise.native(SEED.to("meta")) is None
+    with FakeTensorMode():
+        shapes = [draw.shape for draw in draws(torch.tensor(5), torch.arange(3))]
+    assert shapes == [draw.shape for draw in expected]
+    batched = torch.vmap(draws, (0, None))(torch.stack((SEED, SEED + 1)), rows)
+    compiled = torch.compile(draws, fullgraph=True, backend="eager")(SEED, rows)
+    for one, two, wanted in zip(batched, compiled, expected, strict=True):
+        assert torch.equal(one[0], wanted) and torch.equal(two, wanted)
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64, 2**70])
