@@ -10,11 +10,6 @@ namespace {
 // Elements of work below which a second thread costs more than it brings.
 constexpr std::int64_t GRAIN = 1 << 20;
 
-// Planes of the products' operands. Without tiles there is float32 only.
-int read_precision(const std::string& precision) {
-    return rounds_to_bf16(precision) ? LINEAR_BF16_PLANES : LINEAR_PLANES;
-}
-
 // out = in B + bias with element (k, j) of B at weight[k * row + j * column].
 void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
                     std::int64_t row, std::int64_t column, const float* bias, float* out,
@@ -31,7 +26,7 @@ void linear_product(const LinearKernels& kernels, const float* in, const float* 
 
 void linear_forward(const py::object& x_, const py::object& weight_, const py::object& bias_,
                     const py::object& out_, int num_threads, const std::string& precision) {
-    const int planes = read_precision(precision);
+    const int planes = training_planes_of(precision);
     const py::array x = input<float>(x_, "x", 2), weight = input<float>(weight_, "weight", 2);
     const py::array bias = input<float>(bias_, "bias", 1);
     py::array out = output<float>(out_, "out", 2);
@@ -54,7 +49,7 @@ void linear_forward(const py::object& x_, const py::object& weight_, const py::o
 void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
                      const py::object& d_x_, const py::object& d_weight_,
                      const py::object& d_bias_, int num_threads, const std::string& precision) {
-    const int planes = read_precision(precision);
+    const int planes = training_planes_of(precision);
     const py::array grad = input<float>(grad_, "grad", 2), x = input<float>(x_, "x", 2);
     const py::array weight = input<float>(weight_, "weight", 2);
     check_threads(num_threads);
@@ -134,7 +129,7 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
 void bind_linear(py::module_& m) {
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), py::arg("precision") = "float32",
-          "out = x @ weight.T + bias; precision 'bf16', on AMX tiles, rounds the operands of every "
+          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the operands of every "
           "product.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
