@@ -15,17 +15,25 @@ int read_precision(const std::string& precision) {
     return rounds_to_bf16(precision) ? LINEAR_BF16_PLANES : LINEAR_PLANES;
 }
 
-// out = in B + bias with element (k, j) of B at weight[k * row + j * column].
-void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
-                    std::int64_t row, std::int64_t column, const float* bias, float* out,
-                    std::int64_t rows, std::int64_t depth, std::int64_t columns, int planes,
-                    int num_threads) {
-    const Floats panels = allocate_floats(linear_packed(depth, columns), false);
-    prefer_huge_pages(out, rows * columns * 4);
-    kernels.pack(weight, row, column, depth, columns, planes, panels.get());
-    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns, planes};
-    parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
-                   rows * depth * columns >= GRAIN,
+// Numbers to pack, likewise.
+constexpr std::int64_t PACKING_GRAIN = 1 << 18;
+
+// B with element (k, j) at source[k * row + j * column].
+Floats packed(const LinearKernels& kernels, const float* source, std::int64_t row,
+              std::int64_t column, std::int64_t depth, std::int64_t columns, int planes,
+              int num_threads) {
+    Floats panels = allocate_floats(linear_packed(depth, columns), false);
+    const LinearPacking p{source, row, column, depth, columns, planes, panels.get()};
+    parallel_items(num_threads, (columns + LINEAR_PANEL - 1) / LINEAR_PANEL,
+                   depth * columns >= PACKING_GRAIN,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.pack(&p, begin, end); });
+    return panels;
+}
+
+void multiply(const LinearKernels& kernels, const LinearProduct& p, int num_threads) {
+    prefer_huge_pages(p.out, p.rows * p.columns * 4);
+    parallel_items(num_threads, (p.rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
+                   p.rows * p.depth * p.columns >= GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
 }
 
@@ -47,8 +55,10 @@ void linear_forward(const py::object& x_, const py::object& weight_, const py::o
     if (is_empty(out)) return;
     float* const to = target(out);
     py::gil_scoped_release release;
-    linear_product(kernels, data<float>(x), data<float>(weight), 1, in, data<float>(bias), to,
-                   rows, in, columns, planes, num_threads);
+    const Floats panels =
+        packed(kernels, data<float>(weight), 1, in, in, columns, planes, num_threads);
+    multiply(kernels, {data<float>(x), in, 1, panels.get(), data<float>(bias), to, rows, in,
+                       columns, planes}, num_threads);
 }
 
 void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
@@ -81,20 +91,23 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     }
     const LinearKernels& kernels = FMREC_TABLE(linear);
     py::gil_scoped_release release;
-    if (!d_weight && !d_bias) {
-        if (d_x && rows > 0) {
-            linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x,
-                           rows, columns, in, planes, num_threads);
-        }
-        return;
-    }
-    LinearProduct product{data<float>(grad), nullptr, nullptr, d_x, rows, columns, in, planes};
+    LinearProduct product{data<float>(grad), columns, 1, nullptr, nullptr, d_x, rows, columns, in,
+                          planes};
     Floats panels;
     if (d_x && rows > 0) {
-        panels = allocate_floats(linear_packed(columns, in), false);
-        prefer_huge_pages(d_x, rows * in * 4);
-        kernels.pack(data<float>(weight), in, 1, columns, in, planes, panels.get());
+        panels = packed(kernels, data<float>(weight), in, 1, columns, in, planes, num_threads);
         product.panels = panels.get();
+    }
+    const bool few = d_weight && rows > 0 && linear_few_rows(rows, in, columns);
+    if (product.panels && (few || (!d_weight && !d_bias))) multiply(kernels, product, num_threads);
+    if (!d_weight && !d_bias) return;
+    if (few) {
+        panels = packed(kernels, data<float>(x), in, 1, rows, in, planes, num_threads);
+        const Floats sums = allocate_floats(columns, true);
+        multiply(kernels, {data<float>(grad), 1, columns, panels.get(), nullptr, d_weight, columns,
+                           rows, in, planes, d_bias ? sums.get() : nullptr}, num_threads);
+        for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = sums[o];
+        return;
     }
     const bool swapped = in < columns;  // then the sums are those of the transposed gradient
     LinearGradient g{};

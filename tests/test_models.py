@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fmrec_fast import (
+    Backend,
     FMRecommender,
     TrainingDraws,
     dispatch_log,
@@ -15,6 +17,7 @@ from fmrec_fast import (
     use_rng,
 )
 from fmrec_fast.models.blocks import sinusoid
+from fmrec_fast.reference.linear import linear as linear_reference
 from fmrec_fast.testing import make_sequences
 
 EVERY = ("padding", "short", "long", "full")
@@ -224,6 +227,34 @@ def test_sinusoid():
 def test_the_tap_counts_blocks_from_1(small_model):
     for last in range(3):
         assert small_model(last=last).fm.xstart_model.tap == 3 - last - 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_decoders_hidden_layers_in_training(isa, precision):
+    """By the op `linear` on tiles, or where their operands are to be rounded."""
+    config = {"item_num": 20, "decoder_dims": (48, 80), "precision": precision, "hidden_size": 32}
+    network = FMRecommender.from_config(config).fm.xstart_model
+    first, second = network.decoder[0], network.decoder[2]
+    tapped = torch.randn(70, 32, generator=torch.Generator().manual_seed(1))
+
+    def layer(x, of):
+        if precision == "bf16":
+            return linear_reference(x, of.weight, of.bias, precision)
+        return F.linear(x, of.weight, of.bias)
+
+    for training in (True, False):
+        with dispatch_log() as log:
+            got = network.train(training).decoder_hidden(tapped)
+        ran = [(entry.op, entry.backend) for entry in log]
+        if training and isa == "amx":
+            assert ran == [("linear", Backend.CPP)] * 2
+        else:
+            assert ran == [("linear", Backend.REFERENCE)] * (2 * (training and precision == "bf16"))
+        precision = precision if training else "float32"
+        expected = layer(layer(tapped, first).tanh(), second).tanh()
+        # Operands rounded to bfloat16 may round to a neighbour.
+        atol = 2e-3 if precision == "bf16" else 1e-6
+        torch.testing.assert_close(got, expected, atol=atol, rtol=1e-5)
 
 
 def test_initial_parameters():

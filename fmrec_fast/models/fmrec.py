@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmrec_fast import flow, packing, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.models.blocks import HiddenLinear, LayerNorm, TransformerStack, sinusoid
 from fmrec_fast.models.tables import ItemEmbedding, ItemLinear, look_up
 from fmrec_fast.ops import (
     euler_sampler,
@@ -68,9 +68,9 @@ class XStartModel(nn.Module):
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims
         self.decoder = nn.Sequential(
-            nn.Linear(width, first),
+            HiddenLinear(width, first, config.precision),
             nn.Tanh(),
-            nn.Linear(first, second),
+            HiddenLinear(first, second, config.precision),
             nn.Tanh(),
             ItemLinear(second, config.item_num),
         )
