@@ -21,18 +21,10 @@ const BlockArrayName BLOCK_ARRAY_NAMES[BLOCK_ARRAYS] = {
     {"w2_bias", "[D]"},
 };
 
-// Planes of the products' operands.
-int read_precision(const std::string& precision) {
-    if (precision == "float32") return MOST_PLANES;
-    if (precision == "tf32") return 2;
-    if (precision == "bf16") return 1;
-    throw py::value_error("precision must be 'float32', 'tf32' or 'bf16', got '" + precision + "'");
-}
-
 std::unique_ptr<PackedEncoder> pack_encoder(const py::sequence& blocks, std::int64_t heads,
                                             const py::object& rotary_,
                                             const std::string& precision) {
-    const int planes = read_precision(precision);
+    const int planes = planes_of(precision);
     if (py::len(blocks) == 0) throw py::value_error("blocks must hold at least one block, got none");
     std::vector<py::array> kept;  // the arrays, for as long as they are read
     std::vector<BlockArrays> arrays;

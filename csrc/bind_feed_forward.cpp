@@ -41,7 +41,9 @@ void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
 }
 
 const FeedForwardKernels& kernels_of(const std::string& precision) {
-    return rounds_to_bf16(precision) ? FMREC_TABLE(feed_forward_bf16) : FMREC_TABLE(feed_forward);
+    const int planes = training_planes_of(precision);
+    if (planes == 1) return FMREC_TABLE(feed_forward_bf16);
+    return planes == 2 ? FMREC_TABLE(feed_forward_tf32) : FMREC_TABLE(feed_forward);
 }
 
 bool worth_it(const FeedForward& a) {
@@ -201,8 +203,8 @@ void bind_feed_forward(py::module_& m) {
           py::arg("position_stride"), py::arg("p"), py::arg("kept").none(true), py::arg("out"),
           py::arg("num_threads"), py::arg("precision") = "float32",
           "out = drop(x + drop(drop(gelu(norm(x) @ w1.T + b1)) @ w2.T + b2)), the sites site, "
-          "site + 1 and site + 2 from the inside; kept gets the masks, a bit a channel. Precision "
-          "'bf16', on AMX tiles, rounds the operands of every product.");
+          "site + 1 and site + 2 from the inside; kept gets the masks, a bit a channel. On AMX "
+          "tiles the precisions 'tf32' and 'bf16' round the operands of every product.");
     m.def("feed_forward_backward", &feed_forward_backward, py::arg("grad"), py::arg("x"),
           py::arg("norm_weight"), py::arg("norm_bias"), py::arg("w1"), py::arg("b1"),
           py::arg("w2"), py::arg("p"), py::arg("kept").none(true), py::arg("d_x"),

@@ -10,11 +10,6 @@ namespace {
 // Elements of work below which a second thread costs more than it brings.
 constexpr std::int64_t GRAIN = 1 << 20;
 
-// Planes of the products' operands. Without tiles there is float32 only.
-int read_precision(const std::string& precision) {
-    return rounds_to_bf16(precision) ? LINEAR_BF16_PLANES : LINEAR_PLANES;
-}
-
 // Numbers to pack, likewise.
 constexpr std::int64_t PACKING_GRAIN = 1 << 18;
 
@@ -39,7 +34,7 @@ void multiply(const LinearKernels& kernels, const LinearProduct& p, int num_thre
 
 void linear_forward(const py::object& x_, const py::object& weight_, const py::object& bias_,
                     const py::object& out_, int num_threads, const std::string& precision) {
-    const int planes = read_precision(precision);
+    const int planes = training_planes_of(precision);
     const py::array x = input<float>(x_, "x", 2), weight = input<float>(weight_, "weight", 2);
     const py::array bias = input<float>(bias_, "bias", 1);
     py::array out = output<float>(out_, "out", 2);
@@ -64,7 +59,7 @@ void linear_forward(const py::object& x_, const py::object& weight_, const py::o
 void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
                      const py::object& d_x_, const py::object& d_weight_,
                      const py::object& d_bias_, int num_threads, const std::string& precision) {
-    const int planes = read_precision(precision);
+    const int planes = training_planes_of(precision);
     const py::array grad = input<float>(grad_, "grad", 2), x = input<float>(x_, "x", 2);
     const py::array weight = input<float>(weight_, "weight", 2);
     check_threads(num_threads);
@@ -147,7 +142,7 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
 void bind_linear(py::module_& m) {
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), py::arg("precision") = "float32",
-          "out = x @ weight.T + bias; precision 'bf16', on AMX tiles, rounds the operands of every "
+          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the operands of every "
           "product.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),

@@ -43,9 +43,10 @@ void check_parameter(const py::array& array, int i, std::int64_t width) {
 
 // Of the last position the layers' products are few, and always in float32.
 const SelfAttentionKernels& kernels_of(bool last_only, const std::string& precision) {
-    const bool rounds = rounds_to_bf16(precision);
+    const int planes = training_planes_of(precision);
     if (last_only) return FMREC_TABLE(self_attention_last);
-    return rounds ? FMREC_TABLE(self_attention_bf16) : FMREC_TABLE(self_attention);
+    if (planes == 1) return FMREC_TABLE(self_attention_bf16);
+    return planes == 2 ? FMREC_TABLE(self_attention_tf32) : FMREC_TABLE(self_attention);
 }
 
 void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,

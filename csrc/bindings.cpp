@@ -131,16 +131,20 @@ void add_parts(float* total, std::int64_t parts, std::int64_t size) {
     }
 }
 
-bool rounds_to_bf16(const std::string& precision) {
-    if (precision == "float32") return false;
-    if (precision != "bf16") {
-        throw py::value_error("precision must be 'float32' or 'bf16', got '" + precision + "'");
-    }
-    if (isa() != Isa::amx) {
+int planes_of(const std::string& precision) {
+    if (precision == "float32") return 3;
+    if (precision == "tf32") return 2;
+    if (precision == "bf16") return 1;
+    throw py::value_error("precision must be 'float32', 'tf32' or 'bf16', got '" + precision + "'");
+}
+
+int training_planes_of(const std::string& precision) {
+    const int planes = planes_of(precision);
+    if (planes == 1 && isa() != Isa::amx) {
         throw py::value_error(std::string("precision 'bf16' needs the instruction set amx, got ") +
                               isa_name(isa()));
     }
-    return true;
+    return planes;
 }
 
 DropoutRate dropout_rate(double p) {

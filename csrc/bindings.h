@@ -72,9 +72,12 @@ void check_width(std::int64_t width, const char* what);
 // Adds `parts` arrays of `size` numbers, one after the other, up into the first.
 void add_parts(float* total, std::int64_t parts, std::int64_t size);
 
-// Whether the operands of products are to be rounded: 'bf16', for which there must be AMX tiles, not
-// 'float32'.
-bool rounds_to_bf16(const std::string& precision);
+// Planes (csrc/amx.h) of the operands of products in 'float32' (3), 'tf32' (2) or 'bf16' (1).
+int planes_of(const std::string& precision);
+
+// The same for training, where 'bf16' rounds the operands: without AMX tiles, which do that, it
+// throws. 'tf32' is then float32, which is closer.
+int training_planes_of(const std::string& precision);
 
 // Dropout keeps what meets a word of the stream that is at least the threshold, times scale.
 struct DropoutRate {

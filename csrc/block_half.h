@@ -18,12 +18,13 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // --- products --------------------------------------------------------------------------------
 
-// Planes of an operand in float32, and of one that is rounded to bfloat16: where there are tiles.
+// Planes of an operand in float32, and of one that is rounded to the sum of two bfloat16s or to one:
+// where there are tiles.
 const int EXACT = 3;
 #if defined(__AMX_BF16__)
-const int ROUNDED = 1;
+const int HALVES = 2, ROUNDED = 1;
 #else
-const int ROUNDED = EXACT;
+const int HALVES = EXACT, ROUNDED = EXACT;
 #endif
 
 // An operand as the products below read it: with AMX planes, else a matrix in memory.

@@ -260,6 +260,7 @@ constexpr FeedForwardKernels kernels() {
 
 namespace FMREC_ISA {
 extern const FeedForwardKernels feed_forward = kernels<EXACT>();
+extern const FeedForwardKernels feed_forward_tf32 = kernels<HALVES>();
 extern const FeedForwardKernels feed_forward_bf16 = kernels<ROUNDED>();
 }  // namespace FMREC_ISA
 

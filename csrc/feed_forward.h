@@ -67,7 +67,8 @@ struct FeedForwardKernels {
 };
 
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward)
-// With the operands of all products rounded to bfloat16; without AMX the same.
+// With the operands of all products rounded, to two bfloat16s or to one; without AMX the same.
+FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_tf32)
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_bf16)
 
 }  // namespace fmrec

@@ -115,23 +115,23 @@ void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
     }
 }
 
+// The function of as many planes.
+#define FMREC_OF_PLANES(function, planes) \
+    ((planes) == 1 ? function<1> : (planes) == 2 ? function<2> : function<LINEAR_PLANES>)
+
 void pack(const LinearPacking* p, int64_t begin, int64_t end) {
-    const auto run = p->planes == LINEAR_BF16_PLANES ? pack_planes<LINEAR_BF16_PLANES>
-                                                     : pack_planes<LINEAR_PLANES>;
-    run(p, begin, end);
+    FMREC_OF_PLANES(pack_planes, p->planes)(p, begin, end);
 }
 
 void product(const LinearProduct* p, int64_t begin, int64_t end) {
-    const auto run = p->planes == LINEAR_BF16_PLANES ? product_of_planes<LINEAR_BF16_PLANES>
-                                                     : product_of_planes<LINEAR_PLANES>;
-    run(p, begin, end);
+    FMREC_OF_PLANES(product_of_planes, p->planes)(p, begin, end);
 }
 
 void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
-    const auto run = g->planes == LINEAR_BF16_PLANES ? gradient_of_planes<LINEAR_BF16_PLANES>
-                                                     : gradient_of_planes<LINEAR_PLANES>;
-    run(g, begin, end);
+    FMREC_OF_PLANES(gradient_of_planes, g->planes)(g, begin, end);
 }
+
+#undef FMREC_OF_PLANES
 
 #else
 

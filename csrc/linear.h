@@ -16,9 +16,8 @@ constexpr int64_t LINEAR_ROWS = 32, LINEAR_CHUNK = 3 * LINEAR_ROWS;
 // the results.
 constexpr int64_t LINEAR_PARTS = 8;
 
-// Planes of the operands, of the instruction set amx only: those of float32 products, and of
-// operands rounded to bfloat16.
-constexpr int LINEAR_PLANES = 3, LINEAR_BF16_PLANES = 1;
+// Planes of the operands, at most; they count for the instruction set amx only.
+constexpr int LINEAR_PLANES = 3;
 
 // B [depth, columns], whose element (k, j) is at source[k * row + j * column].
 struct LinearPacking {

@@ -291,6 +291,7 @@ constexpr SelfAttentionKernels kernels() {
 
 namespace FMREC_ISA {
 extern const SelfAttentionKernels self_attention = kernels<EXACT>();
+extern const SelfAttentionKernels self_attention_tf32 = kernels<HALVES>();
 extern const SelfAttentionKernels self_attention_bf16 = kernels<ROUNDED>();
 }  // namespace FMREC_ISA
 

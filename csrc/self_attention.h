@@ -66,7 +66,9 @@ struct SelfAttentionKernels {
 
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention)
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_last)
-// With the operands of the linear layers' products rounded to bfloat16; without AMX the same.
+// With the operands of the linear layers' products rounded, to two bfloat16s or to one; without AMX
+// the same.
+FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_tf32)
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_bf16)
 
 }  // namespace fmrec

@@ -21,7 +21,7 @@ from fmrec_fast.data.users import Histories
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops import item_topk
 from fmrec_fast.ops._checks import check_padding
-from fmrec_fast.ops.encoder import check_precision
+from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.request import PADDING, Request, check_k
 from fmrec_fast.sampler import check_steps, sample
 

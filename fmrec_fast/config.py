@@ -20,9 +20,8 @@ PADDINGS = ("published", "tied")
 TRAJECTORIES = ("straight", "cosine")
 TARGETS = ("data", "velocity")
 OPTIMIZERS = ("Adam", "SGD")
-# Of the encoder's linear layers in training; weights, accumulation and all else stay float32.
-TRAINING_PRECISIONS = ("float32", "bf16")
-# Of the encoder's matrix products in sampling; accumulation and all else stay float32.
+# Of the encoder's matrix products in sampling, and of its linear layers' in training; weights,
+# accumulation and all else stay float32.
 PRECISIONS = ("float32", "tf32", "bf16")
 _NUMBERS = (
     "dropout emb_dropout lambda_uncertainty eps eps_reverse m_logNorm s_logNorm s_modsamp "
@@ -76,7 +75,7 @@ class FMRecConfig:
         metric_ks: the K of HR@K, NDCG@K and MRR@K.
         early_stopping_metric: the validation metric that decides, or 'any' (as published).
         precision: of the linear layers of the encoder, and of the hidden ones of the decoder, in
-            training: 'float32' or 'bf16'.
+            training: 'float32', 'tf32' or 'bf16'.
         random_seed: governs initialisation, order of samples, and every draw.
     """
 
@@ -185,7 +184,7 @@ class FMRecConfig:
             ("trajectory", TRAJECTORIES),
             ("target", TARGETS),
             ("optimizer", OPTIMIZERS),
-            ("precision", TRAINING_PRECISIONS),
+            ("precision", PRECISIONS),
         ):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {allowed}")
         metrics = [f"{m}@{k}" for m in ("HR", "NDCG", "MRR") for k in self.metric_ks]

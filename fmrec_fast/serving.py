@@ -16,7 +16,7 @@ from fmrec_fast import extension, noise, packing
 from fmrec_fast.backend import Backend, BackendError, availability, current_backend, log_run
 from fmrec_fast.models.fmrec import FMRecommender
 from fmrec_fast.ops._checks import check_padding, is_sharded, request_rows
-from fmrec_fast.ops.encoder import check_precision
+from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.packing import State, Weights
 from fmrec_fast.picard import TOLERANCE, prefers_parallel
 from fmrec_fast.request import Recommendations, Request, read_request

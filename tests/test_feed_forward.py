@@ -125,24 +125,27 @@ def test_instruction_sets_and_threads(isa):
 
 
 @needs_cpp
-def test_bf16_is_as_close_as_its_definition(isa):
-    """With tiles; elsewhere the definition itself."""
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions_are_as_close_as_their_definition(isa, precision):
+    """With tiles; elsewhere tf32 is float32, and bf16 left to the definition."""
     given = tensors(9, 50, 64, 208)
     options = {"seed": SEED, "rows": torch.arange(9), "site": 4}
     results = []
     for backend in ("reference", "cpp"):
         with use_backend(backend), dispatch_log() as log:
             results.append(
-                run(lambda *t: feed_forward(*t, 0.2, precision="bf16", **options), given)
+                run(lambda *t: feed_forward(*t, 0.2, precision=precision, **options), given)
             )
-        ran = Backend.CPP if backend == "cpp" and isa == "amx" else Backend.REFERENCE
-        assert log[0].backend is ran
+        runs = backend == "cpp" and (isa == "amx" or precision == "tf32")
+        assert log[0].backend is (Backend.CPP if runs else Backend.REFERENCE)
     kept = masks(given[0].shape, 208, 0.2, **options)
     truth = run(written_out, [t.double() for t in given], p=0.2, kept=kept)
     exact = run(lambda *t: feed_forward(*t, 0.2, **options), given)
     for name, a, b, right in zip(NAMES, results[1], results[0], truth, strict=True):
         assert_close_to_truth(a, b, right, name=name)
-    assert not torch.equal(results[1][0], exact[0])
+        if precision == "tf32":  # two bfloat16s hold 16 bits
+            torch.testing.assert_close(a, right.float(), rtol=0, atol=3e-5 * right.abs().max())
+    assert torch.equal(results[1][0], exact[0]) == (precision == "tf32" and isa != "amx")
 
 
 @needs_cpp

@@ -245,7 +245,35 @@ def test_bf16_only_the_gradients_that_are_wanted():
         assert torch.equal(some[i].grad, full[i])
 
 
+def eleven_bits(x):
+    """To 10 bits behind the first, halves away from 0."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp(torch.trunc(mantissa * 2048 + torch.sign(mantissa) * 0.5) / 2048, exponent)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(65, 48, 80), (97, 1040, 48), (400, 128, 16)])
+def test_tf32_on_every_instruction_set(isa, rows, inner, outer):
+    """The definition's products are of rounded operands; tiles are nearer, others in float32."""
+    x, weight, bias, grad = given = tensors((rows,), inner, outer)
+    near, near_weight, near_grad = (eleven_bits(t) for t in (x, weight, grad))
+    asked = near @ near_weight.T + bias, near_grad @ near_weight, near_grad.T @ near, grad.sum(0)
+    truth = run(linear, *(t.double() for t in given))
+    results = {}
+    for name, precision in (("reference", "tf32"), ("cpp", "tf32"), ("cpp", "float32")):
+        with use_backend(name), dispatch_log() as log:
+            results[name, precision] = run(
+                lambda *leaves, precision=precision: linear(*leaves, precision=precision), *given
+            )
+        assert [entry.backend.value for entry in log] == [name]
+    for definition, mine, exact, wanted, right in zip(*results.values(), asked, truth, strict=True):
+        scale = right.abs().max().item()
+        torch.testing.assert_close(definition, wanted.float(), rtol=0, atol=1e-6 * scale)
+        torch.testing.assert_close(mine, right.float(), rtol=0, atol=1e-5 * scale)
+        assert torch.equal(mine, exact) == (isa != "amx" or right.ndim == 1)
+
+
 def test_unknown_precision():
     x, weight, bias, _ = tensors((5,), 16, 32)
-    with pytest.raises(ValueError, match=r"precision must be one of .*'bf16'.*, got 'fp8'"):
+    with pytest.raises(ValueError, match=r"precision must be one of .*'tf32', 'bf16'.*, got 'fp8'"):
         linear(x, weight, bias, precision="fp8")

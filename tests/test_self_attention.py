@@ -180,18 +180,19 @@ def test_instruction_sets_and_threads(isa, last_only):
 
 @needs_cpp
 @pytest.mark.parametrize("last_only", [False, True])
-def test_bf16_is_as_close_as_its_definition(isa, last_only):
-    """With tiles; elsewhere the definition itself."""
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions_are_as_close_as_their_definition(isa, last_only, precision):
+    """With tiles; elsewhere tf32 is float32, and bf16 left to the definition."""
     given = tensors(12, 50, 64, 2, last_only)
     options = {"num_heads": 2, "seed": SEED, "rows": torch.arange(12), "last_only": last_only}
     results = {}
-    for precision, backend in (("bf16", "reference"), ("bf16", "cpp"), ("float32", "cpp")):
+    for asked, backend in ((precision, "reference"), (precision, "cpp"), ("float32", "cpp")):
         with use_backend(backend), dispatch_log() as log:
-            results[precision, backend] = run(
-                lambda *t, name=precision: self_attention(*t, 0.2, precision=name, **options), given
+            results[asked, backend] = run(
+                lambda *t, name=asked: self_attention(*t, 0.2, precision=name, **options), given
             )
-        ran = Backend.CPP if backend == "cpp" and (isa == "amx" or precision == "float32") else None
-        assert log[0].backend is (ran or Backend.REFERENCE)
+        runs = backend == "cpp" and (isa == "amx" or asked != "bf16")
+        assert log[0].backend is (Backend.CPP if runs else Backend.REFERENCE)
     kept = masks(given[0].shape, 0.2, num_heads=2, seed=SEED, rows=torch.arange(12), site=0)
     plain = {"num_heads": 2, "p": 0.2, "kept": kept, "last_only": last_only}
     truth = run(written_out, [t.double() for t in given], **plain)
@@ -199,8 +200,11 @@ def test_bf16_is_as_close_as_its_definition(isa, last_only):
     for name, a, b, right in zip(("out", "x", *NAMES), mine, rounded, truth, strict=True):
         if name != "key_bias":
             assert_close_to_truth(a, b, right, name=name)
+            if precision == "tf32":  # two bfloat16s hold 16 bits
+                torch.testing.assert_close(a, right.float(), rtol=0, atol=3e-5 * right.abs().max())
     # Of the last position the products are in float32 all the same.
-    assert torch.equal(mine[0], exact[0]) == (last_only and isa == "amx")
+    in_float32 = last_only if isa == "amx" else precision == "tf32"
+    assert torch.equal(mine[0], exact[0]) == in_float32
 
 
 @needs_cpp

@@ -354,25 +354,26 @@ def test_resumed_between_replays(tmp_path, tiny, whole):
         assert_same_run(whole, run)
 
 
-def test_bf16_changes_the_linear_layers_of_training_only(tmp_path, tiny):
-    config = TINY.replace(epochs=1, precision="bf16")
+@pytest.mark.parametrize("low, error", [("tf32", 1e-3), ("bf16", 1e-2)])
+def test_precision_changes_the_linear_layers_of_training_only(tmp_path, tiny, low, error):
+    config = TINY.replace(epochs=1, precision=low)
     trainer = Trainer(tiny, config, tmp_path / "near")
     sequence, target = trainer.samples.batch(torch.arange(40))
     losses = {}
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", low):
         trainer.model.fm.xstart_model.att.precision = precision
         for training_mode in (True, False):
             trainer.model.train(training_mode)
             with torch.no_grad():
                 found = training.training_losses(trainer.model, sequence, target, seed=3)
             losses[precision, training_mode] = found.total.item()
-    assert losses["bf16", False] == losses["float32", False]
-    assert losses["bf16", True] != losses["float32", True]
-    assert losses["bf16", True] == pytest.approx(losses["float32", True], rel=1e-2)
+    assert losses[low, False] == losses["float32", False]
+    assert losses[low, True] != losses["float32", True]
+    assert losses[low, True] == pytest.approx(losses["float32", True], rel=error)
     trainer.fit()
     kept = checkpoint.load(checkpoint.locate(tmp_path / "near", "last"))
     assert all(value.dtype == torch.float32 for value in kept["model"].values())
-    with pytest.raises(CheckpointError, match="precision: 'bf16' -> 'float32'"):
+    with pytest.raises(CheckpointError, match=f"precision: '{low}' -> 'float32'"):
         Trainer(tiny, TINY.replace(epochs=1), tmp_path / "near").fit(resume=True)
 
 

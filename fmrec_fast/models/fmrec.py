@@ -23,8 +23,8 @@ from fmrec_fast.ops import (
     picard_sweep,
 )
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
-from fmrec_fast.ops.encoder import check_precision
 from fmrec_fast.ops.euler_sampler import SamplerWeights
+from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
 from fmrec_fast.reference import euler_sampler as reference_sampler
 from fmrec_fast.reference.encoder import EMBEDDING_SITE, Drop, dropout_sites, no_drop

@@ -17,14 +17,14 @@ from fmrec_fast.backend import (
     constant_when_compiled,
     use_backend,
 )
-from fmrec_fast.config import ATTENTIONS, PRECISIONS
+from fmrec_fast.config import ATTENTIONS
 from fmrec_fast.forward_mode import NO_RULE, is_dual
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.ops.attention import attention as attention_op
 from fmrec_fast.ops.dropout import StreamDropout
 from fmrec_fast.ops.feed_forward import feed_forward
 from fmrec_fast.ops.feed_forward import joins as feed_forward_joins
-from fmrec_fast.ops.linear import linear
+from fmrec_fast.ops.linear import check_precision, linear
 from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.ops.self_attention import joins as self_attention_joins
 from fmrec_fast.ops.self_attention import self_attention
@@ -182,12 +182,6 @@ def encoder(
         precision=precision,
         first_key_bias=first_key_bias,
     )
-
-
-def check_precision(precision: str) -> None:
-    """Raises ValueError for what is not one of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
 def kernel_declines(

@@ -7,16 +7,13 @@ from torch import Tensor
 
 from fmrec_fast import extension, memory
 from fmrec_fast.backend import Backend, choose, constant_when_compiled, log_run
+from fmrec_fast.config import PRECISIONS
 from fmrec_fast.forward_mode import NO_RULE, is_dual, join, split
 from fmrec_fast.ops._checks import check_float, check_shape
 from fmrec_fast.reference import linear as reference
 
 # The C++ kernel's widths are multiples of it, and fewer rows than this are not worth packing for.
 WIDTH, FEWEST_ROWS = 16, 64
-
-
-# What the operands of the products may be rounded to.
-LINEAR_PRECISIONS = ("float32", "bf16")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32") -> Tensor:
@@ -29,9 +26,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
     Args:
         x: [..., I].
         weight: [O, I]; bias: [O].
-        precision: 'float32', or 'bf16': the operands of the product, and of those of its gradients,
-            are rounded to bfloat16, multiplied and added up in float32. Results are float32. In C++
-            on AMX only; elsewhere the definition runs.
+        precision: 'float32', or what the operands of the product, and of those of its gradients,
+            are rounded to before they are multiplied and added up in float32: 'bf16', or 'tf32' (10
+            bits of mantissa) or closer. Results are float32. The C++ kernel rounds on AMX only, for
+            'tf32' to sums of two bfloat16s: a product is off by at most 2^-16 of itself, TF32's by
+            2^-10. Elsewhere it multiplies in float32 for 'tf32', and leaves 'bf16' to the
+            definition.
 
     Returns:
         [..., O]. Differentiable in all three, and in forward mode in `x`. On a CPU the results do
@@ -73,14 +73,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, precision: str = "float32
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for what is not one of `LINEAR_PRECISIONS`."""
-    if precision not in LINEAR_PRECISIONS:
-        raise ValueError(f"precision must be one of {LINEAR_PRECISIONS}, got {precision!r}")
+    """Raises ValueError for what is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
 def multiplies(precision: str) -> bool:
-    """Whether the C++ kernels multiply in this precision here."""
-    return precision == "float32" or has_tiles()
+    """Whether the C++ kernels multiply in this precision, or closer, here."""
+    return precision != "bf16" or has_tiles()
 
 
 @constant_when_compiled

@@ -14,6 +14,7 @@ from fmrec_fast.forward_mode import is_dual
 from fmrec_fast.reference.attention import mix
 from fmrec_fast.reference.dropout import activate, add_scaled
 from fmrec_fast.reference.linear import linear as linear_definition
+from fmrec_fast.reference.linear import rounded
 from fmrec_fast.reference.rms_norm import rms_norm as rms_norm_definition
 from fmrec_fast.reference.rotary import rotate
 
@@ -177,22 +178,6 @@ def no_drop(
 def no_paths(block: int, branch: int) -> None:
     """The `Paths` of evaluation."""
     return None
-
-
-def rounded(x: Tensor, precision: str) -> Tensor:
-    """`x` as an operand of a product of this precision, in the dtype of `x`.
-
-    'float32' is `x` itself; 'tf32' keeps 10 bits of mantissa, rounded to nearest, halves away
-    from 0; 'bf16' is bfloat16. The gradient passes as if nothing were rounded.
-    """
-    if precision == "float32":
-        return x
-    if precision == "bf16":
-        near = x.detach().to(torch.bfloat16)
-    else:
-        bits = x.detach().to(torch.float32).view(torch.int32)
-        near = ((bits + 0x1000) & -0x2000).view(torch.float32)
-    return x + (near.to(x.dtype) - x).detach()
 
 
 def dropout_sites(block: int) -> tuple[int, int, int, int, int]:
