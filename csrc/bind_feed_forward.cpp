@@ -156,7 +156,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
         (a.batch * a.positions + FEED_FORWARD_ROWS - 1) / FEED_FORWARD_ROWS;
     a.parts = chunks < FEED_FORWARD_PARTS ? chunks : FEED_FORWARD_PARTS;
     const std::int64_t part = feed_forward_partial(a.width, a.inner);
-    const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, true);
+    const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, a.parts == 0);
     a.partial = partial.get();
     if (a.parts > 0) {
         const Floats packed = allocate_floats(kernels.packed(&a), false);
@@ -171,7 +171,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
                        });
     }
     float* const total = partial.get();
-    add_parts(total, a.parts, part);
+    add_parts(total, a.parts, part, num_threads);
     const std::int64_t size = a.width * a.inner;
     for (std::int64_t f = 0; f < a.inner; f += FEED_FORWARD_PANEL) {
         const std::int64_t columns =

@@ -189,7 +189,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
     const std::int64_t groups = groups_of(a, kernels);
     a.parts = groups < SELF_ATTENTION_PARTS ? groups : SELF_ATTENTION_PARTS;
     const std::int64_t part = self_attention_partial(a.width);
-    const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, true);
+    const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, a.parts == 0);
     a.partial = partial.get();
     if (a.parts > 0) {
         const Floats packed = allocate_floats(kernels.packed(&a), false);
@@ -204,7 +204,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
                 kernels.backward(&a, begin, end, memory.get() + next_slab.fetch_add(1) * slab);
             });
     }
-    add_parts(partial.get(), a.parts, part);
+    add_parts(partial.get(), a.parts, part, num_threads);
     const float* from = partial.get();
     const auto copy = [&](int parameter, std::int64_t count) {
         for (std::int64_t n = 0; n < count; ++n) d_at[parameter][n] = from[n];

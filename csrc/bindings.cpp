@@ -124,11 +124,16 @@ void check_width(std::int64_t width, const char* what) {
     }
 }
 
-void add_parts(float* total, std::int64_t parts, std::int64_t size) {
-    for (std::int64_t i = 1; i < parts; ++i) {
-        const float* more = total + i * size;
-        for (std::int64_t n = 0; n < size; ++n) total[n] += more[n];
-    }
+void add_parts(float* total, std::int64_t parts, std::int64_t size, int num_threads) {
+    // Below so many numbers a second thread costs more than it brings.
+    constexpr std::int64_t FEWEST = 1 << 16;
+    parallel_items(num_threads, size, parts * size >= FEWEST,
+                   [=](std::int64_t begin, std::int64_t end) {
+                       for (std::int64_t i = 1; i < parts; ++i) {
+                           const float* more = total + i * size;
+                           for (std::int64_t n = begin; n < end; ++n) total[n] += more[n];
+                       }
+                   });
 }
 
 int planes_of(const std::string& precision) {

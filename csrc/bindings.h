@@ -70,7 +70,7 @@ int check_threads(int num_threads);
 void check_width(std::int64_t width, const char* what);
 
 // Adds `parts` arrays of `size` numbers, one after the other, up into the first.
-void add_parts(float* total, std::int64_t parts, std::int64_t size);
+void add_parts(float* total, std::int64_t parts, std::int64_t size, int num_threads);
 
 // Planes (csrc/amx.h) of the operands of products in 'float32' (3), 'tf32' (2) or 'bf16' (1).
 int planes_of(const std::string& precision);

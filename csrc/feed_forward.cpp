@@ -240,7 +240,9 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     const int64_t all = a->batch * a->positions, chunks = (all + ROWS - 1) / ROWS;
     const int64_t size = a->width * a->inner;
     for (int64_t part = begin; part < end; ++part) {
-        float* partial = a->partial + part * feed_forward_partial(a->width, a->inner);
+        const int64_t count = feed_forward_partial(a->width, a->inner);
+        float* partial = a->partial + part * count;
+        __builtin_memset(partial, 0, (size_t)count * sizeof(float));
         const int64_t last = chunks * (part + 1) / a->parts;
         for (int64_t chunk = chunks * part / a->parts; chunk < last; ++chunk) {
             const int64_t first = chunk * ROWS;

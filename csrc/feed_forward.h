@@ -39,8 +39,7 @@ struct FeedForward {
     int64_t* kept;
     float* out;  // [M, D]; in the backward pass d_x
     // Backward only. Of each part: d_w1 (transposed) and d_w2, a panel [D, FEED_FORWARD_PANEL or what
-    // is left] after the other, and the sums d_b1 [F], d_b2, d_norm_weight and d_norm_bias [D]; all
-    // zeroed.
+    // is left] after the other, and the sums d_b1 [F], d_b2, d_norm_weight and d_norm_bias [D].
     const float* grad;  // [M, D]
     float* partial;
     int64_t parts;  // at most the number of chunks

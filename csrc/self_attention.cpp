@@ -268,7 +268,9 @@ void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory)
     lay_out<PLANES>(a, memory, &s);
     const int64_t size = group(a), groups = (a->batch + size - 1) / size;
     for (int64_t part = begin; part < end; ++part) {
-        float* partial = a->partial + part * self_attention_partial(a->width);
+        const int64_t count = self_attention_partial(a->width);
+        float* partial = a->partial + part * count;
+        __builtin_memset(partial, 0, (size_t)count * sizeof(float));
         const int64_t last = groups * (part + 1) / a->parts;
         for (int64_t g = groups * part / a->parts; g < last; ++g) {
             backward_group<PLANES>(a, &s, g * size, at_most(a->batch - g * size, size), partial);

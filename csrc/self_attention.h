@@ -37,7 +37,7 @@ struct SelfAttention {
     int64_t* kept;
     float* out;  // [B, positions that leave, D]; in the backward pass d_x [B, L, D]
     // Backward only. Of each part the gradients of the weights, the biases, norm_weight and
-    // norm_bias, one after the other, all zeroed.
+    // norm_bias, one after the other.
     const float* grad;  // as out
     float* partial;
     int64_t parts;  // at most the number of groups

@@ -441,7 +441,10 @@ void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory)
     make_walks(a, &walk, &mask_walk);
     const int64_t groups = (a->batch + GROUP - 1) / GROUP;
     for (int64_t part = begin; part < end; ++part) {
-        const Gradients d = gradients_at(a, a->partial + part * self_attention_partial(a->width));
+        const int64_t size = self_attention_partial(a->width);
+        float* partial = a->partial + part * size;
+        __builtin_memset(partial, 0, (size_t)size * sizeof(float));
+        const Gradients d = gradients_at(a, partial);
         const int64_t last = groups * (part + 1) / a->parts;
         for (int64_t i = groups * part / a->parts; i < last; ++i) {
             const int64_t first = i * GROUP, count = at_most(a->batch - first, GROUP);
