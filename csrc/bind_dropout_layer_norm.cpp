@@ -124,7 +124,7 @@ void dropout_layer_norm_backward(const py::object& grad_, const py::object& x_,
                            kernels.backward(&a, begin, end, memory.get() + begin * slab);
                        });
     }
-    add_parts(a.partial, a.parts, 2 * a.width);
+    add_parts(a.partial, a.parts, 2 * a.width, num_threads);
     for (std::int64_t j = 0; j < a.width; ++j) {
         to_weight[j] = a.partial[j];
         to_bias[j] = a.partial[a.width + j];

@@ -125,10 +125,8 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     g.scratch = scratch.get();
     parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
-    for (std::int64_t part = 1; part < LINEAR_PARTS; ++part) {
-        for (std::int64_t n = 0; n < size; ++n) g.partial[n] += g.partial[part * size + n];
-        for (std::int64_t n = 0; n < columns; ++n) g.sums[n] += g.sums[part * columns + n];
-    }
+    add_parts(g.partial, LINEAR_PARTS, size, num_threads);
+    add_parts(g.sums, LINEAR_PARTS, columns, num_threads);
     for (std::int64_t o = 0; d_weight && o < columns; ++o) {
         for (std::int64_t i = 0; i < in; ++i) {
             d_weight[o * in + i] = g.partial[swapped ? i * columns + o : o * in + i];
@@ -142,8 +140,8 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
 void bind_linear(py::module_& m) {
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), py::arg("precision") = "float32",
-          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the operands of every "
-          "product.");
+          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the "
+          "operands of every product.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
           py::arg("num_threads"), py::arg("precision") = "float32",
