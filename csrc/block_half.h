@@ -1,5 +1,5 @@
-// What the two halves of a transformer block in training are made of: products of a chunk of rows in
-// the second-level cache, masks kept as bits, and the gradient of a norm. Included by kernel
+// What the two halves of a transformer block in training are made of: products of a chunk of rows
+// in the second-level cache, masks kept as bits, and the gradient of a norm. Included by kernel
 // translation units only; everything here has internal linkage.
 #pragma once
 
@@ -18,8 +18,8 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // --- products --------------------------------------------------------------------------------
 
-// Planes of an operand in float32, and of one that is rounded to the sum of two bfloat16s or to one:
-// where there are tiles.
+// Planes of an operand in float32, and of one that is rounded to the sum of two bfloat16s or to
+// one: where there are tiles.
 const int EXACT = 3;
 #if defined(__AMX_BF16__)
 const int HALVES = 2, ROUNDED = 1;
