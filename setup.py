@@ -34,6 +34,7 @@ KERNEL_SOURCES = [
     "csrc/attention_tangent.cpp",
     "csrc/noise_fusion.cpp",
     "csrc/dropout.cpp",
+    "csrc/dropout_layer_norm.cpp",
     "csrc/history_loss.cpp",
     "csrc/encoder.cpp",
     "csrc/euler_sampler.cpp",

@@ -1,4 +1,4 @@
-"""linear: the feed-forward's first layer at training sizes, forward and backward."""
+"""linear: the feed-forward's and the decoder's layers at training sizes, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from benchmarks.inputs import normal
 from fmrec_fast.ops import linear
 
 
-@pytest.mark.parametrize("widths", [(1, 4), (4, 1)], ids=["D-4D", "4D-D"])
+@pytest.mark.parametrize("layer", ["D-4D", "4D-D", "decoder"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-def test_linear(suite, race, backward, widths):
+def test_linear(suite, race, backward, layer):
     sizes, device = suite.sizes, suite.device
-    inner, outer = (w * sizes.width for w in widths)
-    rows = sizes.batch * sizes.length
+    rows, inner, outer = {
+        "D-4D": (sizes.batch * sizes.length, sizes.width, 4 * sizes.width),
+        "4D-D": (sizes.batch * sizes.length, 4 * sizes.width, sizes.width),
+        "decoder": (sizes.batch, *sizes.decoder),
+    }[layer]
     x = normal(rows, inner, device=device).requires_grad_(backward)
     weight = normal(outer, inner, device=device, seed=1).requires_grad_(backward)
     bias = normal(outer, device=device, seed=2).requires_grad_(backward)
@@ -40,7 +43,7 @@ def test_linear(suite, race, backward, widths):
     products, moved = (3, 3) if backward else (1, 1)
     race(
         "linear",
-        f"{inner} -> {outer}, {'forward + backward' if backward else 'forward'}",
+        f"{rows} rows, {inner} -> {outer}, {'forward + backward' if backward else 'forward'}",
         variants,
         ours=automatic_backend("linear", lambda: finish(linear)).value,
         sizes={"rows": rows, "I": inner, "O": outer},

@@ -10,17 +10,25 @@ namespace {
 // Elements of work below which a second thread costs more than it brings.
 constexpr std::int64_t GRAIN = 1 << 20;
 
-// out = in B + bias with element (k, j) of B at weight[k * row + j * column].
-void linear_product(const LinearKernels& kernels, const float* in, const float* weight,
-                    std::int64_t row, std::int64_t column, const float* bias, float* out,
-                    std::int64_t rows, std::int64_t depth, std::int64_t columns, int planes,
-                    int num_threads) {
-    const Floats panels = allocate_floats(linear_packed(depth, columns), false);
-    prefer_huge_pages(out, rows * columns * 4);
-    kernels.pack(weight, row, column, depth, columns, planes, panels.get());
-    const LinearProduct p{in, panels.get(), bias, out, rows, depth, columns, planes};
-    parallel_items(num_threads, (rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
-                   rows * depth * columns >= GRAIN,
+// Numbers to pack, likewise.
+constexpr std::int64_t PACKING_GRAIN = 1 << 18;
+
+// B with element (k, j) at source[k * row + j * column].
+Floats packed(const LinearKernels& kernels, const float* source, std::int64_t row,
+              std::int64_t column, std::int64_t depth, std::int64_t columns, int planes,
+              int num_threads) {
+    Floats panels = allocate_floats(linear_packed(depth, columns), false);
+    const LinearPacking p{source, row, column, depth, columns, planes, panels.get()};
+    parallel_items(num_threads, (columns + LINEAR_PANEL - 1) / LINEAR_PANEL,
+                   depth * columns >= PACKING_GRAIN,
+                   [&](std::int64_t begin, std::int64_t end) { kernels.pack(&p, begin, end); });
+    return panels;
+}
+
+void multiply(const LinearKernels& kernels, const LinearProduct& p, int num_threads) {
+    prefer_huge_pages(p.out, p.rows * p.columns * 4);
+    parallel_items(num_threads, (p.rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
+                   p.rows * p.depth * p.columns >= GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
 }
 
@@ -42,8 +50,10 @@ void linear_forward(const py::object& x_, const py::object& weight_, const py::o
     if (is_empty(out)) return;
     float* const to = target(out);
     py::gil_scoped_release release;
-    linear_product(kernels, data<float>(x), data<float>(weight), 1, in, data<float>(bias), to,
-                   rows, in, columns, planes, num_threads);
+    const Floats panels =
+        packed(kernels, data<float>(weight), 1, in, in, columns, planes, num_threads);
+    multiply(kernels, {data<float>(x), in, 1, panels.get(), data<float>(bias), to, rows, in,
+                       columns, planes}, num_threads);
 }
 
 void linear_backward(const py::object& grad_, const py::object& x_, const py::object& weight_,
@@ -76,20 +86,23 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     }
     const LinearKernels& kernels = FMREC_TABLE(linear);
     py::gil_scoped_release release;
-    if (!d_weight && !d_bias) {
-        if (d_x && rows > 0) {
-            linear_product(kernels, data<float>(grad), data<float>(weight), in, 1, nullptr, d_x,
-                           rows, columns, in, planes, num_threads);
-        }
-        return;
-    }
-    LinearProduct product{data<float>(grad), nullptr, nullptr, d_x, rows, columns, in, planes};
+    LinearProduct product{data<float>(grad), columns, 1, nullptr, nullptr, d_x, rows, columns, in,
+                          planes};
     Floats panels;
     if (d_x && rows > 0) {
-        panels = allocate_floats(linear_packed(columns, in), false);
-        prefer_huge_pages(d_x, rows * in * 4);
-        kernels.pack(data<float>(weight), in, 1, columns, in, planes, panels.get());
+        panels = packed(kernels, data<float>(weight), in, 1, columns, in, planes, num_threads);
         product.panels = panels.get();
+    }
+    const bool few = d_weight && rows > 0 && linear_few_rows(rows, in, columns);
+    if (product.panels && (few || (!d_weight && !d_bias))) multiply(kernels, product, num_threads);
+    if (!d_weight && !d_bias) return;
+    if (few) {
+        panels = packed(kernels, data<float>(x), in, 1, rows, in, planes, num_threads);
+        const Floats sums = allocate_floats(columns, true);
+        multiply(kernels, {data<float>(grad), 1, columns, panels.get(), nullptr, d_weight, columns,
+                           rows, in, planes, d_bias ? sums.get() : nullptr}, num_threads);
+        for (std::int64_t o = 0; d_bias && o < columns; ++o) d_bias[o] = sums[o];
+        return;
     }
     const bool swapped = in < columns;  // then the sums are those of the transposed gradient
     LinearGradient g{};
@@ -112,10 +125,8 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     g.scratch = scratch.get();
     parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
-    for (std::int64_t part = 1; part < LINEAR_PARTS; ++part) {
-        for (std::int64_t n = 0; n < size; ++n) g.partial[n] += g.partial[part * size + n];
-        for (std::int64_t n = 0; n < columns; ++n) g.sums[n] += g.sums[part * columns + n];
-    }
+    add_parts(g.partial, LINEAR_PARTS, size, num_threads);
+    add_parts(g.sums, LINEAR_PARTS, columns, num_threads);
     for (std::int64_t o = 0; d_weight && o < columns; ++o) {
         for (std::int64_t i = 0; i < in; ++i) {
             d_weight[o * in + i] = g.partial[swapped ? i * columns + o : o * in + i];
@@ -129,8 +140,8 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
 void bind_linear(py::module_& m) {
     m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("out"), py::arg("num_threads"), py::arg("precision") = "float32",
-          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the operands of every "
-          "product.");
+          "out = x @ weight.T + bias; on AMX tiles the precisions 'tf32' and 'bf16' round the "
+          "operands of every product.");
     m.def("linear_backward", &linear_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
           py::arg("d_x").none(true), py::arg("d_weight").none(true), py::arg("d_bias").none(true),
           py::arg("num_threads"), py::arg("precision") = "float32",

@@ -214,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
     bind_noise_fusion(m);
     bind_attention(m);
     bind_dropout(m);
+    bind_dropout_layer_norm(m);
     bind_linear(m);
     bind_item_cross_entropy(m);
     bind_feed_forward(m);

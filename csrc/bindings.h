@@ -89,6 +89,7 @@ DropoutRate dropout_rate(double p);
 // One function an op adds what it has to the module.
 void bind_attention(py::module_& m);
 void bind_dropout(py::module_& m);
+void bind_dropout_layer_norm(py::module_& m);
 void bind_encoder(py::module_& m);
 void bind_euler_sampler(py::module_& m);
 void bind_feed_forward(py::module_& m);

@@ -8,56 +8,80 @@
 namespace fmrec {
 namespace {
 
+FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
 // Onto the sums of the rows before, which one row after the other would round too often.
-void add_rows(const float* rows, int64_t count, int64_t width, float* sums) {
+void add_rows(const float* rows, int64_t row, int64_t count, int64_t width, float* sums) {
     for (int64_t j = 0; j < width; j += FLOATS) {
         f32v total = load(rows + j);
-        for (int64_t i = 1; i < count; ++i) total += load(rows + i * width + j);
+        for (int64_t i = 1; i < count; ++i) total += load(rows + i * row + j);
         store(sums + j, load(sums + j) + total);
+    }
+}
+
+// The rows of an A with row = 1.
+void add_transposed(const LinearProduct* p, int64_t first, int64_t rows) {
+    for (int64_t k = 0; k < p->depth; k += LINEAR_CHUNK) {
+        add_rows(p->in + first + k * p->step, p->step, at_most(p->depth - k, LINEAR_CHUNK), rows,
+                 p->sums + first);
     }
 }
 
 #if defined(__AMX_BF16__)
 
-// Rows of a block, and the depth that they are packed for at a time (96 kB).
-const int64_t HEIGHT = 32, DEPTH = 512;
-
-FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+// Depth that operands are packed for at a time. Rows of a block of A: those of a tile, unless B is
+// larger, in bytes, than what the second-level cache holds beside them, and comes from further away
+// each time: then each of its panels meets TALL of them (384 kB).
+const int64_t DEPTH = 512, TALL = 4 * LINEAR_ROWS, NEAR = 1 << 20;
 
 template <int PLANES>
-void pack_planes(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                 float* panels) {
+void pack_planes(const LinearPacking* p, int64_t begin, int64_t end) {
+    const int64_t first = begin * LINEAR_PANEL;
+    const int64_t columns = at_most(end * LINEAR_PANEL, p->columns) - first;
     // One block of the depth after the other, as `product` goes through them.
-    uint16_t* to = (uint16_t*)panels;
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-        const int64_t deep = at_most(depth - k, DEPTH);
-        if (column == 1) {
-            amx_split<PLANES, false, STRIPS_INSIDE>(source + k * row, row, columns, deep, to);
+    uint16_t* block = (uint16_t*)p->panels;
+    for (int64_t k = 0; k < p->depth; k += DEPTH) {
+        const int64_t deep = at_most(p->depth - k, DEPTH);
+        const float* from = p->source + k * p->row + first * p->column;
+        uint16_t* to = block + amx_columns_size(deep, first, PLANES);
+        if (p->column == 1) {
+            amx_split<PLANES, false, STRIPS_INSIDE>(from, p->row, columns, deep, to);
         } else {
-            amx_split<PLANES, false, DEPTH_INSIDE>(source + k * row, column, columns, deep, to);
+            amx_split<PLANES, false, DEPTH_INSIDE>(from, p->column, columns, deep, to);
         }
-        to += amx_columns_size(deep, columns, PLANES);
+        block += amx_columns_size(deep, p->columns, PLANES);
     }
 }
 
 template <int PLANES>
 void product_of_planes(const LinearProduct* p, int64_t begin, int64_t end) {
-    alignas(64) uint16_t a[HEIGHT * DEPTH * PLANES];
+    alignas(64) uint16_t a[TALL * DEPTH * PLANES];
     const TileState tiles;
     const int64_t last = at_most(end * LINEAR_ROWS, p->rows), columns = p->columns;
-    for (int64_t first = begin * LINEAR_ROWS; first < last; first += HEIGHT) {
-        const int64_t rows = at_most(last - first, HEIGHT);
+    const bool near = 2 * amx_columns_size(at_most(p->depth, DEPTH), columns, PLANES) <= NEAR;
+    const int64_t height = near ? LINEAR_ROWS : TALL, width = near ? columns : LINEAR_PANEL;
+    for (int64_t first = begin * LINEAR_ROWS; first < last; first += height) {
+        const int64_t rows = at_most(last - first, height);
         const uint16_t* b = (const uint16_t*)p->panels;
-        float* out = p->out + first * columns;
         for (int64_t k = 0; k < p->depth; k += DEPTH) {
             const int64_t deep = at_most(p->depth - k, DEPTH);
-            amx_split<PLANES, true, DEPTH_INSIDE>(p->in + first * p->depth + k, p->depth, rows,
-                                                  deep, a);
-            const AmxProduct block = {a, b, k > 0 ? nullptr : p->bias, nullptr, k > 0, out, columns,
-                                      deep};
-            amx_multiply<PLANES>(&block, rows, columns);
-            b += amx_columns_size(deep, columns, PLANES);
+            const float* from = p->in + first * p->row + k * p->step;
+            if (p->step == 1) {
+                amx_split<PLANES, true, DEPTH_INSIDE>(from, p->row, rows, deep, a);
+            } else {
+                amx_split<PLANES, true, STRIPS_INSIDE>(from, p->step, rows, deep, a);
+            }
+            for (int64_t j = 0; j < columns; j += width) {
+                const int64_t wide = at_most(columns - j, width);
+                const uint16_t* next = b + amx_columns_size(deep, wide, PLANES);
+                const AmxProduct block = {a, b, k > 0 || !p->bias ? nullptr : p->bias + j, nullptr,
+                                          k > 0, p->out + first * columns + j, columns, deep,
+                                          j + wide < columns ? next : nullptr};
+                amx_multiply<PLANES>(&block, rows, wide);
+                b = next;
+            }
         }
+        if (p->sums) add_transposed(p, first, rows);
     }
 }
 
@@ -72,7 +96,10 @@ void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
             const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
-            if (g->product) product_of_planes<PLANES>(g->product, chunk, chunk + 1);
+            if (g->product) {
+                product_of_planes<PLANES>(g->product, first / LINEAR_ROWS,
+                                          (first + LINEAR_CHUNK) / LINEAR_ROWS);
+            }
             const TileState tiles;
             amx_split<PLANES, true, STRIPS_INSIDE>(g->a + first * g->narrow, g->narrow, g->narrow,
                                                    rows, a);
@@ -81,8 +108,8 @@ void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
             const AmxProduct block = {a, b, nullptr, nullptr, true, partial, g->wide, rows};
             amx_multiply<PLANES>(&block, g->narrow, g->wide);
             if (g->grad) {
-                add_rows(g->grad + first * g->width_of_grad, rows, g->width_of_grad,
-                         g->sums + part * g->width_of_grad);
+                add_rows(g->grad + first * g->width_of_grad, g->width_of_grad, rows,
+                         g->width_of_grad, g->sums + part * g->width_of_grad);
             }
         }
     }
@@ -92,9 +119,8 @@ void gradient_of_planes(const LinearGradient* g, int64_t begin, int64_t end) {
 #define FMREC_OF_PLANES(function, planes) \
     ((planes) == 1 ? function<1> : (planes) == 2 ? function<2> : function<LINEAR_PLANES>)
 
-void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
-          int planes, float* panels) {
-    FMREC_OF_PLANES(pack_planes, planes)(source, row, column, depth, columns, panels);
+void pack(const LinearPacking* p, int64_t begin, int64_t end) {
+    FMREC_OF_PLANES(pack_planes, p->planes)(p, begin, end);
 }
 
 void product(const LinearProduct* p, int64_t begin, int64_t end) {
@@ -112,29 +138,36 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
 // Rows that meet a panel while it is in the first-level cache.
 const int64_t HEIGHT = 48;
 
-void pack(const float* source, int64_t row, int64_t column, int64_t depth, int64_t columns,
-          int, float* panels) {
-    for (int64_t first = 0; first < columns; first += LINEAR_PANEL) {
-        const int64_t width = columns - first < LINEAR_PANEL ? columns - first : LINEAR_PANEL;
-        for (int64_t k = 0; k < depth; ++k) {
-            const float* from = source + k * row + first * column;
-            for (int64_t j = 0; j < width; ++j) panels[k * width + j] = from[j * column];
+void pack(const LinearPacking* p, int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * LINEAR_PANEL;
+        const int64_t width = at_most(p->columns - first, LINEAR_PANEL);
+        float* to = p->panels + p->depth * first;
+        for (int64_t k = 0; k < p->depth; ++k) {
+            const float* from = p->source + k * p->row + first * p->column;
+            for (int64_t j = 0; j < width; ++j) to[k * width + j] = from[j * p->column];
         }
-        panels += depth * width;
     }
 }
 
 void product(const LinearProduct* p, int64_t begin, int64_t end) {
-    const int64_t last = end * LINEAR_ROWS < p->rows ? end * LINEAR_ROWS : p->rows;
+    const int64_t last = at_most(end * LINEAR_ROWS, p->rows);
+    // The sums of a gradient, which are long, in pieces.
+    const int64_t deep = p->step == 1 ? p->depth : LINEAR_CHUNK;
     for (int64_t first = begin * LINEAR_ROWS; first < last; first += HEIGHT) {
-        const int64_t rows = last - first < HEIGHT ? last - first : HEIGHT;
+        const int64_t rows = at_most(last - first, HEIGHT);
         for (int64_t j = 0; j < p->columns; j += LINEAR_PANEL) {
-            const int64_t width = p->columns - j < LINEAR_PANEL ? p->columns - j : LINEAR_PANEL;
-            const Product block = {p->in + first * p->depth, p->depth, 1, p->panels + j * p->depth,
-                                   width, p->bias ? p->bias + j : nullptr, nullptr, false,
-                                   p->out + first * p->columns + j, p->columns, p->depth};
-            multiply(&block, rows, width);
+            const int64_t width = at_most(p->columns - j, LINEAR_PANEL);
+            for (int64_t k = 0; k < p->depth; k += deep) {
+                const Product block = {p->in + first * p->row + k * p->step, p->row, p->step,
+                                       p->panels + j * p->depth + k * width, width,
+                                       p->bias ? p->bias + j : nullptr, nullptr, k > 0,
+                                       p->out + first * p->columns + j, p->columns,
+                                       at_most(p->depth - k, deep)};
+                multiply(&block, rows, width);
+            }
         }
+        if (p->sums) add_transposed(p, first, rows);
     }
 }
 
@@ -147,10 +180,12 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
         const int64_t last = chunks * (part + 1) / LINEAR_PARTS;
         for (int64_t chunk = chunks * part / LINEAR_PARTS; chunk < last; ++chunk) {
             const int64_t first = chunk * LINEAR_CHUNK;
-            const int64_t rows = g->rows - first < LINEAR_CHUNK ? g->rows - first : LINEAR_CHUNK;
-            if (g->product) product(g->product, chunk, chunk + 1);
+            const int64_t rows = at_most(g->rows - first, LINEAR_CHUNK);
+            if (g->product) {
+                product(g->product, first / LINEAR_ROWS, (first + LINEAR_CHUNK) / LINEAR_ROWS);
+            }
             for (int64_t j = 0; j < g->wide; j += LINEAR_PANEL) {
-                const int64_t width = g->wide - j < LINEAR_PANEL ? g->wide - j : LINEAR_PANEL;
+                const int64_t width = at_most(g->wide - j, LINEAR_PANEL);
                 for (int64_t k = 0; k < rows; ++k) {
                     __builtin_memcpy(panel + k * width, g->b + (first + k) * g->wide + j,
                                      (size_t)width * sizeof(float));
@@ -160,8 +195,8 @@ void gradient(const LinearGradient* g, int64_t begin, int64_t end) {
                 multiply(&block, g->narrow, width);
             }
             if (g->grad) {
-                add_rows(g->grad + first * g->width_of_grad, rows, g->width_of_grad,
-                         g->sums + part * g->width_of_grad);
+                add_rows(g->grad + first * g->width_of_grad, g->width_of_grad, rows,
+                         g->width_of_grad, g->sums + part * g->width_of_grad);
             }
         }
     }

@@ -43,6 +43,7 @@ class Rng(str, Enum):
 OPS = (
     "noise_fusion",
     "dropout",
+    "dropout_layer_norm",
     "linear",
     "attention",
     "rms_norm",
@@ -59,6 +60,8 @@ OPS = (
 MISSING: dict[tuple[str, Backend], str] = {
     ("self_attention", Backend.TRITON): "its layers are cuBLAS's there, so a block runs its parts",
     ("feed_forward", Backend.TRITON): "its layers are cuBLAS's there, so a block runs its parts",
+    ("dropout_layer_norm", Backend.TRITON): "a GPU runs its parts: the dropout has a kernel there, "
+    "and the norm is PyTorch's",
     ("linear", Backend.TRITON): "cuBLAS, which PyTorch calls, is the kernel there",
     ("rms_norm", Backend.TRITON): "training alone calls it (encoder and samplers norm in their "
     "own kernels), and a GPU's share of it has not been measured",

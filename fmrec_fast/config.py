@@ -74,7 +74,8 @@ class FMRecConfig:
         patience: validations without improvement after which training stops.
         metric_ks: the K of HR@K, NDCG@K and MRR@K.
         early_stopping_metric: the validation metric that decides, or 'any' (as published).
-        precision: of the encoder's linear layers in training: 'float32', 'tf32' or 'bf16'.
+        precision: of the linear layers of the encoder, and of the hidden ones of the decoder, in
+            training: 'float32', 'tf32' or 'bf16'.
         random_seed: governs initialisation, order of samples, and every draw.
     """
 

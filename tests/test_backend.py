@@ -24,6 +24,7 @@ from fmrec_fast.models.blocks import TransformerBlock
 from fmrec_fast.ops import (
     attention,
     dropout,
+    dropout_layer_norm,
     encoder,
     euler_sampler,
     feed_forward,
@@ -154,6 +155,11 @@ def test_cpp_by_name_refuses_what_it_cannot_take(op):
             seed=torch.tensor(1),
         ),
         "dropout": lambda: dropout(double[:, None], 0.5, seed=torch.tensor(1)),
+        "dropout_layer_norm": lambda: dropout_layer_norm(
+            *(torch.ones(s, dtype=torch.float64) for s in ((2, 1, 16), 16, 16)),
+            0.5,
+            seed=torch.tensor(1),
+        ),
         "item_cross_entropy": lambda: item_cross_entropy(double, double, torch.tensor([0, 1])),
         "history_loss": lambda: history_loss(double, double, double[:, 0], torch.tensor([[1]] * 2)),
         "item_ranking": lambda: item_topk(double, double, 1),

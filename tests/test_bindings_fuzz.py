@@ -260,6 +260,37 @@ def feed_forward_backward(call: Call) -> None:
         call.output(name, *shapes.get(name, (d,)))
 
 
+def dropout_layer_norm(call: Call) -> tuple[int, int, int]:
+    """What both directions take; returns (B, P, D)."""
+    b, positions = sizes_of(call, "B P")
+    d = 16 * call.draw(st.integers(1, 5))
+    call.floats("x", b, positions, d)
+    call.floats("weight", d)
+    call.plain["p"] = call.draw(st.floats(0, 0.999))
+    return b, positions, d
+
+
+def dropout_layer_norm_forward(call: Call) -> None:
+    b, positions, d = dropout_layer_norm(call)
+    call.floats("bias", d)
+    call.integers("rows", b)
+    if call.plain["p"] > 0 or call.maybe("kept"):
+        call.integer_output("kept", b, positions, (d + 63) // 64)
+    call.output("out", b, positions, d)
+    call.plain |= {name: call.draw(words) for name in ("seed", "site")}
+    call.plain |= {f"position_{name}": call.draw(words) for name in ("offset", "stride")}
+
+
+def dropout_layer_norm_backward(call: Call) -> None:
+    b, positions, d = dropout_layer_norm(call)
+    call.floats("grad", b, positions, d)
+    if call.maybe("kept"):
+        call.integers("kept", b, positions, (d + 63) // 64)
+    call.output("d_x", b, positions, d)
+    for name in ("d_weight", "d_bias"):
+        call.output(name, d)
+
+
 LAYERS = ("query", "key", "value", "output")
 PARAMETERS = ["norm_weight", "norm_bias"]
 PARAMETERS += [f"{layer}_{part}" for layer in LAYERS for part in ("weight", "bias")]
@@ -558,6 +589,8 @@ CALLS = {
         stream_normals,
         stream_words,
         dropout,
+        dropout_layer_norm_forward,
+        dropout_layer_norm_backward,
         linear_forward,
         linear_backward,
         feed_forward_forward,

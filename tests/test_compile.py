@@ -25,6 +25,7 @@ from fmrec_fast.backend import availability
 from fmrec_fast.ops import (
     attention,
     dropout,
+    dropout_layer_norm,
     encoder,
     feed_forward,
     linear,
@@ -105,6 +106,17 @@ REGISTERED = [
         lambda: (ops.dropout, (WIDE, None, ROWS, SEED, 2, 0, 5, 0.3, False, "cpp")),
         id="dropout",
         marks=CPP,
+    ),
+    *(
+        pytest.param(
+            lambda p=p: (
+                ops.dropout_layer_norm,
+                (WIDE, randn(16, grad=True), randn(16, grad=True), ROWS, SEED, 2, 1, 3, p),
+            ),
+            id=f"dropout_layer_norm-{p}",
+            marks=CPP,
+        )
+        for p in (0.0, 0.3)
     ),
     pytest.param(
         lambda: (
@@ -292,7 +304,7 @@ def test_opcheck(case):
 
 def test_every_kernel_that_has_to_be_is_registered():
     names = {"noise_fusion", "dropout", "linear", "feed_forward", "attention", "encoder"}
-    names |= {"euler_sampler", "picard_sweep", "self_attention"}
+    names |= {"euler_sampler", "picard_sweep", "self_attention", "dropout_layer_norm"}
     for name in names:
         assert hasattr(ops, name), name
     assert names <= set(backend.OPS)
@@ -308,6 +320,10 @@ def fuse(e: Tensor, z: Tensor, tau: Tensor) -> Tensor:
 def drop(x: Tensor, residual: Tensor) -> Tensor:
     options = {"seed": SEED, "rows": ROWS, "site": 3, "position_offset": 1}
     return dropout(x, 0.4, residual=residual, activation="gelu", **options)
+
+
+def drop_and_norm(*tensors: Tensor) -> Tensor:
+    return dropout_layer_norm(*tensors, 0.4, seed=SEED, rows=ROWS, site=3, position_offset=1)
 
 
 def attend(qkv: Tensor) -> Tensor:
@@ -335,6 +351,10 @@ CALLS = {
     ),
     "noise_fusion": (fuse, (randn(3, 5, 16), randn(3, 16, seed=1), randn(16, seed=2))),
     "dropout": (drop, (randn(3, 5, 16), randn(3, 5, 16, seed=1))),
+    "dropout_layer_norm": (
+        drop_and_norm,
+        (randn(3, 5, 16), randn(16, seed=1), randn(16, seed=2)),
+    ),
     "linear": (linear, (randn(70, 16), randn(32, 16, seed=1), randn(32, seed=2))),
     "linear in bf16": (
         partial(linear, precision="bf16"),

@@ -23,6 +23,9 @@ SHAPES = [
     ((2, 7, 40), 16, 208),
     ((1000,), 64, 64),
 ]
+# A weight, and operands of all products, larger than half of the second-level cache; more rows than
+# a tall block; weight gradients go over all rows at once (with more rows, by partial sums).
+LARGE = (390, 512, 528)
 needs_cpp = pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
 
 
@@ -51,9 +54,10 @@ def test_against_the_definition(place, rows, inner, outer):
 
 @needs_cpp
 @pytest.mark.parametrize("isa", extension.load().supported_isas() if extension.available() else [])
-def test_instruction_sets_and_threads(isa):
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(200, 96, 176), (1000, 96, 176), LARGE])
+def test_instruction_sets_and_threads(isa, rows, inner, outer):
     native, threads = extension.load(), torch.get_num_threads()
-    given = tensors((200,), 96, 176)
+    given = tensors((rows,), inner, outer)
     truth = run(F.linear, *(t.double() for t in given))
     before = native.isa()
     results = []
@@ -74,7 +78,8 @@ def test_instruction_sets_and_threads(isa):
 
 # An odd number of strips of 16, one more row than a block of 32, a depth of more than one block.
 @pytest.mark.parametrize(
-    ("rows", "inner", "outer"), [(65, 48, 80), (225, 16, 16), (97, 1040, 48), (4000, 128, 176)]
+    ("rows", "inner", "outer"),
+    [(65, 48, 80), (225, 16, 16), (97, 1040, 48), (4000, 128, 176), LARGE],
 )
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand])
 def test_every_instruction_set_is_as_exact_as_pytorch(isa, rows, inner, outer, draw):
@@ -88,9 +93,10 @@ def test_every_instruction_set_is_as_exact_as_pytorch(isa, rows, inner, outer, d
         assert_close_to_truth(mine, plain, right)
 
 
+@pytest.mark.parametrize("rows", [97, 400])
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_row_and_column(isa, strange):
-    given = tensors((97,), 48, 80)
+def test_what_is_not_finite_stays_in_its_row_and_column(isa, strange, rows):
+    given = tensors((rows,), 48, 80)
     x, weight, bias, grad = (t.clone() for t in given)
     x[40, 5], grad[70, 9] = strange, strange
     with use_backend("cpp"):
@@ -116,9 +122,10 @@ def test_not_contiguous():
 
 
 @needs_cpp
+@pytest.mark.parametrize("rows", [70, 200])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
-def test_only_the_gradients_that_are_wanted(frozen):
-    x, weight, bias, grad = tensors((70,), 32, 16)
+def test_only_the_gradients_that_are_wanted(frozen, rows):
+    x, weight, bias, grad = tensors((rows,), 32, 16)
     leaves = [t.requires_grad_(n not in frozen) for n, t in enumerate((x, weight, bias))]
     wanted = [t for t in leaves if t.requires_grad]
     with use_backend("cpp"):
@@ -201,7 +208,9 @@ def test_bf16_rounds_both_operands_of_every_product(place, rows, inner, outer):
 
 
 @needs_cpp
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(65, 48, 80), (97, 1040, 48), (400, 128, 16)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(65, 48, 80), (97, 1040, 48), (400, 128, 16), LARGE]
+)
 def test_bf16_on_every_instruction_set(isa, rows, inner, outer):
     """On tiles in one product of planes, elsewhere by the definition; threads change no bit."""
     given, threads, results = tensors((rows,), inner, outer), torch.get_num_threads(), []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fmrec_fast import (
+    Backend,
     FMRecommender,
     TrainingDraws,
     dispatch_log,
@@ -15,6 +16,7 @@ from fmrec_fast import (
     use_rng,
 )
 from fmrec_fast.models.blocks import sinusoid
+from fmrec_fast.reference.linear import linear as linear_reference
 from fmrec_fast.testing import make_sequences
 
 EVERY = ("padding", "short", "long", "full")
@@ -224,6 +226,35 @@ def test_sinusoid():
 def test_the_tap_counts_blocks_from_1(small_model):
     for last in range(3):
         assert small_model(last=last).fm.xstart_model.tap == 3 - last - 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_the_decoders_hidden_layers_in_training(isa, precision):
+    """By the op `linear` on tiles, or where their operands are to be rounded."""
+    config = {"item_num": 20, "decoder_dims": (48, 80), "precision": precision, "hidden_size": 32}
+    network = FMRecommender.from_config(config).fm.xstart_model
+    first, second = network.decoder[0], network.decoder[2]
+    tapped = torch.randn(70, 32, generator=torch.Generator().manual_seed(1))
+
+    def definition(precision):
+        inner = linear_reference(tapped, first.weight, first.bias, precision).tanh()
+        return linear_reference(inner, second.weight, second.bias, precision).tanh()
+
+    with dispatch_log() as log:
+        got = network.train().decoder_hidden(tapped)
+    ran = [(entry.op, entry.backend) for entry in log]
+    if isa != "amx" and precision == "float32":
+        assert ran == []
+    else:
+        backend = Backend.REFERENCE if isa != "amx" and precision == "bf16" else Backend.CPP
+        assert ran == [("linear", backend)] * 2
+    # 'tf32' is met or bettered; operands rounded to bfloat16 may round to a neighbour.
+    atol = {"float32": 1e-6, "tf32": 5e-4, "bf16": 2e-3}[precision]
+    torch.testing.assert_close(got, definition(precision), atol=atol, rtol=0)
+    with dispatch_log() as log:
+        got = network.eval().decoder_hidden(tapped)
+    assert log == []
+    torch.testing.assert_close(got, definition("float32"), atol=1e-6, rtol=0)
 
 
 def test_initial_parameters():

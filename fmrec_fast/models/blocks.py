@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrec_fast.ops.encoder import encoder
+from fmrec_fast.ops.linear import has_tiles, linear
 from fmrec_fast.reference.encoder import (
     FMREC,
     NORM_EPS,
@@ -24,6 +25,21 @@ from fmrec_fast.reference.encoder import (
     no_drop,
     no_paths,
 )
+
+
+class HiddenLinear(nn.Linear):
+    """``nn.Linear`` of a hidden layer; in training by the op `linear`, where there is a reason."""
+
+    def __init__(self, inner: int, outer: int, precision: str) -> None:
+        super().__init__(inner, outer)
+        self.precision = precision  # in training
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without tiles PyTorch's product of a batch's rows and a weight as large is the faster one.
+        faster = x.device.type == "cpu" and has_tiles()
+        if self.training and (faster or self.precision != "float32"):
+            return linear(x, self.weight, self.bias, precision=self.precision)
+        return super().forward(x)
 
 
 class LayerNorm(nn.Module):

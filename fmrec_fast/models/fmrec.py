@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fmrec_fast import flow, packing, picard
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.blocks import LayerNorm, TransformerStack, sinusoid
+from fmrec_fast.models.blocks import HiddenLinear, LayerNorm, TransformerStack, sinusoid
 from fmrec_fast.models.tables import ItemEmbedding, ItemLinear, look_up
 from fmrec_fast.ops import (
+    StreamDropout,
+    dropout_layer_norm,
     euler_sampler,
     history_loss,
     item_cross_entropy,
@@ -23,6 +25,7 @@ from fmrec_fast.ops import (
     picard_sweep,
 )
 from fmrec_fast.ops._checks import check_integer, check_range, check_shape
+from fmrec_fast.ops.dropout_layer_norm import joins as dropout_norm_joins
 from fmrec_fast.ops.euler_sampler import SamplerWeights
 from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.randomness import PublishedSource, RandomSource, random_source
@@ -68,9 +71,9 @@ class XStartModel(nn.Module):
         self.norm_fm_rep = LayerNorm(width)
         first, second = config.decoder_dims
         self.decoder = nn.Sequential(
-            nn.Linear(width, first),
+            HiddenLinear(width, first, config.precision),
             nn.Tanh(),
-            nn.Linear(first, second),
+            HiddenLinear(first, second, config.precision),
             nn.Tanh(),
             ItemLinear(second, config.item_num),
         )
@@ -681,8 +684,19 @@ class FMRecommender(nn.Module):
         return self._prepare(self.item_embeddings(sequence), sequence, drop)
 
     def _prepare(self, looked_up: Tensor, sequence: Tensor, drop: Drop) -> tuple[Tensor, Tensor]:
-        e = drop(looked_up, self.embed_dropout.p, EMBEDDING_SITE)
-        return self.LayerNorm(e), (sequence > 0).to(e.dtype)
+        mask, norm, p = (sequence > 0).to(looked_up.dtype), self.LayerNorm, self.embed_dropout.p
+        if isinstance(drop, StreamDropout) and dropout_norm_joins(looked_up):
+            e = dropout_layer_norm(
+                looked_up,
+                norm.weight,
+                norm.bias,
+                p,
+                seed=drop.seed,
+                rows=drop.rows,
+                site=EMBEDDING_SITE,
+            )
+            return e, mask
+        return norm(drop(looked_up, p, EMBEDDING_SITE)), mask
 
     def start(
         self, item_rep: Tensor, mask_seq: Tensor, source: RandomSource, draws: TrainingDraws

@@ -2,6 +2,7 @@
 
 from fmrec_fast.ops.attention import attention
 from fmrec_fast.ops.dropout import StreamDropout, TorchDropout, dropout
+from fmrec_fast.ops.dropout_layer_norm import dropout_layer_norm
 from fmrec_fast.ops.encoder import encoder
 from fmrec_fast.ops.euler_sampler import euler_sampler
 from fmrec_fast.ops.feed_forward import feed_forward
@@ -20,6 +21,7 @@ __all__ = [
     "TorchDropout",
     "attention",
     "dropout",
+    "dropout_layer_norm",
     "encoder",
     "euler_noise_fusion",
     "euler_sampler",

@@ -80,11 +80,12 @@ def check_precision(precision: str) -> None:
 
 def multiplies(precision: str) -> bool:
     """Whether the C++ kernels multiply in this precision, or closer, here."""
-    return precision != "bf16" or _has_tiles()
+    return precision != "bf16" or has_tiles()
 
 
 @constant_when_compiled
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether the C++ kernels multiply on AMX tiles here."""
     return extension.available() and extension.load().isa() == "amx"
 
 
@@ -113,7 +114,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`x` and `weight` contiguous."""
     d_x = memory.empty(*x.shape) if wants_x else None
-    d_weight = torch.empty_like(weight) if wants_weight else None
+    d_weight = memory.empty(*weight.shape) if wants_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if wants_bias else None
     extension.load().linear_backward(
         grad.contiguous().flatten(0, -2).numpy(),

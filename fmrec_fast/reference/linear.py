@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, precision: str = "float32") -> Tensor:
-    """x weight^T + bias: [..., I] -> [..., O]; the operands of every product, of the gradients' too,
-    are `rounded` to the precision."""
+    """x weight^T + bias: [..., I] -> [..., O]; the operands of every product, of the gradients'
+    too, are `rounded` to the precision."""
     if precision == "float32":
         return F.linear(x, weight, bias)
     return _RoundedLinear.apply(x, weight, bias, precision)
