@@ -256,10 +256,11 @@ FMREC_INLINE void add_rows(const float* rows, int64_t row, int64_t count, int64_
     }
 }
 
-// d_norm becomes the gradient of the normed row times the norm's own values, for the sums of its
-// weight; `out`, which holds the gradient of the residual, gets that of the norm's input added.
+// From the gradient of a normed row: `out` becomes that of the norm's input, or has it added (ADD),
+// and `products`, which may be d_norm, what the gradient of the weight is the sum of.
+template <bool ADD>
 FMREC_INLINE void norm_backward_row(const float* weight, int64_t width, const float* x,
-                                    float* d_norm, float* out) {
+                                    const float* d_norm, float* products, float* out) {
     const float share = 1.0f / (float)width;
     f32v total = broadcast(0.0f), squares = total, plain = total, mixed = total;
     for (int64_t j = 0; j < width; j += FLOATS) total += load(x + j);
@@ -275,8 +276,9 @@ FMREC_INLINE void norm_backward_row(const float* weight, int64_t width, const fl
     const f32v slope = broadcast(sum(mixed) * share * factor * factor);
     for (int64_t j = 0; j < width; j += FLOATS) {
         const f32v d = load(x + j) - mean, g = load(d_norm + j);
-        store(out + j, load(out + j) + (g * load(weight + j) - offset - d * slope) * factor);
-        store(d_norm + j, g * d * factor);
+        const f32v d_x = (g * load(weight + j) - offset - d * slope) * factor;
+        store(out + j, ADD ? load(out + j) + d_x : d_x);
+        store(products + j, g * d * factor);
     }
 }
 

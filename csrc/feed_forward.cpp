@@ -225,8 +225,9 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     }
     add_rows(s->d_normed, width, rows, width, d_bias);
     for (int64_t i = 0; i < rows; ++i) {
-        norm_backward_row(a->norm_weight, width, x + i * width, s->d_normed + i * width,
-                          d_x + i * width);
+        float* d_norm = s->d_normed + i * width;
+        norm_backward_row<true>(a->norm_weight, width, x + i * width, d_norm, d_norm,
+                                d_x + i * width);
     }
     add_rows(s->d_normed, width, rows, width, d_weight);
 }

@@ -351,9 +351,9 @@ void attend_backward(const SelfAttention* a, const Scratch* s, const Gradients* 
     add_rows(s->d_normed, width, rest, width, d->norm_bias);
     float* d_x = a->out + (first + g) * length * width;
     for (int64_t t = 0; t < rest; ++t) {
-        __builtin_memset(d_x + t * width, 0, (size_t)width * sizeof(float));
-        norm_backward_row(a->norm_weight, width, x + t * width, s->d_normed + t * width,
-                          d_x + t * width);
+        float* d_norm = s->d_normed + t * width;
+        norm_backward_row<false>(a->norm_weight, width, x + t * width, d_norm, d_norm,
+                                 d_x + t * width);
     }
     add_rows(s->d_normed, width, rest, width, d->norm_weight);
     __builtin_memcpy(s->d_row + g * width, s->d_normed + rest * width,
@@ -424,9 +424,9 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
     add_rows(s->d_row, width, count, width, d->norm_bias);
     for (int64_t g = 0; g < count; ++g) {
         const int64_t row = (first + g) * a->length + a->length - 1;
-        float* d_x = a->out + row * width;
+        float *d_x = a->out + row * width, *d_norm = s->d_row + g * width;
         __builtin_memcpy(d_x, a->grad + (first + g) * width, (size_t)width * sizeof(float));
-        norm_backward_row(a->norm_weight, width, a->x + row * width, s->d_row + g * width, d_x);
+        norm_backward_row<true>(a->norm_weight, width, a->x + row * width, d_norm, d_norm, d_x);
     }
     add_rows(s->d_row, width, count, width, d->norm_weight);
 }
