@@ -33,10 +33,7 @@ std::int64_t items(const DropoutLayerNorm& a) {
 
 bool worth_it(const DropoutLayerNorm& a) { return a.batch * a.positions * a.width >= GRAIN; }
 
-void check_kept(const py::array& kept, const DropoutLayerNorm& a) {
-    check_shape(kept, "kept", "[B, P, ceil(D / 64)]",
-                {a.batch, a.positions, norm_mask_words(a.width)});
-}
+const char* const KEPT = "[B, P, ceil(D / 64)]";
 
 void dropout_layer_norm_forward(const py::object& x_, const py::object& weight_,
                                 const py::object& bias_, const py::object& rows_,
@@ -55,16 +52,9 @@ void dropout_layer_norm_forward(const py::object& x_, const py::object& weight_,
     check_shape(rows, "rows", "[B]", {a.batch});
     check_shape(out, "out", "[B, P, D]", {a.batch, a.positions, a.width});
     check_overlap(out, "out", x, "x", false);
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = output<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a);
-        check_overlap(kept, "kept", x, "x", false);
-        check_overlap(kept, "kept", out, "out", false);
-        a.kept = static_cast<std::int64_t*>(kept.mutable_data());
-    } else if (p > 0.0) {
-        throw py::value_error("kept must be given where p > 0, got None");
-    }
+    const MaskWords kept =
+        masks_to_write(kept_, p, KEPT, {a.batch, a.positions, norm_mask_words(a.width)}, x, out);
+    a.kept = kept.words;
     a.bias = data<float>(bias);
     a.rows = data<std::int64_t>(rows);
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
@@ -101,12 +91,9 @@ void dropout_layer_norm_backward(const py::object& grad_, const py::object& x_,
     check_shape(d_bias, "d_bias", "[D]", {a.width});
     check_overlap(d_x, "d_x", grad, "grad", false);
     check_overlap(d_x, "d_x", x, "x", false);
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = input<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a);
-        a.kept = const_cast<std::int64_t*>(data<std::int64_t>(kept));
-    }
+    const MaskWords kept =
+        masks_to_read(kept_, p, KEPT, {a.batch, a.positions, norm_mask_words(a.width)});
+    a.kept = kept.words;
     const DropoutLayerNormKernels& kernels = FMREC_TABLE(dropout_layer_norm);
     a.grad = data<float>(grad);
     a.out = target(d_x);

@@ -50,11 +50,7 @@ bool worth_it(const FeedForward& a) {
     return a.batch * a.positions * a.width * a.inner >= GRAIN;
 }
 
-// The dropped elements' masks, where there is dropout.
-void check_kept(const py::array& kept, const FeedForward& a) {
-    check_shape(kept, "kept", "[B, P, ceil((F + 2 D) / 64)]",
-                {a.batch, a.positions, mask_words(a.width, a.inner)});
-}
+const char* const KEPT = "[B, P, ceil((F + 2 D) / 64)]";
 
 void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
                           const py::object& norm_bias_, const py::object& w1_,
@@ -75,16 +71,9 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
     check_shape(rows, "rows", "[B]", {a.batch});
     check_shape(out, "out", "[B, P, D]", {a.batch, a.positions, a.width});
     check_overlap(out, "out", in.x, "x", false);
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = output<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a);
-        check_overlap(kept, "kept", in.x, "x", false);
-        check_overlap(kept, "kept", out, "out", false);
-        a.kept = static_cast<std::int64_t*>(kept.mutable_data());
-    } else if (p > 0.0) {
-        throw py::value_error("kept must be given where p > 0, got None");
-    }
+    const MaskWords kept = masks_to_write(
+        kept_, p, KEPT, {a.batch, a.positions, mask_words(a.width, a.inner)}, in.x, out);
+    a.kept = kept.words;
     a.b2 = data<float>(b2);
     a.rows = data<std::int64_t>(rows);
     a.seed = static_cast<std::uint64_t>(read_int64(seed, "seed"));
@@ -139,12 +128,9 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
     check_shape(d_b2, "d_b2", "[D]", {a.width});
     check_overlap(d_x, "d_x", grad, "grad", false);
     check_overlap(d_x, "d_x", in.x, "x", false);
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = input<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a);
-        a.kept = const_cast<std::int64_t*>(data<std::int64_t>(kept));
-    }
+    const MaskWords kept =
+        masks_to_read(kept_, p, KEPT, {a.batch, a.positions, mask_words(a.width, a.inner)});
+    a.kept = kept.words;
     const FeedForwardKernels& kernels = kernels_of(precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);

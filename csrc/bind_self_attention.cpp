@@ -91,11 +91,7 @@ void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
     a.scale = rate.scale;
 }
 
-// The masks of what leaves, where there is dropout.
-void check_kept(const py::array& kept, const SelfAttention& a, std::int64_t positions) {
-    check_shape(kept, "kept", "[B, positions that leave, ceil(D / 64)]",
-                {a.batch, positions, self_attention_words(a.width)});
-}
+const char* const KEPT = "[B, positions that leave, ceil(D / 64)]";
 
 bool worth_it(const SelfAttention& a) { return a.batch * a.length * a.width * a.width >= GRAIN; }
 
@@ -119,16 +115,9 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     check_shape(out, "out", "[B, positions that leave, D]", {a.batch, positions, a.width});
     check_overlap(out, "out", in.x, "x", false);
     check_overlap(out, "out", in.query_scale, "query_scale", false);
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = output<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a, positions);
-        check_overlap(kept, "kept", in.x, "x", false);
-        check_overlap(kept, "kept", out, "out", false);
-        a.kept = static_cast<std::int64_t*>(kept.mutable_data());
-    } else if (p > 0.0) {
-        throw py::value_error("kept must be given where p > 0, got None");
-    }
+    const MaskWords kept = masks_to_write(
+        kept_, p, KEPT, {a.batch, positions, self_attention_words(a.width)}, in.x, out);
+    a.kept = kept.words;
     const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     if (is_empty(out)) return;
     a.out = target(out);
@@ -174,14 +163,9 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
         check_parameter(d_parameters[i], i, a.width);
         d_at[i] = target(d_parameters[i]);
     }
-    py::array kept;
-    if (!kept_.is_none()) {
-        kept = input<std::int64_t>(kept_, "kept", 3);
-        check_kept(kept, a, positions);
-        a.kept = const_cast<std::int64_t*>(data<std::int64_t>(kept));
-    } else if (p > 0.0) {
-        throw py::value_error("kept must be given where p > 0, got None");
-    }
+    const MaskWords kept =
+        masks_to_read(kept_, p, KEPT, {a.batch, positions, self_attention_words(a.width)});
+    a.kept = kept.words;
     const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);

@@ -164,6 +164,37 @@ DropoutRate dropout_rate(double p) {
 
 namespace {
 
+// None, of a dropout that there is.
+bool is_missing(const py::object& kept, double p) {
+    if (kept.is_none() && p > 0.0) {
+        throw py::value_error("kept must be given where p > 0, got None");
+    }
+    return kept.is_none();
+}
+
+}  // namespace
+
+MaskWords masks_to_read(const py::object& kept, double p, const char* expected,
+                      std::initializer_list<py::ssize_t> shape) {
+    if (is_missing(kept, p)) return {py::array(), nullptr};
+    const py::array array = input<std::int64_t>(kept, "kept", 3);
+    check_shape(array, "kept", expected, shape);
+    return {array, const_cast<std::int64_t*>(data<std::int64_t>(array))};
+}
+
+MaskWords masks_to_write(const py::object& kept, double p, const char* expected,
+                       std::initializer_list<py::ssize_t> shape, const py::array& x,
+                       const py::array& out) {
+    if (is_missing(kept, p)) return {py::array(), nullptr};
+    py::array array = output<std::int64_t>(kept, "kept", 3);
+    check_shape(array, "kept", expected, shape);
+    check_overlap(array, "kept", x, "x", false);
+    check_overlap(array, "kept", out, "out", false);
+    return {array, static_cast<std::int64_t*>(array.mutable_data())};
+}
+
+namespace {
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;

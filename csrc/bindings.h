@@ -86,6 +86,19 @@ struct DropoutRate {
 };
 DropoutRate dropout_rate(double p);
 
+// Masks of a dropout, a bit a channel, which must be given where p > 0: an int64 array of `shape`,
+// which `expected` names in words; null words where it is None.
+struct MaskWords {
+    py::array array;  // holds the memory
+    std::int64_t* words;
+};
+MaskWords masks_to_read(const py::object& kept, double p, const char* expected,
+                      std::initializer_list<py::ssize_t> shape);
+// The same, not overlapping `x` or `out`.
+MaskWords masks_to_write(const py::object& kept, double p, const char* expected,
+                       std::initializer_list<py::ssize_t> shape, const py::array& x,
+                       const py::array& out);
+
 // One function an op adds what it has to the module.
 void bind_attention(py::module_& m);
 void bind_dropout(py::module_& m);

@@ -252,7 +252,7 @@ def feed_forward_forward(call: Call) -> None:
 def feed_forward_backward(call: Call) -> None:
     b, positions, d, f = feed_forward(call, "norm_weight norm_bias w1 b1 w2")
     call.floats("grad", b, positions, d)
-    if call.maybe("kept"):
+    if call.plain["p"] > 0 or call.maybe("kept"):
         call.integers("kept", b, positions, (f + 2 * d + 63) // 64)
     call.output("d_x", b, positions, d)
     shapes = {"d_w1": (f, d), "d_b1": (f,), "d_w2": (d, f)}
@@ -284,7 +284,7 @@ def dropout_layer_norm_forward(call: Call) -> None:
 def dropout_layer_norm_backward(call: Call) -> None:
     b, positions, d = dropout_layer_norm(call)
     call.floats("grad", b, positions, d)
-    if call.maybe("kept"):
+    if call.plain["p"] > 0 or call.maybe("kept"):
         call.integers("kept", b, positions, (d + 63) // 64)
     call.output("d_x", b, positions, d)
     for name in ("d_weight", "d_bias"):

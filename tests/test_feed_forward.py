@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,3 +205,19 @@ def test_bad_inputs_are_named(change, error, message):
     arguments = dict(zip(names, tensors(2, 3, 16, 32), strict=False)) | {"p": 0.1, "seed": SEED}
     with pytest.raises(error, match=message):
         feed_forward(**{**arguments, **change})
+
+
+@needs_cpp
+def test_the_bindings_want_the_masks_of_a_dropout():
+    x, weight, bias, w1, b1, w2, b2 = (t.numpy() for t in tensors(2, 3, 16, 32)[:7])
+    native, rows, place = extension.load(), torch.arange(2).numpy(), (5, 0, 0, 1)
+    leaves = [torch.empty(a.shape).numpy() for a in (x, weight, bias, w1, b1, w2, b2)]
+    for p in (0.0, 0.5):
+        refused = pytest.raises(ValueError, match=r"kept must be given .* got None")
+        with refused if p else nullcontext():
+            out = torch.empty(x.shape).numpy()
+            native.feed_forward_forward(
+                x, weight, bias, w1, b1, w2, b2, rows, *place, p, None, out, 1
+            )
+        with refused if p else nullcontext():
+            native.feed_forward_backward(x, x, weight, bias, w1, b1, w2, p, None, *leaves, 1)
