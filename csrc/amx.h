@@ -1,10 +1,16 @@
-// C = A B (+ bias) on AMX tiles of bfloat16, accurate to float32 by splitting the operands.
+// C = A B (+ bias) on AMX tiles of 16-bit numbers, accurate to float32 by splitting the operands.
 //
 // A float32 number is the sum of three bfloat16: a = a0 + a1 + a2, each the remainder rounded to
 // nearest. Of the nine products of the parts, here called planes, the six a_i b_j with
 // i + j <= 2 are kept; those dropped are below 2^-24 |a b|. With two planes (three products) the
 // result is closer than operands rounded to tf32 give; with one it is the product of the operands
 // rounded to bfloat16. The sums are float32. Numbers below 2^-126, also as planes, count as 0.
+//
+// With AMX-FP16 (the instruction set amx_fp16) a number is the sum of two float16, 22 bits, and three
+// products do: a0 b0, a0 b1, a1 b0; what is dropped is below 2^-22 |a b|. One float16 has the bits of
+// a tf32. Their range is small, so that every row of A and every column of B is multiplied by the
+// power of two that brings its largest number to 2^14 or more; the sums are multiplied by the inverse
+// of both. Numbers below 2^-39 of the largest of their row or column count as 0.
 //
 // Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
 // infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
@@ -41,14 +47,15 @@ struct TileState {
 
 // Rows `row` and up of A's planes: where its tile of `depth_tile` begins, and how far apart its
 // planes are, in tiles. `rows` is the number of rows of all of A.
-template <int PLANES>
+template <int SPLIT>
 FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t depth_tiles,
                                      int64_t row, int64_t depth_tile, int64_t* spacing) {
     const int64_t pair = row / 32, left = rows - 32 * pair;
     const int64_t tiles = left > 16 ? 2 : 1;
     *spacing = tiles;
-    return planes + 2 * pair * depth_tiles * PLANES * AMX_TILE +
-           (depth_tile * PLANES * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
+    return planes + 32 * pair * amx_row_size(32 * depth_tiles, SPLIT) +
+           (in_float16(SPLIT) ? 32 * tiles : 0) +
+           (depth_tile * planes_in(SPLIT) * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
 }
 
 // The compiler does not know what a tile load reads.
@@ -58,6 +65,20 @@ FMREC_INLINE void memory_is_written() { __asm__ volatile("" ::: "memory"); }
 struct SumsBlock {
     const float* sums;  // [height, 32]
     int64_t row, column, height, width, next;
+    const float *row_factors, *column_factors;  // of float16s
+};
+
+// The sums of a piece of a block.
+template <int SPLIT>
+struct Sums {
+    const float *sums, *row_factors, *column_factors;
+
+    // A vector of row r's, from column j on.
+    inline __attribute__((always_inline)) f32v at(int r, int64_t j) const {
+        const f32v sum = load(sums + 32 * r + j);
+        if constexpr (!in_float16(SPLIT)) return sum;
+        return sum * broadcast(row_factors[r]) * load(column_factors + j);
+    }
 };
 
 template <int COUNT>
@@ -73,26 +94,30 @@ struct Ahead {
 };
 
 // A call of its own: the compiler moves nothing of it over the tile instructions.
-template <int COUNT, typename Finish>
+template <int SPLIT, int COUNT, typename Finish>
 __attribute__((noinline)) static void finish_rows(const Finish& finish, SumsBlock* block) {
-    finish(Rows<COUNT>(), block->row + block->next, block->column, block->sums + 32 * block->next,
-           block->width);
+    const int64_t next = block->next;
+    const Sums<SPLIT> sums = {block->sums + 32 * next, block->row_factors + next,
+                              block->column_factors};
+    finish(Rows<COUNT>(), block->row + next, block->column, sums, block->width);
     block->next += COUNT;
 }
 
 // What is left.
-template <typename Finish>
+template <int SPLIT, typename Finish>
 FMREC_INLINE void finish_block(const Finish& finish, SumsBlock* block) {
-    while (block->next + 2 <= block->height) finish_rows<2>(finish, block);
-    if (block->next < block->height) finish_rows<1>(finish, block);
+    while (block->next + 2 <= block->height) finish_rows<SPLIT, 2>(finish, block);
+    if (block->next < block->height) finish_rows<SPLIT, 1>(finish, block);
 }
 
 // sums [16 ROWS, 32] = A's rows times B's columns: ROWS by COLUMNS tiles. Meanwhile the rows of the
 // previous block are finished: the tile unit leaves the vector units free for as long as 64 cycles
 // at a time, more than the processor looks ahead by itself.
-template <int PLANES, int STORED, int ROWS, int COLUMNS, typename Finish>
+template <int SPLIT, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
                       SumsBlock* previous, Ahead* ahead, const Finish& finish) {
+    constexpr int PLANES = planes_in(SPLIT);
+    constexpr bool HALF = in_float16(SPLIT);
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
     int64_t due = 0;  // pairs of rows, times steps
     memory_is_written();
@@ -106,13 +131,20 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 #define FMREC_LOAD_B(plane)                                                            \
     _tile_loadd(6, b + (plane) * COLUMNS * AMX_TILE, 64);                              \
     if constexpr (COLUMNS > 1) _tile_loadd(7, b + ((plane) * COLUMNS + 1) * AMX_TILE, 64)
+// TDPFP16PS by its bytes: compilers and assemblers that know the other instructions may not know it.
+#define FMREC_MULTIPLY(sum, a, b, vex, operands)                                       \
+    if constexpr (HALF) {                                                              \
+        __asm__ volatile(".byte 0xc4, 0xe2, " vex ", 0x5c, " operands);                \
+    } else {                                                                           \
+        _tile_dpbf16ps(sum, a, b);                                                     \
+    }
 #define FMREC_MULTIPLY_TILES                                                           \
-    _tile_dpbf16ps(0, 4, 6);                                                           \
-    if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);                                \
-    if constexpr (ROWS > 1) _tile_dpbf16ps(2, 5, 6);                                   \
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);                    \
+    FMREC_MULTIPLY(0, 4, 6, "0x4b", "0xc4")                                            \
+    if constexpr (COLUMNS > 1) { FMREC_MULTIPLY(1, 4, 7, "0x43", "0xcc") }             \
+    if constexpr (ROWS > 1) { FMREC_MULTIPLY(2, 5, 6, "0x4b", "0xd5") }                \
+    if constexpr (ROWS > 1 && COLUMNS > 1) { FMREC_MULTIPLY(3, 5, 7, "0x43", "0xdd") } \
     for (due += previous->height / 2; due >= steps; due -= steps) {                    \
-        finish_rows<2>(finish, previous);                                              \
+        finish_rows<SPLIT, 2>(finish, previous);                                       \
     }                                                                                  \
     for (int64_t n = 0; n < ahead->lines && ahead->at < ahead->end; ++n) {             \
         _mm_prefetch(ahead->at, _MM_HINT_T1);                                          \
@@ -142,11 +174,12 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
             FMREC_MULTIPLY_TILES
         }
         a += PLANES * ROWS * AMX_TILE;
-        b += STORED * COLUMNS * AMX_TILE;
+        b += planes_in(STORED) * COLUMNS * AMX_TILE;
     }
 #undef FMREC_LOAD_A
 #undef FMREC_LOAD_B
 #undef FMREC_MULTIPLY_TILES
+#undef FMREC_MULTIPLY
     _tile_stored(0, sums, 128);
     if constexpr (COLUMNS > 1) _tile_stored(1, sums + 16, 128);
     if constexpr (ROWS > 1) _tile_stored(2, sums + 16 * 32, 128);
@@ -156,18 +189,21 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 
 // Calls finish(Rows<N>(), row, column, sums, width) on pieces of N rows of A B, 32 apart, 32 or 16
 // columns wide, in some order; columns is a multiple of 16. N is 2, of which the first row is even,
-// or 1. A has PLANES planes, B has STORED, of which the first PLANES are used. finish must not write
-// what A and B are in. The thread holds a TileState. `next` (or null) is the B that is multiplied
+// or 1; of `sums`, sums.at(r, j) are those of row + r from column + j on. A is split into SPLIT, B into
+// STORED, of which the first planes are used. finish must not write what A and B are in. The thread holds a TileState. `next` (or null) is the B that is multiplied
 // afterwards, about as large: in no cache, which is where a single sequence finds the weights, it
 // takes as long to read as this product takes.
-template <int PLANES, int STORED, typename Finish>
+template <int SPLIT, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
                              int64_t columns, const Finish& finish,
                              const uint16_t* next = nullptr) {
-    static_assert(PLANES >= 1 && PLANES <= STORED && STORED <= 3, "one to three planes");
+    constexpr int PLANES = planes_in(SPLIT);
+    constexpr bool HALF = in_float16(SPLIT);
+    static_assert(PLANES >= 1 && PLANES <= planes_in(STORED), "one to three planes");
+    static_assert(HALF ? STORED == SPLIT && PLANES < 3 : !in_float16(STORED), "of one type");
     const int64_t depth_tiles = round_to(depth, 32) / 32;
     alignas(64) float memory[2][32 * 32];
-    SumsBlock previous = {memory[1], 0, 0, 0, 0, 0};
+    SumsBlock previous = {memory[1], 0, 0, 0, 0, 0, nullptr, nullptr};
     int turn = 0;
     const int64_t size = next ? 2 * amx_columns_size(depth, columns, STORED) : 0;
     const int64_t times = round_to(rows, 32) / 32 * (round_to(columns, 32) / 32) * depth_tiles *
@@ -175,33 +211,38 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
     Ahead ahead = {(const char*)next, (const char*)next + size,
                    times > 0 ? (size / 64 + times - 1) / times : 0};
     for (int64_t i = 0; i < rows; i += 32) {
-        const uint16_t* left = a + i / 16 * depth_tiles * PLANES * AMX_TILE;
+        const uint16_t* left = a + i * amx_row_size(depth, SPLIT);
+        const float* const row_factors = (const float*)left;
         const int64_t height = rows - i < 32 ? rows - i : 32;
+        if (HALF) left += height > 16 ? 64 : 32;
         for (int64_t j = 0; j < columns; j += 32, turn ^= 1) {
-            const uint16_t* right = b + j / 16 * depth_tiles * STORED * AMX_TILE;
+            const uint16_t* right = b + j * amx_row_size(depth, STORED);
+            const float* const column_factors = (const float*)right;
             const bool wide = columns - j > 16;
+            if (HALF) right += wide ? 64 : 32;
             float* sums = memory[turn];
             if (height > 16) {
                 if (wide) {
-                    tile_sums<PLANES, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
+                    tile_sums<SPLIT, STORED, 2, 2>(left, right, depth_tiles, sums, &previous,
                                                     &ahead, finish);
                 } else {
-                    tile_sums<PLANES, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
+                    tile_sums<SPLIT, STORED, 2, 1>(left, right, depth_tiles, sums, &previous,
                                                     &ahead, finish);
                 }
             } else if (wide) {
-                tile_sums<PLANES, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, &ahead,
+                tile_sums<SPLIT, STORED, 1, 2>(left, right, depth_tiles, sums, &previous, &ahead,
                                                 finish);
             } else {
-                tile_sums<PLANES, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, &ahead,
+                tile_sums<SPLIT, STORED, 1, 1>(left, right, depth_tiles, sums, &previous, &ahead,
                                                 finish);
             }
             // An odd row; products without a depth leave it all.
-            finish_block(finish, &previous);
-            previous = SumsBlock{sums, i, j, height, wide ? 32 : 16, 0};
+            finish_block<SPLIT>(finish, &previous);
+            previous =
+                SumsBlock{sums, i, j, height, wide ? 32 : 16, 0, row_factors, column_factors};
         }
     }
-    finish_block(finish, &previous);
+    finish_block<SPLIT>(finish, &previous);
 }
 
 // As gemm.h's Product.
@@ -218,17 +259,17 @@ struct AmxProduct {
 };
 
 // `columns` is a multiple of 16; C, bias and B have as many. The thread holds a TileState.
-template <int PLANES, int STORED = PLANES>
+template <int SPLIT, int STORED = SPLIT>
 static inline void amx_multiply(const AmxProduct* p, int64_t rows, int64_t columns) {
     const AmxProduct q = *p;
-    amx_blocks<PLANES, STORED>(
+    amx_blocks<SPLIT, STORED>(
         q.a, q.b, q.depth, rows, columns,
-        [&q](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+        [&q](auto pieces, int64_t row, int64_t column, const auto& sums, int64_t width) {
 #pragma GCC unroll 2
             for (int r = 0; r < decltype(pieces)::count; ++r) {
                 float* c = q.c + (row + r) * q.c_row + column;
                 for (int64_t j = 0; j < width; j += FLOATS) {
-                    f32v sum = load(sums + 32 * r + j);
+                    f32v sum = sums.at(r, j);
                     if (q.bias) sum += load(q.bias + column + j);
                     if (q.scale) sum *= broadcast(q.scale[row + r]);
                     if (q.add) sum += load(c + j);

@@ -1,7 +1,7 @@
 // Packing for csrc/amx.h at the rate that operands of a few hundred columns need: a number is
 // split once for as few as 128 products.
 //
-// Splitting takes integer instructions, since those of AVX512-BF16 would have to be shuffled: three
+// Splitting into bfloat16s takes integer instructions, since those of AVX512-BF16 would have to be shuffled: three
 // planes are exact, whatever the direction that the first ones round in. Included like amx.h, which
 // says what becomes of infinity and NaN.
 #pragma once
@@ -36,6 +36,134 @@ FMREC_INLINE void split_pairs(f32v x, f32v y, uint16_t* out, int64_t spacing) {
         y -= (f32v)high;
     }
 }
+
+// --- float16s ---------------------------------------------------------------------------------
+
+// The halves of a float16 pair, 16 of them: x in the lower half of each, y in the upper.
+FMREC_INLINE __m512i pair_halves(__m256i x, __m256i y) {
+    static const uint16_t order[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
+}
+
+// As split_pairs: PAIRED 16 pairs (x, y), of which a tile of B is made; else x and then y, the 32
+// numbers of a row of A.
+template <int PLANES, bool PAIRED>
+FMREC_INLINE void split_halves(f32v x, f32v y, uint16_t* out, int64_t spacing) {
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#pragma GCC unroll 2
+    for (int p = 0; p < PLANES; ++p) {
+        const __m256i low = _mm512_cvtps_ph((__m512)x, nearest);
+        const __m256i high = _mm512_cvtps_ph((__m512)y, nearest);
+        uint16_t* const to = out + p * spacing * AMX_TILE;
+        if constexpr (PAIRED) {
+            store(to, pair_halves(low, high));
+        } else {
+            store(to, low);
+            store(to + 16, high);
+        }
+        x -= (f32v)_mm512_cvtph_ps(low);
+        y -= (f32v)_mm512_cvtph_ps(high);
+    }
+}
+
+// The factor that makes numbers of magnitude `largest` (their bits) 2^14 or more, and less than 2^15;
+// at most 2^126.
+FMREC_INLINE u32v factor_of(u32v largest) {
+    const u32v power = 268u - (largest >> 23);
+    return (u32v)_mm512_min_epu32((__m512i)power, _mm512_set1_epi32(253)) << 23;
+}
+
+FMREC_INLINE f32v inverse_of(f32v factor) { return (f32v)(0x7f000000u - (u32v)factor); }
+
+template <bool FINITE>
+FMREC_INLINE u32v larger(u32v largest, f32v x) {
+    const __m512i bits = (__m512i)((u32v)x & 0x7fffffffu), most = _mm512_set1_epi32(0x7f7fffff);
+    if constexpr (!FINITE) return (u32v)_mm512_max_epu32((__m512i)largest, bits);
+    const __mmask16 counts = _mm512_cmple_epu32_mask(bits, most);
+    return (u32v)_mm512_mask_max_epu32((__m512i)largest, counts, (__m512i)largest, bits);
+}
+
+FMREC_INLINE bool overflows(u32v bits) {
+    return _mm512_cmpgt_epu32_mask((__m512i)bits, _mm512_set1_epi32(0x7f7fffff)) != 0;
+}
+
+// The largest of each of 16 vectors.
+FMREC_INLINE u32v largest_of_each(const u32v* v) {
+    __m512i a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m512i x = (__m512i)v[2 * i], y = (__m512i)v[2 * i + 1];
+        a[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i x = a[2 * i], y = a[2 * i + 1];
+        b[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __m512i x = b[2 * i], y = b[2 * i + 1];
+        c[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(x, y, 0x88),
+                                _mm512_shuffle_i32x4(x, y, 0xdd));
+    }
+    return (u32v)_mm512_max_epu32(_mm512_shuffle_i32x4(c[0], c[1], 0x88),
+                                  _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
+}
+
+// The factors of a strip of `count` rows of memory.
+template <bool FINITE = false>
+FMREC_INLINE f32v factors_of_rows(const float* from, int64_t row, int64_t count, int64_t depth) {
+    u32v largest[16];
+    const __mmask16 rest = (__mmask16)((1 << depth % 16) - 1);
+    for (int i = 0; i < 16; ++i) {
+        u32v most = {};
+        if (i < count) {
+            const float* const at = from + i * row;
+            for (int64_t k = 0; k + 16 <= depth; k += 16) most = larger<FINITE>(most, load(at + k));
+            if (rest) {
+                most = larger<FINITE>(
+                    most, (f32v)_mm512_maskz_loadu_ps(rest, at + depth / 16 * 16));
+            }
+        }
+        largest[i] = most;
+    }
+    const u32v most = largest_of_each(largest);
+    if constexpr (!FINITE) {
+        if (overflows(most)) return factors_of_rows<true>(from, row, count, depth);
+    }
+    return (f32v)factor_of(most);
+}
+
+// Of up to 64 columns of memory, a vector of each 16.
+template <bool FINITE = false>
+FMREC_INLINE void factors_of_columns(const float* from, int64_t row, int64_t columns, int64_t depth,
+                                     f32v* factors) {
+    u32v largest[4] = {};
+    __mmask16 masks[4];
+    for (int v = 0; v < 4; ++v) {
+        const int64_t left = columns - 16 * v;
+        masks[v] = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            largest[v] = larger<FINITE>(
+                largest[v], (f32v)_mm512_maskz_loadu_ps(masks[v], from + k * row + 16 * v));
+        }
+    }
+    if constexpr (!FINITE) {
+        u32v most = {};
+        for (int v = 0; v < 4; ++v) {
+            most = (u32v)_mm512_max_epu32((__m512i)most, (__m512i)largest[v]);
+        }
+        if (overflows(most)) return factors_of_columns<true>(from, row, columns, depth, factors);
+    }
+    for (int v = 0; v < 4; ++v) factors[v] = (f32v)factor_of(largest[v]);
+}
+
+// --- operands ---------------------------------------------------------------------------------
 
 // 16 rows of 16 floats; zeros beyond rows x columns, which may be less than 1.
 FMREC_INLINE void load_square(const float* from, int64_t row, int64_t rows, int64_t columns,
@@ -79,23 +207,49 @@ FMREC_INLINE void transpose_square(f32v* square) {
 // What lies next to each other in memory.
 enum Layout { DEPTH_INSIDE, STRIPS_INSIDE };
 
+// The inverses of the factors of an operand's rows or columns, to where they belong.
+template <int SPLIT, Layout LAYOUT>
+FMREC_INLINE void store_factors(const float* from, int64_t row, int64_t strips, int64_t depth,
+                                uint16_t* planes) {
+    const int64_t size = 32 * amx_row_size(depth, SPLIT);
+    if (LAYOUT == DEPTH_INSIDE) {
+        for (int64_t s = 0; s < strips; s += 16) {
+            const f32v factors = factors_of_rows(from + s * row, row, strips - s, depth);
+            store((float*)(planes + s / 32 * size) + s % 32, inverse_of(factors));
+        }
+        return;
+    }
+    for (int64_t s = 0; s < strips; s += 64) {
+        f32v factors[4];
+        factors_of_columns(from + s, row, strips - s, depth, factors);
+        for (int v = 0; v < 4 && s + 16 * v < strips; ++v) {
+            const int64_t first = s + 16 * v;
+            store((float*)(planes + first / 32 * size) + first % 32, inverse_of(factors[v]));
+        }
+    }
+}
+
 // An operand (LEFT: A, whose strips are of rows; else B, of columns) that has `strips` rows or columns
 // and lies in memory in rows of `row` floats: [strips, depth] or [depth, strips].
-template <int PLANES, bool LEFT, Layout LAYOUT>
+template <int SPLIT, bool LEFT, Layout LAYOUT>
 void amx_split(const float* from, int64_t row, int64_t strips, int64_t depth, uint16_t* planes) {
+    constexpr int PLANES = planes_in(SPLIT);
+    constexpr bool HALF = in_float16(SPLIT);
     const bool transposed = LEFT != (LAYOUT == DEPTH_INSIDE);
     const int64_t depth_tiles = round_to(depth, 32) / 32;
     // Memory rows outside.
     const int64_t outer = LAYOUT == DEPTH_INSIDE ? round_to(strips, 16) / 16 : depth_tiles;
     const int64_t inner = LAYOUT == DEPTH_INSIDE ? depth_tiles : round_to(strips, 16) / 16;
+    if constexpr (HALF) store_factors<SPLIT, LAYOUT>(from, row, strips, depth, planes);
     for (int64_t u = 0; u < outer; ++u) {
         for (int64_t v = 0; v < inner; ++v) {
             const int64_t strip = LAYOUT == DEPTH_INSIDE ? u : v;
             const int64_t tile = LAYOUT == DEPTH_INSIDE ? v : u;
             const int64_t s = 16 * strip, k = 32 * tile;
             const int64_t spacing = strips - s / 32 * 32 > 16 ? 2 : 1;
-            uint16_t* out = planes + (strip / 2 * 2 * depth_tiles * PLANES +
-                                      tile * PLANES * spacing + strip % 2) * AMX_TILE;
+            uint16_t* const pair = planes + strip / 2 * 32 * amx_row_size(depth, SPLIT);
+            uint16_t* const out = pair + (HALF ? 32 * spacing : 0) +
+                                  (tile * PLANES * spacing + strip % 2) * AMX_TILE;
             f32v x[16], y[16];
             if (LAYOUT == DEPTH_INSIDE) {
                 const float* at = from + s * row + k;
@@ -106,12 +260,32 @@ void amx_split(const float* from, int64_t row, int64_t strips, int64_t depth, ui
                 load_square(at, row, depth - k, strips - s, x);
                 load_square(at + 16 * row, row, depth - k - 16, strips - s, y);
             }
+            if constexpr (HALF) {
+                const float* const inverses = (const float*)pair + strip % 2 * 16;
+                const f32v factors = inverse_of(load(inverses));
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    const f32v factor =
+                        LAYOUT == DEPTH_INSIDE ? inverse_of(broadcast(inverses[i])) : factors;
+                    x[i] *= factor;
+                    y[i] *= factor;
+                }
+            }
             if (transposed) {
                 transpose_square(x);
                 transpose_square(y);
             }
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) split_pairs<PLANES>(x[i], y[i], out + i * 32, spacing);
+            for (int i = 0; i < 16; ++i) {
+                if constexpr (HALF && LEFT) {
+                    split_halves<PLANES, false>(x[i], y[i], out + i * 32, spacing);
+                } else if constexpr (HALF) {
+                    const f32v* const two = i < 8 ? x + 2 * i : y + 2 * i - 16;
+                    split_halves<PLANES, true>(two[0], two[1], out + i * 32, spacing);
+                } else {
+                    split_pairs<PLANES>(x[i], y[i], out + i * 32, spacing);
+                }
+            }
         }
     }
 }

@@ -138,7 +138,7 @@ void encoder_forward(const PackedEncoder& packed, const py::object& x_, const py
 }  // namespace
 
 Encoder make_encoder(const PackedEncoder& packed, std::int64_t length) {
-    if (packed.tiles() != (isa() == Isa::amx)) {
+    if (packed.tiles() != (isa() >= Isa::amx)) {
         throw py::value_error(std::string("packed must hold weights packed for the instruction set "
                                           "in use, ") + isa_name(isa()) + ", got them packed for " +
                               (packed.tiles() ? "amx" : "one without tiles"));

@@ -42,8 +42,12 @@ void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
 
 const FeedForwardKernels& kernels_of(const std::string& precision) {
     const int planes = training_planes_of(precision);
+    const bool fp16 = isa() == Isa::amx_fp16;
     if (planes == 1) return FMREC_TABLE(feed_forward_bf16);
-    return planes == 2 ? FMREC_TABLE(feed_forward_tf32) : FMREC_TABLE(feed_forward);
+    if (planes == 2) {
+        return fp16 ? FMREC_TABLE(feed_forward_tf32_fp16) : FMREC_TABLE(feed_forward_tf32);
+    }
+    return fp16 ? FMREC_TABLE(feed_forward_float32_fp16) : FMREC_TABLE(feed_forward);
 }
 
 bool worth_it(const FeedForward& a) {

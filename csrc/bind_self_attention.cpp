@@ -45,8 +45,12 @@ void check_parameter(const py::array& array, int i, std::int64_t width) {
 const SelfAttentionKernels& kernels_of(bool last_only, const std::string& precision) {
     const int planes = training_planes_of(precision);
     if (last_only) return FMREC_TABLE(self_attention_last);
+    const bool fp16 = isa() == Isa::amx_fp16;
     if (planes == 1) return FMREC_TABLE(self_attention_bf16);
-    return planes == 2 ? FMREC_TABLE(self_attention_tf32) : FMREC_TABLE(self_attention);
+    if (planes == 2) {
+        return fp16 ? FMREC_TABLE(self_attention_tf32_fp16) : FMREC_TABLE(self_attention_tf32);
+    }
+    return fp16 ? FMREC_TABLE(self_attention_float32_fp16) : FMREC_TABLE(self_attention);
 }
 
 void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,

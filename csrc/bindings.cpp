@@ -145,7 +145,7 @@ int planes_of(const std::string& precision) {
 
 int training_planes_of(const std::string& precision) {
     const int planes = planes_of(precision);
-    if (planes == 1 && isa() != Isa::amx) {
+    if (planes == 1 && isa() < Isa::amx) {
         throw py::value_error(std::string("precision 'bf16' needs the instruction set amx, got ") +
                               isa_name(isa()));
     }
@@ -206,7 +206,7 @@ bool has_openmp() {
 py::list supported_isas() {
     py::list names;
     for (int i = 0; i < ISA_COUNT; ++i) {
-        if (isa_supported(static_cast<Isa>(i))) names.append(isa_name(static_cast<Isa>(i)));
+        if (isa_runs(static_cast<Isa>(i))) names.append(isa_name(static_cast<Isa>(i)));
     }
     return names;
 }
@@ -225,6 +225,7 @@ py::dict build_info() {
     isas.append("avx512");
 #ifdef FMREC_AMX
     isas.append("amx");
+    isas.append("amx_fp16");
 #endif
 #endif
     info["isas"] = isas;

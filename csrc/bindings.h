@@ -72,7 +72,7 @@ void check_width(std::int64_t width, const char* what);
 // Adds `parts` arrays of `size` numbers, one after the other, up into the first.
 void add_parts(float* total, std::int64_t parts, std::int64_t size, int num_threads);
 
-// Planes (csrc/amx.h) of the operands of products in 'float32' (3), 'tf32' (2) or 'bf16' (1).
+// How the operands of products are split (csrc/amx.h) in 'float32' (3), 'tf32' (2) or 'bf16' (1).
 int planes_of(const std::string& precision);
 
 // The same for training, where 'bf16' rounds the operands: without AMX tiles, which do that, it

@@ -18,13 +18,13 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // --- products --------------------------------------------------------------------------------
 
-// Planes of an operand in float32, and of one that is rounded to the sum of two bfloat16s or to
-// one: where there are tiles.
+// How an operand is split in float32, in tf32 and in bf16, and with AMX-FP16 in float32 and tf32:
+// where there are tiles.
 const int EXACT = 3;
 #if defined(__AMX_BF16__)
-const int HALVES = 2, ROUNDED = 1;
+const int HALVES = 2, ROUNDED = 1, EXACT_FP16 = FLOAT16 + 2, HALVES_FP16 = FLOAT16 + 1;
 #else
-const int HALVES = EXACT, ROUNDED = EXACT;
+const int HALVES = EXACT, ROUNDED = EXACT, EXACT_FP16 = EXACT, HALVES_FP16 = EXACT;
 #endif
 
 // An operand as the products below read it: with AMX planes, else a matrix in memory.
@@ -82,15 +82,16 @@ static inline void pack(const float* source, int64_t row, int64_t column, int64_
 
 FMREC_INLINE Operand packed_right(const float* packed, int64_t) { return {packed, 0, 0}; }
 
-// Calls finish(row, column, sums, width) on pieces of the rows of A B.
+// Calls finish(row, column, sums, width) on pieces of the rows of A B, whose vector at column + j is
+// sums(j).
 template <int PLANES, typename Finish>
 FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t rows,
                                  int64_t columns, float*, const Finish& finish) {
     amx_blocks<PLANES, PLANES>(
         (const uint16_t*)a.at, (const uint16_t*)b.at, depth, rows, columns,
-        [&finish](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+        [&finish](auto pieces, int64_t row, int64_t column, const auto& sums, int64_t width) {
             for (int r = 0; r < decltype(pieces)::count; ++r) {
-                finish(row + r, column, sums + 32 * r, width);
+                finish(row + r, column, [&sums, r](int64_t j) { return sums.at(r, j); }, width);
             }
         });
 }
@@ -151,7 +152,9 @@ template <int PLANES, typename Finish>
 FMREC_INLINE void finish_product(Operand a, Operand b, int64_t depth, int64_t rows,
                                  int64_t columns, float* sums, const Finish& finish) {
     product<PLANES>(a, b, depth, rows, columns, nullptr, false, sums, columns);
-    for (int64_t i = 0; i < rows; ++i) finish(i, 0, sums + i * columns, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+        finish(i, 0, [=](int64_t j) { return load(sums + i * columns + j); }, columns);
+    }
 }
 
 #endif

@@ -62,7 +62,7 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
         amx_blocks<PLANES, PLANES>(
             w->planes, b->inner.planes + amx_columns_size(e->channels, first, PLANES),
             e->channels, rows, columns,
-            [=](auto pieces, int64_t row, int64_t column, const float* sums, int64_t width) {
+            [=](auto pieces, int64_t row, int64_t column, const auto& sums, int64_t width) {
                 constexpr int ROWS = decltype(pieces)::count;
                 int64_t spacing;
                 uint16_t* out = row_of_planes<PLANES>(inner, rows, depth_tiles, row, column / 32,
@@ -70,10 +70,10 @@ void amx_feed_forward(const Encoder* e, const PackedBlock* b, const Workspace* w
                 f32v x[2 * ROWS];
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; ++r) {
-                    x[2 * r] = load(sums + 32 * r) + load(bias + column);
+                    x[2 * r] = sums.at(r, 0) + load(bias + column);
                     x[2 * r + 1] = broadcast(0.0f);
                     if (width > 16) {
-                        x[2 * r + 1] = load(sums + 32 * r + 16) + load(bias + column + 16);
+                        x[2 * r + 1] = sums.at(r, 16) + load(bias + column + 16);
                     }
                 }
                 gelu_all<2 * ROWS>(x);

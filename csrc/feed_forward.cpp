@@ -122,11 +122,11 @@ void forward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
             float* const activated = s.inner;
             finish_product<PLANES>(
                 normed, packed_right(weights, columns), width, rows, columns, s.sums,
-                [=](int64_t row, int64_t column, const float* sums, int64_t count) {
+                [=](int64_t row, int64_t column, const auto& sums, int64_t count) {
                     float* out = activated + row * columns + column;
                     const uint8_t* bits = kept ? kept + row * bytes : nullptr;
                     for (int64_t j = 0; j < count; j += FLOATS) {
-                        const f32v h = gelu(load(sums + j) + load(bias + column + j));
+                        const f32v h = gelu(sums(j) + load(bias + column + j));
                         store(out + j, masked(bits, f + column + j, h * scale));
                     }
                 });
@@ -188,11 +188,11 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
         // for the next one is a multiplication.
         finish_product<PLANES>(
             normed, packed_right(weights, columns), width, rows, columns, s->sums,
-            [=](int64_t row, int64_t column, const float* of, int64_t count) {
+            [=](int64_t row, int64_t column, const auto& of, int64_t count) {
                 const int64_t at = row * columns + column;
                 const uint8_t* bits = kept ? kept + row * bytes : nullptr;
                 for (int64_t j = 0; j < count; j += FLOATS) {
-                    const f32v h = load(of + j) + load(bias + column + j);
+                    const f32v h = of(j) + load(bias + column + j);
                     f32v slope;
                     const f32v value = gelu_and_derivative(h, &slope) * scale;
                     store(slopes + at + j, slope * scale);
@@ -202,11 +202,11 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
         weights += right_size<PLANES>(width, columns);
         finish_product<PLANES>(d_outer, packed_right(weights, columns), width, rows, columns,
                                s->sums,
-                               [=](int64_t row, int64_t column, const float* of, int64_t count) {
+                               [=](int64_t row, int64_t column, const auto& of, int64_t count) {
                                    const int64_t at = row * columns + column;
                                    const uint8_t* bits = kept ? kept + row * bytes : nullptr;
                                    for (int64_t j = 0; j < count; j += FLOATS) {
-                                       const f32v d = load(of + j) * load(slopes + at + j);
+                                       const f32v d = of(j) * load(slopes + at + j);
                                        store(d_hidden + at + j, masked(bits, f + column + j, d));
                                    }
                                });
@@ -265,6 +265,8 @@ namespace FMREC_ISA {
 extern const FeedForwardKernels feed_forward = kernels<EXACT>();
 extern const FeedForwardKernels feed_forward_tf32 = kernels<HALVES>();
 extern const FeedForwardKernels feed_forward_bf16 = kernels<ROUNDED>();
+extern const FeedForwardKernels feed_forward_float32_fp16 = kernels<EXACT_FP16>();
+extern const FeedForwardKernels feed_forward_tf32_fp16 = kernels<HALVES_FP16>();
 }  // namespace FMREC_ISA
 
 }  // namespace fmrec

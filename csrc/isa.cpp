@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -8,7 +9,10 @@
 
 #ifdef FMREC_AMX
 #include <cpuid.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #endif
 
@@ -16,7 +20,7 @@ namespace fmrec {
 
 namespace {
 
-const char* const NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512", "amx"};
+const char* const NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512", "amx", "amx_fp16"};
 
 // -1 until the first use.
 std::atomic<int> chosen{-1};
@@ -24,7 +28,7 @@ std::atomic<int> chosen{-1};
 std::string supported_names() {
     std::string names;
     for (int i = 0; i < ISA_COUNT; ++i) {
-        if (isa_supported(static_cast<Isa>(i))) {
+        if (isa_runs(static_cast<Isa>(i))) {
             names += names.empty() ? "" : ", ";
             names += NAMES[i];
         }
@@ -48,12 +52,49 @@ bool amx_permitted() {
     const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
+
+bool says_amx_fp16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 21));
+}
+
+// Whether TDPFP16PS executes. The child makes no call but system calls, which any process may after
+// a fork; the parent learns how it ended.
+bool executes_amx_fp16() {
+    const pid_t child = fork();
+    if (child < 0) return false;
+    if (child == 0) {
+        const rlimit no_core = {0, 0};
+        setrlimit(RLIMIT_CORE, &no_core);
+        signal(SIGILL, SIG_DFL);
+        // One byte by one row of every tile: palette, start row, reserved, bytes, rows.
+        struct alignas(64) Config {
+            unsigned char palette, start_row, reserved[14];
+            unsigned short row_bytes[16];
+            unsigned char rows[16];
+        };
+        static const Config config = {1, 0, {}, {4, 4, 4}, {1, 1, 1}};
+        __asm__ volatile(
+            ".byte 0xc4, 0xe2, 0x78, 0x49, 0x00\n"  // ldtilecfg (%%rax)
+            ".byte 0xc4, 0xe2, 0x6b, 0x5c, 0xc1\n"  // tdpfp16ps %%tmm2, %%tmm1, %%tmm0
+            ".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0"    // tilerelease
+            :
+            : "a"(&config)
+            : "memory");
+        _exit(0);
+    }
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0) {
+        if (errno != EINTR) return false;
+    }
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
 #endif
 
 Isa parse(const char* name, const char* what) {
     for (int i = 0; i < ISA_COUNT; ++i) {
         if (std::strcmp(name, NAMES[i]) == 0) {
-            if (isa_supported(static_cast<Isa>(i))) {
+            if (isa_runs(static_cast<Isa>(i))) {
                 return static_cast<Isa>(i);
             }
             throw std::invalid_argument(std::string(what) + " is '" + name +
@@ -61,7 +102,7 @@ Isa parse(const char* name, const char* what) {
                                         supported_names());
         }
     }
-    throw std::invalid_argument(std::string(what) + " must be one of scalar, avx2, avx512, amx; got '" +
+    throw std::invalid_argument(std::string(what) + " must be one of scalar, avx2, avx512, amx, amx_fp16; got '" +
                                 name + "'; supported here: " + supported_names());
 }
 
@@ -92,8 +133,9 @@ bool isa_supported(Isa isa) {
         static const bool permitted = amx_permitted();
         return permitted && isa_supported(Isa::avx512);
     }
+    if (isa == Isa::amx_fp16) return isa_supported(Isa::amx) && says_amx_fp16();
 #else
-    if (isa == Isa::amx) return false;
+    if (isa >= Isa::amx) return false;
 #endif
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -101,6 +143,17 @@ bool isa_supported(Isa isa) {
 #else
     return false;
 #endif
+}
+
+bool isa_runs(Isa isa) {
+    if (isa_supported(isa)) return true;
+#ifdef FMREC_AMX
+    if (isa == Isa::amx_fp16 && isa_supported(Isa::amx)) {
+        static const bool executes = executes_amx_fp16();
+        return executes;
+    }
+#endif
+    return false;
 }
 
 Isa isa() {

@@ -18,7 +18,7 @@
 // FMREC_FAST_ISA names one that cannot be had.
 #ifdef FMREC_X86
 #ifdef FMREC_AMX
-#define FMREC_AMX_TABLE(name) ::fmrec::isa() == ::fmrec::Isa::amx ? ::fmrec::amx::name :
+#define FMREC_AMX_TABLE(name) ::fmrec::isa() >= ::fmrec::Isa::amx ? ::fmrec::amx::name :
 #else
 #define FMREC_AMX_TABLE(name)
 #endif
@@ -36,15 +36,20 @@
 
 namespace fmrec {
 
-// amx is avx512 with AVX512-BF16 and matrix products on AMX tiles (csrc/amx.h).
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
-constexpr int ISA_COUNT = 4;
+// amx is avx512 with AVX512-BF16 and matrix products on AMX tiles (csrc/amx.h), amx_fp16 the same with
+// tiles of float16s: its kernels lie beside amx's, which stand in where there are none.
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, amx = 3, amx_fp16 = 4 };
+constexpr int ISA_COUNT = 5;
 
 const char* isa_name(Isa isa);
 
 // Built into this library and supported by this CPU and operating system. Asks Linux, once, for the
 // process' permission to use AMX tiles; a refusal means no support.
 bool isa_supported(Isa isa);
+
+// Whether it may be chosen by name: supported, or amx_fp16 on a CPU that says amx only but does execute
+// it, as virtual machines do whose hypervisor leaves the flag out. Finds out in a child process.
+bool isa_runs(Isa isa);
 
 // The chosen one: set_isa's, else FMREC_FAST_ISA's, else the widest supported. Throws
 // std::invalid_argument where the name is unknown or unsupported.

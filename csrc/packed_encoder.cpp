@@ -91,7 +91,7 @@ PackedEncoder::PackedEncoder(const std::vector<BlockArrays>& blocks, std::int64_
       heads_(heads),
       length_(length),
       planes_(planes),
-      tiles_(isa() == Isa::amx),
+      tiles_(isa() >= Isa::amx),
       rms_(blocks[0].array[NORM1_BIAS] == nullptr) {
     const std::int64_t d = channels, f = features;
     const auto panels = [this](std::int64_t k, std::int64_t n) { return linear_size(k, n, tiles_); };

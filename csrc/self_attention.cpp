@@ -138,11 +138,11 @@ void project(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequence
     }
     const Operand queries = left<PLANES>(s->queries, width, s->queried, width, s->left_queries);
     finish_product<PLANES>(queries, weights_at<PLANES>(a, QUERY), width, s->queried, width, s->sums,
-                           [=](int64_t row, int64_t column, const float* sums, int64_t count) {
+                           [=](int64_t row, int64_t column, const auto& sums, int64_t count) {
                                float* out = s->qkv + 3 * s->real[row] * width + column;
                                for (int64_t j = 0; j < count; j += FLOATS) {
                                    store(out + j,
-                                         load(sums + j) + load(a->biases[QUERY] + column + j));
+                                         sums(j) + load(a->biases[QUERY] + column + j));
                                }
                            });
 }
@@ -176,11 +176,11 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
         const Operand mixed = left<PLANES>(s.mixed, width, rows, width, s.left);
         finish_product<PLANES>(
             mixed, weights_at<PLANES>(a, OUTPUT), width, rows, width, s.sums,
-            [=](int64_t i, int64_t column, const float* sums, int64_t count) {
+            [=](int64_t i, int64_t column, const auto& sums, int64_t count) {
                 const uint8_t* bits = kept ? kept + i * bytes : nullptr;
                 const int64_t at = i * width + column;
                 for (int64_t j = 0; j < count; j += FLOATS) {
-                    const f32v h = load(sums + j) + load(a->biases[OUTPUT] + column + j);
+                    const f32v h = sums(j) + load(a->biases[OUTPUT] + column + j);
                     store(out + at + j, load(x + at + j) + masked(bits, column + j, h * a->scale));
                 }
             });
@@ -240,10 +240,10 @@ void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t s
         finish_product<PLANES>(left<PLANES>(s->d_queries, width, queried, width, s->left),
                                weights_at<PLANES>(a, ADJOINT + QUERY), width, queried, width,
                                s->sums,
-                               [=](int64_t i, int64_t column, const float* sums, int64_t count) {
+                               [=](int64_t i, int64_t column, const auto& sums, int64_t count) {
                                    float* out = s->d_normed + s->real[i] * width + column;
                                    for (int64_t j = 0; j < count; j += FLOATS) {
-                                       store(out + j, load(out + j) + load(sums + j));
+                                       store(out + j, load(out + j) + sums(j));
                                    }
                                });
         product<PLANES>(left_transposed<PLANES>(s->d_queries, width, queried, width, s->transposed),
@@ -296,6 +296,8 @@ namespace FMREC_ISA {
 extern const SelfAttentionKernels self_attention = kernels<EXACT>();
 extern const SelfAttentionKernels self_attention_tf32 = kernels<HALVES>();
 extern const SelfAttentionKernels self_attention_bf16 = kernels<ROUNDED>();
+extern const SelfAttentionKernels self_attention_float32_fp16 = kernels<EXACT_FP16>();
+extern const SelfAttentionKernels self_attention_tf32_fp16 = kernels<HALVES_FP16>();
 }  // namespace FMREC_ISA
 
 }  // namespace fmrec

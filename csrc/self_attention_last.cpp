@@ -229,11 +229,11 @@ void attend(const SelfAttention* a, const Packed* p, const CounterWalk* walk, co
         finish_product<EXACT>(
             left<EXACT>(s->mixed + h * width, heads * width, count, width, s->left),
             packed_right(p->value + h * columns_size(a), part), width, count, part, s->sums,
-            [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
+            [=](int64_t g, int64_t column, const auto& sums, int64_t wide) {
                 float* out = s->values + g * width + h * part + column;
                 const float share = s->shares[g * heads + h];
                 for (int64_t j = 0; j < wide; j += FLOATS) {
-                    store(out + j, load(sums + j) + load(bias + column + j) * share);
+                    store(out + j, sums(j) + load(bias + column + j) * share);
                 }
             });
     }
@@ -269,12 +269,12 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
         finish_product<EXACT>(
             left<EXACT>(s.values, width, count, width, s.left), packed_right(p.output, width),
             width, count, width, s.sums,
-            [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
+            [=](int64_t g, int64_t column, const auto& sums, int64_t wide) {
                 const uint8_t* bits = kept ? kept + g * bytes : nullptr;
                 const float* x = rows_of(a, first + g) + (a->length - 1) * width + column;
                 float* out = a->out + (first + g) * width + column;
                 for (int64_t j = 0; j < wide; j += FLOATS) {
-                    const f32v h = load(sums + j) + load(a->biases[OUTPUT] + column + j);
+                    const f32v h = sums(j) + load(a->biases[OUTPUT] + column + j);
                     store(out + j, load(x + j) + masked(bits, column + j, h * a->scale));
                 }
             });
@@ -406,11 +406,11 @@ void backward_group(const SelfAttention* a, const Packed* p, const CounterWalk* 
         finish_product<EXACT>(left<EXACT>(d_turned, heads * width, count, width, s->left),
                               packed_right(p->turn_adjoint + h * columns_size(a), part), width,
                               count, part, s->sums,
-                              [=](int64_t g, int64_t column, const float* sums, int64_t wide) {
+                              [=](int64_t g, int64_t column, const auto& sums, int64_t wide) {
                                   float* out = s->d_queries + g * width + h * part + column;
                                   const float scale = scale_of(a, first + g);
                                   for (int64_t j = 0; j < wide; j += FLOATS) {
-                                      store(out + j, load(sums + j) * scale);
+                                      store(out + j, sums(j) * scale);
                                   }
                               });
     }

@@ -202,7 +202,7 @@ def dropout(call: Call) -> None:
 
 
 def linear_precision(call: Call) -> None:
-    names = ["float32", "tf32", *(["bf16"] if C.isa() == "amx" else [])]
+    names = ["float32", "tf32", *(["bf16"] if C.isa().startswith("amx") else [])]
     call.plain["precision"] = call.draw(st.sampled_from(names))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,12 +484,27 @@ def test_isa_names():
     assert supported[0] == "scalar"
     assert C.isa() in supported
     with pytest.raises(
-        ValueError, match="isa must be one of scalar, avx2, avx512, amx; got 'sse9'"
+        ValueError, match="isa must be one of scalar, avx2, avx512, amx, amx_fp16; got 'sse9'"
     ):
         C.set_isa("sse9")
     info = C.build_info()
     assert set(supported) <= set(info["isas"])
     assert info["openmp"] == C.openmp()
+
+
+def test_float16_tiles_are_chosen_by_name_where_the_cpu_does_not_say_that_it_has_them():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    code = "from fmrec_fast import extension; C = extension.load(); "
+    code += "print(C.isa(), C.supported_isas())"
+    by_default = run_python(code, FMREC_FAST_ISA="").stdout
+    asked = run_python(code, FMREC_FAST_ISA="amx_fp16")
+    assert by_default.startswith("amx_fp16 ") == (
+        " amx_fp16" in flags and "amx_fp16" in C.build_info()["isas"]
+    )
+    if "'amx_fp16'" in by_default:  # a process has run the instruction
+        assert asked.stdout.startswith("amx_fp16 "), asked.stderr
+    else:
+        assert "FMREC_FAST_ISA is 'amx_fp16', which this CPU or build does not" in asked.stderr
 
 
 def test_isa_from_the_environment():
@@ -497,7 +513,10 @@ def test_isa_from_the_environment():
     assert result.stdout.strip() == "scalar", result.stderr
     result = run_python(code, FMREC_FAST_ISA="avx1024")
     assert result.returncode == 1
-    assert "FMREC_FAST_ISA must be one of scalar, avx2, avx512, amx; got 'avx1024'" in result.stderr
+    assert (
+        "FMREC_FAST_ISA must be one of scalar, avx2, avx512, amx, amx_fp16; got 'avx1024'"
+        in result.stderr
+    )
 
 
 def test_extension_module():

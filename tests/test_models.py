@@ -243,10 +243,12 @@ def test_the_decoders_hidden_layers_in_training(isa, precision):
     with dispatch_log() as log:
         got = network.train().decoder_hidden(tapped)
     ran = [(entry.op, entry.backend) for entry in log]
-    if isa != "amx" and precision == "float32":
+    if not isa.startswith("amx") and precision == "float32":
         assert ran == []
     else:
-        backend = Backend.REFERENCE if isa != "amx" and precision == "bf16" else Backend.CPP
+        backend = (
+            Backend.REFERENCE if not isa.startswith("amx") and precision == "bf16" else Backend.CPP
+        )
         assert ran == [("linear", backend)] * 2
     # 'tf32' is met or bettered; operands rounded to bfloat16 may round to a neighbour.
     atol = {"float32": 1e-6, "tf32": 5e-4, "bf16": 2e-3}[precision]

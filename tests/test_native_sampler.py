@@ -196,7 +196,7 @@ def test_precisions_against_float64(isa, shape, precision):
     full = run("cpp", tensors, weights, noise=lam)
     got = run("cpp", tensors, weights, noise=lam, precision=precision)
     wrong, limit = error_to_truth(got, truth), error_to_truth(asked, truth)
-    if isa != "amx":
+    if not isa.startswith("amx"):
         assert torch.equal(got, full)
     elif precision == "tf32":
         assert error_to_truth(full, truth) < wrong < 0.1 * limit
@@ -271,7 +271,7 @@ def test_no_bit_depends_on_the_batch_in_low_precision(isa, threads, precision, p
 def test_planes_are_packed_for_a_precision(isa):
     weights = make_stack(32, 2, 2).weights()
     sizes = [pack(weights, 2, None, precision).nbytes for precision in ("bf16", "tf32", "float32")]
-    if isa == "amx":
+    if isa.startswith("amx"):
         planes = sizes[1] - sizes[0]
         assert planes > 0.4 * sizes[0]
         assert sizes[2] - sizes[1] == planes

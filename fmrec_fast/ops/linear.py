@@ -86,7 +86,7 @@ def multiplies(precision: str) -> bool:
 @constant_when_compiled
 def has_tiles() -> bool:
     """Whether the C++ kernels multiply on AMX tiles here."""
-    return extension.available() and extension.load().isa() == "amx"
+    return extension.available() and extension.load().isa().startswith("amx")
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
