@@ -46,6 +46,7 @@ KERNEL_SOURCES = [
     "csrc/self_attention.cpp",
     "csrc/self_attention_last.cpp",
     "csrc/stream.cpp",
+    "csrc/table_gradient.cpp",
     "csrc/picard_sweep.cpp",
     "csrc/item_cross_entropy.cpp",
     "csrc/fingerprint.cpp",

@@ -83,24 +83,6 @@ std::int64_t history_common(HistoryLoss& a, const py::array& hidden, const py::a
     return cells;
 }
 
-// The first bucket of thread t: each thread's buckets hold about the same number of cells.
-std::int64_t balanced(const std::int32_t* starts, std::int64_t keys, std::int64_t t,
-                      std::int64_t threads) {
-    if (t == 0) return 0;
-    if (t == threads) return keys;
-    const std::int64_t wanted = static_cast<std::int64_t>(starts[keys]) * t / threads;
-    std::int64_t low = 0, high = keys;
-    while (low < high) {
-        const std::int64_t middle = (low + high) / 2;
-        if (starts[middle] < wanted) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
 void history_loss_forward(const py::object& hidden_, const py::object& weight_,
                           const py::object& bias_, const py::object& rows_,
                           const py::object& cols_, const py::object& label_,
@@ -181,13 +163,12 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
     const HistoryLossKernels& kernels = FMREC_TABLE(history_loss);
     const std::uint8_t* flags = data<std::uint8_t>(use);
     py::gil_scoped_release release;
-    const bool worth_it = cells * a.features >= GRAIN;
     if (a.d_hidden) {
         const Buckets by_row = make_buckets(a.rows, flags, cells, batch);
         a.order = by_row.order.get();
         a.starts = by_row.starts.get();
         parallel_ranges(
-            num_threads, worth_it,
+            num_threads, (cells + batch) * a.features >= GRAIN,
             [&](std::int64_t t, std::int64_t threads) {
                 return balanced(a.starts, batch, t, threads);
             },
@@ -198,7 +179,7 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
         a.order = by_column.order.get();
         a.starts = by_column.starts.get();
         parallel_ranges(
-            num_threads, worth_it && a.d_weight,
+            num_threads, a.d_weight && (cells + items) * a.features >= GRAIN,
             [&](std::int64_t t, std::int64_t threads) {
                 return balanced(a.starts, items, t, threads);
             },
@@ -253,7 +234,7 @@ void bind_history_loss(py::module_& m) {
           py::arg("rows"), py::arg("cols"), py::arg("g"), py::arg("use"),
           py::arg("d_hidden").none(true), py::arg("d_weight").none(true),
           py::arg("d_bias").none(true), py::arg("num_threads"),
-          "Adjoint of the residuals: writes d_hidden, adds to d_weight and d_bias.");
+          "Adjoint of the residuals: writes d_hidden, d_weight and d_bias.");
 }
 
 }  // namespace fmrec

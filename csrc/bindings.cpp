@@ -260,6 +260,7 @@ PYBIND11_MODULE(_C, m) {
     bind_rms_norm(m);
     bind_self_attention(m);
     bind_stream(m);
+    bind_table_gradient(m);
     bind_memory(m);
     m.def("isa", [] { return std::string(isa_name(isa())); },
           "The instruction set in use: FMREC_FAST_ISA's or the widest supported.");

@@ -118,5 +118,6 @@ void bind_recommend(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_self_attention(py::module_& m);
 void bind_stream(py::module_& m);
+void bind_table_gradient(py::module_& m);
 
 }  // namespace fmrec

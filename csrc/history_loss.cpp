@@ -1,5 +1,9 @@
 #include "history_loss.h"
 
+#include <stddef.h>
+
+#include "vector.h"
+
 namespace fmrec {
 namespace {
 
@@ -21,31 +25,53 @@ FMREC_INLINE float dot(const float* a, const float* b, int64_t n) {
     return sums[0];
 }
 
-// target += sum of g * row over cells [begin, end) of the order, four rows to a pass, so that the
-// target is read and written once for four. `index` names the row of `matrix` that a cell reads.
-FMREC_INLINE void accumulate(const HistoryLoss* a, int64_t begin, int64_t end,
-                             const float* matrix, const int64_t* index, float* target) {
+// target (+)= sum of g * row over CELLS cells from `at` on in the order. `index` names the row of
+// `matrix` that a cell reads. STREAM asks for a target of whole, aligned vectors.
+template <int CELLS, bool ADD, bool STREAM>
+FMREC_INLINE void sum_cells(const HistoryLoss* a, int64_t at, const float* matrix,
+                            const int64_t* index, float* target) {
     const int64_t n = a->features;
-    int64_t at = begin;
-    for (; at + 4 <= end; at += 4) {
-        const int32_t* m = a->order + at;
-        const float g0 = a->g[m[0]], g1 = a->g[m[1]], g2 = a->g[m[2]], g3 = a->g[m[3]];
-        const float* r0 = matrix + index[m[0]] * n;
-        const float* r1 = matrix + index[m[1]] * n;
-        const float* r2 = matrix + index[m[2]] * n;
-        const float* r3 = matrix + index[m[3]] * n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-            target[i] = (((target[i] + g0 * r0[i]) + g1 * r1[i]) + g2 * r2[i]) + g3 * r3[i];
+    float g[CELLS + 1];
+    const float* row[CELLS + 1];
+    for (int c = 0; c < CELLS; ++c) {
+        const int32_t m = a->order[at + c];
+        g[c] = a->g[m];
+        row[c] = matrix + index[m] * n;
+    }
+    int64_t i = 0;
+    for (; i + FLOATS <= n; i += FLOATS) {
+        f32v sum = ADD ? load(target + i) : broadcast(0.0f);
+#pragma GCC unroll 4
+        for (int c = 0; c < CELLS; ++c) sum += broadcast(g[c]) * load(row[c] + i);
+        if (STREAM) {
+            stream(target + i, sum);
+        } else {
+            store(target + i, sum);
         }
     }
-    for (; at < end; ++at) {
-        const int32_t m = a->order[at];
-        const float g = a->g[m];
-        const float* r = matrix + index[m] * n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) target[i] += g * r[i];
+    for (; i < n; ++i) {
+        float sum = ADD ? target[i] : 0.0f;
+        for (int c = 0; c < CELLS; ++c) sum += g[c] * row[c][i];
+        target[i] = sum;
     }
+}
+
+// target = sum of g * row over cells [begin, end) of the order, which may be none; four rows to a
+// pass, so that the target is read and written once for four. STREAM: a target past the caches.
+template <bool STREAM>
+FMREC_INLINE void write_sum(const HistoryLoss* a, int64_t begin, int64_t end, const float* matrix,
+                            const int64_t* index, float* target) {
+    switch (end - begin) {
+        case 0: return sum_cells<0, false, STREAM>(a, begin, matrix, index, target);
+        case 1: return sum_cells<1, false, STREAM>(a, begin, matrix, index, target);
+        case 2: return sum_cells<2, false, STREAM>(a, begin, matrix, index, target);
+        case 3: return sum_cells<3, false, STREAM>(a, begin, matrix, index, target);
+        case 4: return sum_cells<4, false, STREAM>(a, begin, matrix, index, target);
+    }
+    sum_cells<4, false, false>(a, begin, matrix, index, target);
+    int64_t at = begin + 4;
+    for (; at + 4 <= end; at += 4) sum_cells<4, true, false>(a, at, matrix, index, target);
+    for (; at < end; ++at) sum_cells<1, true, false>(a, at, matrix, index, target);
 }
 
 void forward(const HistoryLoss* a, int64_t begin, int64_t end) {
@@ -60,23 +86,35 @@ void forward(const HistoryLoss* a, int64_t begin, int64_t end) {
 }
 
 void backward_rows(const HistoryLoss* a, int64_t begin, int64_t end) {
-    const int64_t n = a->features;
     for (int64_t row = begin; row < end; ++row) {
-        float* target = a->d_hidden + row * n;
-        for (int64_t i = 0; i < n; ++i) target[i] = 0.0f;
-        accumulate(a, a->starts[row], a->starts[row + 1], a->weight, a->cols, target);
+        write_sum<false>(a, a->starts[row], a->starts[row + 1], a->weight, a->cols,
+                         a->d_hidden + row * a->features);
+    }
+}
+
+template <bool STREAM>
+FMREC_INLINE void write_columns(const HistoryLoss* a, int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; ++column) {
+        write_sum<STREAM>(a, a->starts[column], a->starts[column + 1], a->hidden, a->rows,
+                          a->d_weight + column * a->features);
     }
 }
 
 void backward_columns(const HistoryLoss* a, int64_t begin, int64_t end) {
-    for (int64_t column = begin; column < end; ++column) {
-        const int64_t first = a->starts[column], last = a->starts[column + 1];
-        if (a->d_bias) {
-            for (int64_t at = first; at < last; ++at) a->d_bias[column] += a->g[a->order[at]];
+    for (int64_t column = begin; a->d_bias && column < end; ++column) {
+        float sum = 0.0f;
+        for (int64_t at = a->starts[column]; at < a->starts[column + 1]; ++at) {
+            sum += a->g[a->order[at]];
         }
-        if (a->d_weight && first < last) {
-            accumulate(a, first, last, a->hidden, a->rows, a->d_weight + column * a->features);
-        }
+        a->d_bias[column] = sum;
+    }
+    if (!a->d_weight) return;
+    // Most columns have few cells or none: their time is that of writing d_weight.
+    if ((uintptr_t)a->d_weight % sizeof(f32v) == 0 && a->features % FLOATS == 0) {
+        write_columns<true>(a, begin, end);
+        stream_end();
+    } else {
+        write_columns<false>(a, begin, end);
     }
 }
 

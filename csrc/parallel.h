@@ -56,4 +56,22 @@ void parallel_items(int num_threads, std::int64_t items, bool worth_it, Work wor
         [items](std::int64_t t, std::int64_t threads) { return items * t / threads; }, work);
 }
 
+// The first bucket of thread t, where bucket k holds starts[k] .. starts[k + 1]: each thread gets
+// about the same number of buckets and members together.
+inline std::int64_t balanced(const std::int32_t* starts, std::int64_t buckets, std::int64_t t,
+                             std::int64_t threads) {
+    if (t == threads) return buckets;
+    const std::int64_t wanted = (starts[buckets] + buckets) * t / threads;
+    std::int64_t low = 0, high = buckets;
+    while (low < high) {
+        const std::int64_t middle = (low + high) / 2;
+        if (starts[middle] + middle < wanted) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 }  // namespace fmrec

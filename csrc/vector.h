@@ -54,6 +54,26 @@ FMREC_INLINE void store(Scalar* target, Vector value) {
     __builtin_memcpy(target, &value, sizeof value);
 }
 
+// Past the caches, to an address of whole vectors: for what is not read again soon. The line is not
+// fetched before it is overwritten. A thread that has streamed calls stream_end.
+FMREC_INLINE void stream(float* target, f32v value) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(target, (__m512)value);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(target, (__m256)value);
+#elif defined(__SSE2__)
+    _mm_stream_ps(target, (__m128)value);
+#else
+    store(target, value);
+#endif
+}
+
+FMREC_INLINE void stream_end() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 FMREC_INLINE f32v square_root(f32v x) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_sqrt_ps((__m512)x);

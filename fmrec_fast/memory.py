@@ -27,13 +27,6 @@ def empty(*shape: int) -> Tensor:
     return out.fill_(torch.nan) if filled and torch.are_deterministic_algorithms_enabled() else out
 
 
-def zeros(*shape: int) -> Tensor:
-    """``torch.zeros(shape)``, likewise."""
-    if math.prod(shape) < FEWEST:
-        return torch.zeros(shape)
-    return torch.from_numpy(extension.load().floats(shape, True, torch.get_num_threads()))
-
-
 def release() -> int:
     """Hands the memory that is kept to the system; returns its bytes."""
     return extension.load().release_memory() if extension.available() else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmrec_fast import extension, memory
+from fmrec_fast.backend import Backend, candidate
+from fmrec_fast.forward_mode import is_wrapped
 from fmrec_fast.ops._checks import is_sharded
 
 # A table of a shape, filled by a function that draws in place from torch's default generator.
@@ -80,10 +83,34 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        ids = torch.cat([part.flatten() for part in ctx.saved_tensors])
-        grad = torch.cat([part.flatten(0, -2) for part in gradients])
-        dense = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, -1, False)
-        return dense, *(None for _ in ctx.saved_tensors)
+        ids = [part.flatten() for part in ctx.saved_tensors]
+        rows = [part.flatten(0, -2) for part in gradients]
+        return _dense_gradient(ctx.rows, ids, rows), *(None for _ in ids)
+
+
+def _dense_gradient(items: int, ids: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Zeros [items, D] with each of the gradients [N, D] added to the rows of its ids [N]."""
+    native = not torch.compiler.is_compiling() and all(
+        type(part) is Tensor
+        and not is_wrapped(part)
+        and part.device.type == "cpu"
+        and part.dtype == dtype
+        for parts, dtype in ((ids, torch.int64), (gradients, torch.float32))
+        for part in parts
+    )
+    if native and candidate(gradients[0].device) is Backend.CPP and extension.available():
+        # PyTorch's shares the table among threads: one of them gets the padding, most lookups.
+        dense = memory.empty(items, gradients[0].shape[-1])
+        extension.load().table_gradient(
+            [part.detach().contiguous().numpy() for part in ids],
+            [part.detach().contiguous().numpy() for part in gradients],
+            dense.numpy(),
+            torch.get_num_threads(),
+        )
+        return dense
+    return torch.ops.aten.embedding_dense_backward(
+        torch.cat(tuple(gradients)), torch.cat(tuple(ids)), items, -1, False
+    )
 
 
 def look_up(table: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:

@@ -221,11 +221,13 @@ def _backward(
         touched = touched[touched < items]
         held = len(touched)
     d_hidden = torch.empty_like(hidden) if wants_hidden else None
-    d_weight = None
+    d_weight = d_bias = None
+    # The Triton kernel writes the rows with cells only, the C++ kernel all.
     if wants_weight:
-        zeros = memory.zeros if backend is Backend.CPP else hidden.new_zeros
-        d_weight = zeros(held, width)
-    d_bias = hidden.new_zeros(held) if wants_bias else None
+        fresh = memory.empty if backend is Backend.CPP else hidden.new_zeros
+        d_weight = fresh(held, width)
+    if wants_bias:
+        d_bias = (torch.empty if backend is Backend.CPP else hidden.new_zeros)(held)
     if backend is Backend.CPP:
         g = residual * (scale * grad)
         if touched is None:
