@@ -1,4 +1,4 @@
-"""look_up: the dense gradient of lookups in one table."""
+"""Lookups in a table, and their one dense gradient."""
 
 from __future__ import annotations
 
@@ -9,60 +9,128 @@ from fmrec_fast import extension, use_backend
 from fmrec_fast.models.tables import look_up
 from fmrec_fast.testing import assert_close_to_truth
 
-PLACES = ["reference", *(["cpp"] if extension.available() else [])]
-
-
-def gradient(ids, grads, items, dtype=torch.float32):
-    table = torch.zeros(items, grads[0].shape[-1], dtype=dtype, requires_grad=True)
-    rows = look_up(table, *ids)
-    return torch.autograd.grad(rows, table, [grad.to(dtype) for grad in grads])[0]
-
-
-def lookups(items, width, *shapes):
-    """Most of them of row 0, as padding is."""
-    g = torch.Generator().manual_seed(items)
-    ids = [torch.randint(0, items, shape, generator=g) for shape in shapes]
-    for part in ids:
-        part[torch.rand(part.shape, generator=g) < 0.7] = 0
-    return ids, [1 + torch.randn(*shape, width, generator=g) for shape in shapes]
-
-
-@pytest.mark.parametrize("backend", PLACES)
-@pytest.mark.parametrize(
-    "items, width, shapes",
-    [(50, 128, [(40, 50), (40,)]), (7, 33, [(300,), (2, 9)]), (900, 16, [(0, 4), (5,)])],
+needs_extension = pytest.mark.skipif(
+    not extension.available(), reason=str(extension.reason()) or "there is the extension"
 )
-def test_each_row_gets_what_its_lookups_got(backend, items, width, shapes):
-    ids, grads = lookups(items, width, *shapes)
-    with use_backend(backend):
-        mine = gradient(ids, grads, items)
+# (rows, width, shapes of the ids)
+SHAPES = [
+    (1, 1, [(1,)]),
+    (7, 5, [(0, 3), (4,)]),
+    (7, 0, [(2, 3), (4,)]),
+    (40, 63, [(5, 51), (5,)]),
+    (300, 128, [(64, 50), (64,), (3, 2, 1)]),
+    (9, 200, [(5, 1), (0,), (700,)]),
+]
+
+
+def lookups(rows: int, width: int, shapes: list[tuple[int, ...]]):
+    """(table, ids, gradients); four in five ids are 0, as padding is."""
+    draw = torch.Generator().manual_seed(rows + width)
+    table = torch.randn(rows, width, generator=draw)
+    ids = [
+        torch.randint(rows, shape, generator=draw) * (torch.rand(shape, generator=draw) < 0.2)
+        for shape in shapes
+    ]
+    return table, ids, [torch.randn(*shape, width, generator=draw) for shape in shapes]
+
+
+def gradient(table, ids, gradients):
+    """That of `look_up`, whose values are checked."""
+    table = table.clone().requires_grad_()
+    found = look_up(table, *ids)
+    assert all(torch.equal(got, table[part]) for got, part in zip(found, ids))
+    return torch.autograd.grad(found, table, gradients)[0]
+
+
+def definition(table, ids, gradients):
+    total = torch.zeros_like(table)
+    for part, grad in zip(ids, gradients):
+        total.index_add_(0, part.flatten(), grad.flatten(0, -2))
+    return total
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_gradient_is_the_sum_over_lookups(isa, case, monkeypatch):
+    table, ids, gradients = lookups(*case)
+    truth = definition(table.double(), ids, [g.double() for g in gradients])
+    plain = definition(table, ids, gradients)
     with use_backend("reference"):
-        plain = gradient(ids, grads, items)
-        truth = gradient(ids, grads, items, torch.float64)
-    assert_close_to_truth(mine, plain, truth)
-    untouched = torch.ones(items, dtype=torch.bool)
-    untouched[torch.cat([part.flatten() for part in ids])] = False
-    assert (mine[untouched] == 0).all()
+        other = gradient(table, ids, gradients)
+    got = gradient(table, ids, gradients)
+    if table.numel():
+        assert_close_to_truth(other, plain, truth, name="PyTorch's")
+        assert_close_to_truth(got, plain, truth, name="the kernel's")
+    if len(ids) > 1:  # else PyTorch's own lookup
+        monkeypatch.setattr(extension.load(), "table_gradient", None)
+        with pytest.raises(TypeError):
+            gradient(table, ids, gradients)
 
 
-@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
-def test_the_sum_does_not_depend_on_the_threads(isa):
-    ids, grads = lookups(200, 64, (70, 50), (70,))
-    before, sums = torch.get_num_threads(), []
-    with use_backend("cpp"):
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            sums.append(gradient(ids, grads, 200))
-    torch.set_num_threads(before)
-    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+def native(threads, rows, width, ids, gradients):
+    out = torch.full((rows, width), torch.nan)
+    extension.load().table_gradient(
+        [part.flatten().numpy() for part in ids],
+        [grad.flatten(0, -2).numpy() for grad in gradients],
+        out.numpy(),
+        threads,
+    )
+    return out
 
 
-@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
-def test_gradients_of_any_layout():
-    ids, grads = lookups(20, 24, (30, 5), (30,))
-    spread = [ids[0].T.contiguous().T, ids[1]]
-    with use_backend("cpp"):
-        plain = gradient(ids, grads, 20)
-        assert torch.equal(gradient(spread, [grads[0].mT.contiguous().mT, grads[1]], 20), plain)
-        one = torch.ones(1, 1, 1).expand(30, 5, 24)
-        assert gradient(ids, [one, grads[1]], 20).isfinite().all()
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_gradient_is_the_same_for_any_number_of_threads(isa, case):
+    table, ids, gradients = lookups(*case)
+    one = native(1, *table.shape, ids, gradients)
+    for threads in (2, 3, 8):
+        assert torch.equal(native(threads, *table.shape, ids, gradients), one)
+
+
+@needs_extension
+def test_a_long_sum_keeps_its_digits():
+    # One row of 300,000 lookups: summed one after the other it would lose three digits.
+    grad = torch.rand(300_000, 3, generator=torch.Generator().manual_seed(0))
+    out = native(2, 2, 3, [torch.ones(len(grad), dtype=torch.int64)], [grad])
+    truth = grad.double().sum(0)
+    assert ((out[1] - truth).abs() / truth).max() < 1e-5
+    assert (out[0] == 0).all()
+
+
+@needs_extension
+def test_what_no_kernel_reads_goes_to_pytorch(monkeypatch):
+    table, ids, gradients = lookups(40, 8, [(5, 7), (5,)])
+    expected = definition(table.double(), ids, [g.double() for g in gradients])
+    monkeypatch.setattr(extension.load(), "table_gradient", None)
+    got = gradient(table.double(), ids, [g.double() for g in gradients])
+    torch.testing.assert_close(got, expected)
+    short = gradient(table, [part.int() for part in ids], gradients)
+    torch.testing.assert_close(short.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_need_not_be_contiguous():
+    table, ids, gradients = lookups(40, 8, [(6, 7), (6,)])
+    expected = gradient(table, ids, gradients)
+    spread = [g.transpose(0, -1).contiguous().transpose(0, -1) for g in gradients]
+    turned = [part.t().contiguous().t() for part in ids]
+    assert torch.equal(gradient(table, turned, spread), expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("value", [-1, 7])
+def test_ids_out_of_range_are_refused(value):
+    out = torch.zeros(7, 4).numpy()
+    ids = [torch.tensor([0, 3]).numpy(), torch.tensor([6, value]).numpy()]
+    with pytest.raises(ValueError, match=rf"0 <= id < 7, got {value}"):
+        extension.load().table_gradient(ids, [torch.zeros(2, 4).numpy()] * 2, out, 2)
+
+
+@needs_extension
+def test_lists_and_shapes_must_agree():
+    ids, rows = torch.tensor([0, 3]).numpy(), torch.zeros(2, 4).numpy()
+    out = torch.zeros(7, 4).numpy()
+    table_gradient = extension.load().table_gradient
+    with pytest.raises(ValueError, match="as many, got 1 and 2"):
+        table_gradient([ids], [rows, rows], out, 1)
+    with pytest.raises(ValueError, match="gradients"):
+        table_gradient([ids], [torch.zeros(3, 4).numpy()], out, 1)
+    with pytest.raises(ValueError, match="gradients"):
+        table_gradient([ids], [out[:2]], out, 1)
