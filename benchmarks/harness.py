@@ -450,6 +450,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
             "triton": _package("triton"),
             "fmrec_fast": _package("fmrec_fast"),
             "extension": extension.available(),
+            "isa": extension.load().isa() if extension.available() else None,
             "os": platform.platform(),
         },
         "revision": _revision(),
