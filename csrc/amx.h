@@ -45,17 +45,16 @@ struct TileState {
     TileState& operator=(const TileState&) = delete;
 };
 
-// Rows `row` and up of A's planes: where its tile of `depth_tile` begins, and how far apart its
-// planes are, in tiles. `rows` is the number of rows of all of A.
-template <int SPLIT>
+// Rows `row` and up of A's planes of bfloat16: where their tile of `depth_tile` begins, and how far
+// apart its planes are, in tiles. `rows` is the number of rows of all of A.
+template <int PLANES>
 FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t depth_tiles,
                                      int64_t row, int64_t depth_tile, int64_t* spacing) {
     const int64_t pair = row / 32, left = rows - 32 * pair;
     const int64_t tiles = left > 16 ? 2 : 1;
     *spacing = tiles;
-    return planes + 32 * pair * amx_row_size(32 * depth_tiles, SPLIT) +
-           (in_float16(SPLIT) ? 32 * tiles : 0) +
-           (depth_tile * planes_in(SPLIT) * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
+    return planes + 2 * pair * depth_tiles * PLANES * AMX_TILE +
+           (depth_tile * PLANES * tiles + row % 32 / 16) * AMX_TILE + row % 16 * 32;
 }
 
 // The compiler does not know what a tile load reads.

@@ -1,9 +1,9 @@
 // Packing for csrc/amx.h at the rate that operands of a few hundred columns need: a number is
 // split once for as few as 128 products.
 //
-// Splitting into bfloat16s takes integer instructions, since those of AVX512-BF16 would have to be shuffled: three
-// planes are exact, whatever the direction that the first ones round in. Included like amx.h, which
-// says what becomes of infinity and NaN.
+// Splitting into bfloat16s takes integer instructions, since those of AVX512-BF16 would have to be
+// shuffled: three planes are exact, whatever the direction that the first ones round in. Included like
+// amx.h, which says what becomes of infinity and NaN.
 #pragma once
 
 #include "amx.h"
