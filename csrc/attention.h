@@ -28,7 +28,16 @@ struct Attention {
     bool drop;           // else rows, seed, site, threshold and scale are not read
     uint32_t threshold;  // kept where word >= threshold
     float scale;
+    // The masks, which forward writes and backward reads: bit j % 64 of word j / 64 says whether
+    // the query's key j stays, beyond the keys there are zeros. A head's words follow those of the
+    // head before, a query's begin `kept_row` words after the query's before. Or null: both draw.
+    uint64_t* kept;
+    int64_t kept_row;
+    bool cached;  // what is read and written is in the cache already: nothing is prefetched
 };
+
+// 64-bit words of the masks of a query in one head: one bit at least is no key's.
+FMREC_INLINE int64_t attention_words(int64_t length) { return length / 64 + 1; }
 
 // Queries before the first one of a scale other than 0: their scores are all 0.
 FMREC_INLINE int64_t padding_of(const float* query_scale, int64_t length) {

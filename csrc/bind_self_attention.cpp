@@ -95,7 +95,12 @@ void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
     a.scale = rate.scale;
 }
 
-const char* const KEPT = "[B, positions that leave, ceil(D / 64)]";
+const char* const KEPT =
+    "[B, positions that leave, ceil(D / 64), and of all positions H (L // 64 + 1) more]";
+
+std::int64_t kept_words(const SelfAttention& a, bool last_only) {
+    return last_only ? self_attention_words(a.width) : self_attention_kept_words(&a);
+}
 
 bool worth_it(const SelfAttention& a) { return a.batch * a.length * a.width * a.width >= GRAIN; }
 
@@ -120,7 +125,7 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     check_overlap(out, "out", in.x, "x", false);
     check_overlap(out, "out", in.query_scale, "query_scale", false);
     const MaskWords kept = masks_to_write(
-        kept_, p, KEPT, {a.batch, positions, self_attention_words(a.width)}, in.x, out);
+        kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)}, in.x, out);
     a.kept = kept.words;
     const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     if (is_empty(out)) return;
@@ -168,7 +173,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
         d_at[i] = target(d_parameters[i]);
     }
     const MaskWords kept =
-        masks_to_read(kept_, p, KEPT, {a.batch, positions, self_attention_words(a.width)});
+        masks_to_read(kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)});
     a.kept = kept.words;
     const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
     a.grad = data<float>(grad);
@@ -212,10 +217,11 @@ void bind_self_attention(py::module_& m) {
           py::arg("kept").none(true), py::arg("out"), py::arg("num_heads"), py::arg("last_only"),
           py::arg("num_threads"), py::arg("precision") = "float32",
           "out = x + drop(attention(norm(x)) @ output_weight.T + output_bias), of all positions or "
-          "of the last; the probabilities drop at `site`, the branch at site + 1, whose masks kept "
-          "gets, a bit a channel. parameters: weight and bias of the norm, and of the query's, "
-          "key's, value's and output's layers. Precision 'bf16', on AMX tiles, rounds the operands "
-          "of the layers' products.");
+          "of the last; the probabilities drop at `site`, the branch at site + 1. kept gets the "
+          "branch's masks, a bit a channel, and of all positions those of the probabilities, a bit "
+          "a key. parameters: weight and bias of the norm, and of the query's, key's, value's and "
+          "output's layers. Precision 'bf16', on AMX tiles, rounds the operands of the layers' "
+          "products.");
     m.def("self_attention_backward", &self_attention_backward, py::arg("grad"), py::arg("x"),
           py::arg("query_scale"), py::arg("parameters"), py::arg("rows"), py::arg("seed"),
           py::arg("site"), py::arg("p"), py::arg("kept").none(true), py::arg("d_x"),

@@ -34,8 +34,14 @@ Attention attention_of(const SelfAttention* a, int64_t first, int64_t sequences,
     b.seed = a->seed;
     b.site = a->site;
     b.drop = a->kept != nullptr;
+    b.kept_row = self_attention_kept_words(a);
+    if (b.drop) {
+        b.kept = (uint64_t*)a->kept + first * a->length * b.kept_row;
+        b.kept += self_attention_words(a->width);
+    }
     b.threshold = a->threshold;
     b.scale = a->scale;
+    b.cached = true;
     return b;
 }
 
@@ -155,7 +161,7 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
     (void)tiles;
     Scratch s;
     lay_out<PLANES>(a, memory, &s);
-    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
+    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_kept_words(a);
     CounterWalk walk;
     make_walk(&walk, (uint64_t)width / 4, 0, 1);
     for (int64_t g = begin; g < end; ++g) {
@@ -192,7 +198,7 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
 template <int PLANES>
 void backward_group(const SelfAttention* a, Scratch* s, int64_t first, int64_t sequences,
                     float* partial) {
-    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_words(width);
+    const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_kept_words(a);
     const int64_t row = first * length, rows = sequences * length, size = width * width;
     const uint8_t* kept = a->kept ? (const uint8_t*)a->kept + row * bytes : nullptr;
     const float* grad = a->grad + row * width;

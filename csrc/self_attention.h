@@ -4,11 +4,12 @@
 //
 // A few sequences go through all of it while they are in the cache: queries, keys, values, scores
 // and their gradients are never in memory. The backward pass computes them anew from x and reads the
-// last mask, a bit an element. Widths are multiples of 16, in `self_attention_last` a head's too.
+// masks, a bit an element. Widths are multiples of 16, in `self_attention_last` a head's too.
 #pragma once
 
 #include <stdint.h>
 
+#include "attention.h"
 #include "isa.h"
 
 namespace fmrec {
@@ -28,8 +29,9 @@ struct SelfAttention {
     const float* query_scale;                     // [B, L]
     float* packed;                                // by pack_forward or pack_backward
     int64_t batch, length, width, heads;
-    // Dropout of the probabilities at `site`, and of the branch at the next one, whose masks are
-    // kept [B, positions that leave, mask_words]; null where nothing is dropped.
+    // Dropout of the probabilities at `site`, and of the branch at the next one. The masks are kept
+    // [B, positions that leave, kept_words]: the branch's, then, of all positions, those of the
+    // probabilities, head by head. Null where nothing is dropped.
     const int64_t* rows;  // [B]
     uint64_t seed;
     uint32_t site, threshold;
@@ -43,8 +45,11 @@ struct SelfAttention {
     int64_t parts;  // at most the number of groups
 };
 
-// 64-bit words of a row's mask.
+// 64-bit words of the branch's mask of a position, and of all that is kept of it.
 FMREC_INLINE int64_t self_attention_words(int64_t width) { return (width + 63) / 64; }
+FMREC_INLINE int64_t self_attention_kept_words(const SelfAttention* a) {
+    return self_attention_words(a->width) + a->heads * attention_words(a->length);
+}
 
 FMREC_INLINE int64_t self_attention_partial(int64_t width) {
     return SELF_ATTENTION_LAYERS * width * (width + 1) + 2 * width;

@@ -273,6 +273,46 @@ def test_threads_and_batches_change_no_bit(isa):
         assert torch.equal(a, b) and torch.equal(a[order], c)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.499, 0.5, 0.95])
+@pytest.mark.parametrize("length, width", [(63, 32), (64, 36), (65, 48), (128, 80)])
+def test_padding_at_any_rate(isa, length, width, p):
+    """Its queries sum what drops or what stays, whichever is less. Each sequence by itself: of
+    padding only, of one item, of padding but for a gap, of one position of padding."""
+    qkv, _, upstream = draw(4, length, width, 1)
+    rows, scale = torch.arange(4), torch.zeros(4, length)
+    scale[1, -1], scale[2, length // 3], scale[3, 1:] = width**-0.5, width**-0.5, width**-0.5
+    truth, same = (
+        results(
+            lambda x, t=dtype: written_out(x, scale.to(t), 1, p, rows, 0),
+            qkv.to(dtype),
+            upstream.to(dtype),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    mine = by_cpp(qkv, scale, upstream, 1, p)
+    for sequence in range(4):
+        for name, *three in zip(("out", "d_qkv"), mine, same, truth, strict=True):
+            assert_close_to_truth(*(t[sequence] for t in three), name=f"{name} of {sequence}")
+    assert not mine[1][0, :, : 2 * width].any()
+
+
+@pytest.mark.parametrize("p", [0.2, 0.8])
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_show_where_they_drop_too(isa, strange, p):
+    """As 0 times NaN does in the definition: in all queries, of the padding and others."""
+    qkv, scale, upstream = draw(4, 9, 32, 1)
+    scale[3, :5] = 0
+    qkv[3, 6, 64 + 3] = strange
+    upstream[3, 2, 5] = strange  # of a query of the padding
+    rows = torch.arange(4)
+    out, d_qkv = by_cpp(qkv, scale, upstream, 1, p)
+    right, d_right = results(lambda x: written_out(x, scale, 1, p, rows, 0), qkv, upstream)
+    assert torch.equal(out.isfinite(), right.isfinite())
+    assert torch.equal(d_qkv[:3].isfinite(), d_right[:3].isfinite())
+    assert torch.equal(d_qkv[..., 64:].isfinite(), d_right[..., 64:].isfinite())
+    assert not out[3, :, 3].isfinite().any() and not d_qkv[3, :, 64 + 5].isfinite().any()
+
+
 def test_nan_and_infinity_show(isa):
     for value in (float("nan"), float("inf")):
         for part in range(3):

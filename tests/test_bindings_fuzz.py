@@ -317,10 +317,16 @@ def self_attention(call: Call) -> tuple[int, int, int, int]:
     return b, length, 1 if last_only else length, d
 
 
+def kept_words(call: Call, length: int, d: int) -> int:
+    """Of a position: the branch's mask, and of all positions the probabilities' of each head."""
+    of_heads = call.plain["num_heads"] * (length // 64 + 1)
+    return -(-d // 64) + (0 if call.plain["last_only"] else of_heads)
+
+
 def self_attention_forward(call: Call) -> None:
-    b, _, positions, d = self_attention(call)
+    b, length, positions, d = self_attention(call)
     if call.plain["p"] > 0 or call.maybe("kept"):
-        call.integer_output("kept", b, positions, (d + 63) // 64)
+        call.integer_output("kept", b, positions, kept_words(call, length, d))
     call.output("out", b, positions, d)
 
 
@@ -328,7 +334,7 @@ def self_attention_backward(call: Call) -> None:
     b, length, positions, d = self_attention(call)
     call.floats("grad", b, positions, d)
     if call.plain["p"] > 0 or call.maybe("kept"):
-        call.integers("kept", b, positions, (d + 63) // 64)
+        call.integers("kept", b, positions, kept_words(call, length, d))
     call.output("d_x", b, length, d)
     for name in PARAMETERS:
         call.output(f"d_{name}", *call.arrays[name].array.shape)

@@ -266,7 +266,42 @@ def test_only_masks_are_kept():
     mine = {t.data_ptr() for t in given} | {SEED.data_ptr()}
     kept = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in mine]
     assert all(t.dtype == torch.int64 for t in kept)
-    assert sum(t.nbytes for t in kept) == 8 * 8 + 8 * 50 * 8  # the rows' names, a word a row
+    # The rows' names; of a row a word of the branch and one of each head.
+    assert sum(t.nbytes for t in kept) == 8 * 8 + 8 * 50 * 3 * 8
+
+
+@needs_cpp
+@pytest.mark.parametrize("length", [50, 64, 130])
+def test_the_masks_are_kept_as_bits_and_read(isa, length):
+    """Of a position the branch's channels, then each head's keys, in words of their own; where
+    there are kept masks, neither seed nor site nor rows count in the backward pass."""
+    x, scale, *parameters, grad = tensors(3, length, 80, 5, last_only=False)
+    native, bits = extension.load(), torch.arange(64)
+    rows, words = torch.arange(3) + 7, length // 64 + 1
+    kept = torch.empty(3, length, 2 + 5 * words, dtype=torch.int64)
+    given = [x.numpy(), scale.numpy(), [t.numpy() for t in parameters]]
+    native.self_attention_forward(
+        *given, rows.numpy(), 11, 4, 0.3, kept.numpy(), torch.empty_like(x).numpy(), 5, False, 2
+    )
+    found = (kept[..., None] >> bits & 1).bool()
+    of_keys, of_channels = masks(
+        x.shape, 0.3, num_heads=5, seed=torch.tensor(11), rows=rows, site=4
+    )
+    assert torch.equal(found[:, :, :2].flatten(2)[..., :80], of_channels)
+    assert not found[:, :, :2].flatten(2)[..., 80:].any()
+    by_heads = found[:, :, 2:].reshape(3, length, 5, 64 * words).transpose(1, 2)
+    assert torch.equal(by_heads[..., :length], of_keys.view(3, 5, length, length))
+    assert not by_heads[..., length:].any()
+
+    results = []
+    for names, seed, site in ((rows, 11, 4), (rows + 1, 12, 6)):
+        results.append([torch.empty_like(t) for t in (x, *parameters)])
+        d_x, *d_parameters = (t.numpy() for t in results[-1])
+        native.self_attention_backward(
+            grad.numpy(), *given, names.numpy(), seed, site, 0.3, kept.numpy(), d_x, d_parameters,
+            5, False, 2,
+        )  # fmt: skip
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 # Fewer rows than the kernels' least; of the second half of the last block, whose only position is

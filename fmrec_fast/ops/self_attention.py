@@ -52,7 +52,7 @@ def self_attention(
 
     The C++ kernels take a few sequences through all of it while they are in the cache, forward and
     backward: queries, keys, values and scores are never in memory, and what is kept for the
-    backward pass is `x` and the last masks, a bit an element. Queries that are scaled by 0 at a
+    backward pass is `x` and the masks, a bit an element. Queries that are scaled by 0 at a
     sequence's beginning (padding) are not computed. With `last_only` there are no keys and values
     either: (W_k^T q) . normed_t are scores that softmax cannot tell from the keys', so that the
     key's bias, on which nothing depends, gets a gradient of exactly 0.
@@ -158,11 +158,14 @@ def joins(x: Tensor, num_heads: int, last_only: bool, precision: str) -> bool:
     return x.shape[0] * x.shape[1] >= FEWEST_ROWS and not (is_wrapped(x) or is_dual(x))
 
 
-def _shapes(x: Tensor, p: float, last_only: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(
+    x: Tensor, p: float, num_heads: int, last_only: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the result, and of the masks that are kept: 64-bit words, none without dropout."""
     batch, length, width = x.shape
     leaving = (batch, 1 if last_only else length)
-    return (*leaving, width), (*leaving, -(-width // 64) if p > 0 else 0)
+    words = -(-width // 64) + (0 if last_only else num_heads * (length // 64 + 1))
+    return (*leaving, width), (*leaving, words if p > 0 else 0)
 
 
 def _forward(
@@ -170,7 +173,7 @@ def _forward(
     site: int, p: float, num_heads: int, last_only: bool, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result and the masks. All contiguous."""
-    shape, words = _shapes(x, p, last_only)
+    shape, words = _shapes(x, p, num_heads, last_only)
     out = memory.empty(*shape)
     kept = torch.empty(words, dtype=torch.int64)
     extension.load().self_attention_forward(
@@ -220,7 +223,7 @@ def _backward(
 
 
 class _SelfAttention(torch.autograd.Function):
-    """The C++ kernels; the last masks are kept, a bit an element, all else is computed anew."""
+    """The C++ kernels; the masks are kept, a bit an element, all else is computed anew."""
 
     @staticmethod
     def forward(ctx, x, query_scale, *rest):
@@ -299,8 +302,8 @@ def _registered_backward(
 
 @_registered.register_fake
 def _(x, query_scale, *rest):
-    p, _, last_only, _ = rest[-4:]
-    shape, words = _shapes(x, p, last_only)
+    p, num_heads, last_only, _ = rest[-4:]
+    shape, words = _shapes(x, p, num_heads, last_only)
     return x.new_empty(shape), x.new_empty(words, dtype=torch.int64)
 
 
