@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from fmrec_fast import extension
 from fmrec_fast.backend import Backend
 from fmrec_fast.kernels.plans import WIDTHS
 from fmrec_fast.models.blocks import TransformerStack
@@ -17,6 +19,7 @@ from fmrec_fast.reference.published import PublishedAttention, PublishedStack
 from fmrec_fast.testing import assert_close_to_truth, error_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("encoder")
+encoder_op = importlib.import_module("fmrec_fast.ops.encoder")
 HEADS = 4
 KERNELS = {Backend.CPP, Backend.TRITON}
 EVERY = ("padding", "short", "long", "full")
@@ -241,6 +244,31 @@ def test_pruning_is_the_same_function(shape, p, tap, attention):
         results.append([*outputs, *gradients(outputs, leaves, list(upstream))])
     for pruned, whole in zip(*results):
         torch.testing.assert_close(pruned, whole, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+@pytest.mark.parametrize("tap", [0, 1, 2])
+def test_a_tapped_position_comes_from_the_op_that_reads_it(tap, monkeypatch):
+    """In training; its gradient is to the bit that of a slice."""
+    x, mask, upstream = inputs(5, 17, 64)
+    stack, results = make_stack(64), []
+    for sliced in (False, True):
+        if sliced:
+            op = encoder_op.self_attention_and_last
+            monkeypatch.setattr(
+                encoder_op,
+                "self_attention_and_last",
+                lambda x, *rest, op=op, **options: (op(x, *rest, **options)[0], x[:, -1]),
+            )
+        leaf = x.clone().requires_grad_()
+        drop = StreamDropout(torch.tensor(5), torch.arange(5))
+        out, tapped = stack(leaf, mask, tap=tap, drop=drop, p=0.2)
+        assert (tapped.grad_fn.name() == "_SelfAttentionBackward") == (not sliced and tap < 2)
+        leaves = [leaf, *stack.parameters()]
+        both = torch.autograd.grad((out, tapped), leaves, list(upstream), retain_graph=True)
+        results.append([out, tapped, *both, *gradients(tapped, leaves, upstream[1])])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dropout_changes_the_result():

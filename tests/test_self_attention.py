@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fmrec_fast import TrainingDraws, dispatch_log, extension, training_losses, use_backend
 from fmrec_fast.backend import Backend
 from fmrec_fast.ops import dropout, self_attention
+from fmrec_fast.ops.self_attention import self_attention_and_last
 from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("self_attention")
@@ -302,6 +303,40 @@ def test_the_masks_are_kept_as_bits_and_read(isa, length):
             5, False, 2,
         )  # fmt: skip
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@needs_cpp
+@pytest.mark.parametrize("last_only", [False, True])
+def test_the_last_position_with_its_gradient(last_only):
+    """To the bit as of a slice, whichever of the two results is used, and as often as asked."""
+    given = tensors(5, 20, 32, 2, last_only)
+    leaves = [t.requires_grad_(i != 1) for i, t in enumerate(given[:-1])]
+    wanted = [leaves[0], *leaves[2:]]
+    grad, grad_last = given[-1], torch.randn(32, 5, generator=torch.Generator().manual_seed(1)).T
+    options = {"num_heads": 2, "seed": SEED, "last_only": last_only}
+    with use_backend("cpp"):
+        sliced = self_attention(*leaves, 0.2, **options), leaves[0][:, -1]
+        joint = self_attention_and_last(*leaves[:2], tuple(leaves[2:]), 0.2, **options)
+    assert torch.equal(sliced[0], joint[0]) and torch.equal(sliced[1], joint[1])
+    before = [t.clone() for t in (grad, grad_last)]
+    for used in ((0, 1), (0,), (1,), (0, 1)):
+        mine, other = (
+            torch.autograd.grad(
+                [results[i] for i in used],
+                wanted,
+                [(grad, grad_last)[i] for i in used],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for results in (joint, sliced)
+        )
+        for one, two in zip(mine, other, strict=True):
+            assert (one is None) == (two is None) and (one is None or torch.equal(one, two))
+    assert torch.equal(grad, before[0]) and torch.equal(grad_last, before[1])
+    with use_backend("reference"):
+        assert torch.equal(
+            self_attention_and_last(*leaves[:2], tuple(leaves[2:]), 0.2, **options)[1], sliced[1]
+        )
 
 
 # Fewer rows than the kernels' least; of the second half of the last block, whose only position is

@@ -27,7 +27,7 @@ from fmrec_fast.ops.feed_forward import joins as feed_forward_joins
 from fmrec_fast.ops.linear import check_precision, linear
 from fmrec_fast.ops.rms_norm import rms_norm
 from fmrec_fast.ops.self_attention import joins as self_attention_joins
-from fmrec_fast.ops.self_attention import self_attention
+from fmrec_fast.ops.self_attention import self_attention_and_last
 from fmrec_fast.reference import encoder as reference
 from fmrec_fast.reference.encoder import (
     FAVE,
@@ -40,6 +40,7 @@ from fmrec_fast.reference.encoder import (
     Paths,
     SelfAttend,
     Variant,
+    dropout_sites,
     no_drop,
     no_paths,
 )
@@ -160,7 +161,8 @@ def encoder(
         return _encoder_cpp(x, mask, blocks, num_heads, tap, first_key_bias, precision)
     if backend is Backend.TRITON:
         return _encoder_triton(x, mask, blocks, num_heads, tap, precision)
-    return reference.encoder(
+    read: list[Tensor] = []
+    out, tapped = reference.encoder(
         x,
         mask,
         blocks,
@@ -177,11 +179,12 @@ def encoder(
         linear=partial(linear, precision=linear_precision),
         norm=_norm,
         attend=_attend(drop, p),
-        self_attend=_self_attend(x, drop, linear_precision),
+        self_attend=_self_attend(x, drop, linear_precision, tap, read),
         feed=_feed(x, drop, linear_precision),
         precision=precision,
         first_key_bias=first_key_bias,
     )
+    return out, read[0] if read else tapped
 
 
 def kernel_declines(
@@ -271,10 +274,15 @@ def _attend(drop: Drop, p: float) -> Attend | None:
     return _attend_without_dropout if drop is no_drop or p == 0 else None
 
 
-def _self_attend(x: Tensor, drop: Drop, precision: str) -> SelfAttend | None:
-    """A block's first half as one op: on a CPU, where masks come from the stream."""
+def _self_attend(
+    x: Tensor, drop: Drop, precision: str, tap: int | None, read: list[Tensor]
+) -> SelfAttend | None:
+    """A block's first half as one op: on a CPU, where masks come from the stream. `read` gets the
+    last position of block `tap`'s output from the op that reads it, which has its gradient for
+    less than a slice has it."""
     if candidate(x.device) is not Backend.CPP or not isinstance(drop, StreamDropout):
         return None
+    reads = None if tap is None else dropout_sites(tap + 1)[0]
 
     def self_attend(
         x: Tensor,
@@ -288,19 +296,14 @@ def _self_attend(x: Tensor, drop: Drop, precision: str) -> SelfAttend | None:
     ) -> Tensor | None:
         if w.norm1_bias is None or not self_attention_joins(x, num_heads, last_only, precision):
             return None
-        return self_attention(
+        weights = (
+            *(w.norm1_weight, w.norm1_bias, w.query_weight, w.query_bias, w.key_weight),
+            *(w.key_bias, w.value_weight, w.value_bias, w.output_weight, w.output_bias),
+        )
+        out, last = self_attention_and_last(
             x,
             query_scale,
-            w.norm1_weight,
-            w.norm1_bias,
-            w.query_weight,
-            w.query_bias,
-            w.key_weight,
-            w.key_bias,
-            w.value_weight,
-            w.value_bias,
-            w.output_weight,
-            w.output_bias,
+            weights,
             p,
             num_heads=num_heads,
             seed=drop.seed,
@@ -309,6 +312,9 @@ def _self_attend(x: Tensor, drop: Drop, precision: str) -> SelfAttend | None:
             last_only=last_only,
             precision=precision,
         )
+        if site == reads:
+            read.append(last)
+        return out
 
     return self_attend
 

@@ -84,6 +84,39 @@ def self_attention(
         *(norm_weight, norm_bias, query_weight, query_bias, key_weight, key_bias),
         *(value_weight, value_bias, output_weight, output_bias),
     )
+    out, _ = self_attention_and_last(
+        x,
+        query_scale,
+        weights,
+        p,
+        num_heads=num_heads,
+        seed=seed,
+        rows=rows,
+        site=site,
+        last_only=last_only,
+        precision=precision,
+    )
+    return out
+
+
+def self_attention_and_last(
+    x: Tensor,
+    query_scale: Tensor,
+    weights: tuple[Tensor, ...],
+    p: float,
+    *,
+    num_heads: int,
+    seed: Tensor,
+    rows: Tensor | None = None,
+    site: int = 0,
+    last_only: bool = False,
+    precision: str = "float32",
+) -> tuple[Tensor, Tensor]:
+    """`self_attention` (its parameters in a tuple) and ``x[:, -1]``.
+
+    The C++ kernel's backward pass adds the gradient of the latter to that of `x` where it has just
+    written it; a slice's own makes zeros as large as `x`, and a sum with them.
+    """
     sizes: dict[str, int] = {}
     check_shape("x", x, "B L D", sizes)
     check_shape("query_scale", query_scale, "B L", sizes)
@@ -118,15 +151,16 @@ def self_attention(
     constants = (site, p, num_heads, last_only, precision)
     if choose("self_attention", x, *weights, declined=declined) is Backend.CPP:
         if torch.compiler.is_compiling():
-            return torch.ops.fmrec_fast.self_attention(
+            out, _ = torch.ops.fmrec_fast.self_attention(
                 x, query_scale, *weights, rows, seed, *constants
-            )[0]
+            )
+            return out, x[:, -1]
         return _SelfAttention.apply(x, query_scale, *weights, rows, seed, constants)
-    return reference.self_attention(
+    out = reference.self_attention(
         x,
         query_scale,
-        *weights,
-        p,
+        **named,
+        p=p,
         num_heads=num_heads,
         seed=seed,
         rows=rows,
@@ -134,6 +168,7 @@ def self_attention(
         last_only=last_only,
         precision=precision,
     )
+    return out, x[:, -1]
 
 
 NAMES = (
@@ -227,20 +262,27 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query_scale, *rest):
+        ctx.set_materialize_grads(False)
         *weights, rows, seed, constants = rest
         x, query_scale, rows, *weights = (t.contiguous() for t in (x, query_scale, rows, *weights))
         out, kept = _forward(x, query_scale, tuple(weights), rows, seed, *constants)
         ctx.save_for_backward(x, query_scale, rows, kept, seed, *weights)
         ctx.constants = constants
-        return out
+        return out, x[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_last):
         x, query_scale, rows, kept, seed, *weights = ctx.saved_tensors
+        if grad is None:  # only the last position is used
+            d_x = torch.zeros_like(x)
+            d_x[:, -1] = grad_last
+            return d_x, *[None] * 14
         d_x, *d_weights = _backward(
             grad, x, query_scale, tuple(weights), rows, kept, seed, *ctx.constants
         )
+        if grad_last is not None:
+            d_x[:, -1] += grad_last
         return d_x, None, *d_weights, None, None, None
 
 
