@@ -36,11 +36,17 @@ struct Head {
     int64_t width, keys, groups, mask_words;  // padded; groups of channels
 };
 
+// Groups of keys that are drawn of a query: some more than there are, where that is less work.
+int64_t groups_of(const Attention* a, int64_t keys) {
+    const int64_t groups = (a->length + 3) / 4, padded = keys / 4;
+    return padded * 4 <= groups * 5 && shares_groups((uint64_t)padded) ? padded : groups;
+}
+
 int64_t lay_out(const Attention* a, float* memory, Head* h) {
     float* const start = memory;
     h->width = round_up(a->channels / a->heads, UNIT);
     h->keys = round_up(a->length, UNIT);
-    h->groups = (a->length + 3) / 4;
+    h->groups = groups_of(a, h->keys);
     h->mask_words = attention_words(a->length);
     const int64_t rows = 64 * h->mask_words;
     float** const parts[] = {&h->query, &h->key, &h->transposed, &h->mixed};

@@ -35,6 +35,17 @@ FMREC_INLINE u64v multiply_low_halves(u64v a, u64v b) {
 #endif
 }
 
+// Each lane's low half of a, and above it that of b.
+FMREC_INLINE u64v low_halves(u64v a, u64v b) {
+#if defined(__AVX512F__)
+    return (u64v)_mm512_mask_moveldup_ps((__m512)a, 0xAAAA, (__m512)b);
+#elif defined(__AVX2__)
+    return (u64v)_mm256_blend_ps((__m256)a, _mm256_moveldup_ps((__m256)b), 0xAA);
+#else
+    return (a & 0xFFFFFFFFu) | (b << 32);
+#endif
+}
+
 // Lane l of a vector works for counter LANE_COUNTER(l) of the vector's LANES consecutive ones:
 // the even lanes for the first half, the odd lanes for the second. So interleaving two vectors
 // within each 128 bits, which is one cheap instruction, leaves the channels in order.
@@ -73,13 +84,56 @@ FMREC_INLINE f32v interleave_low32(f32v a, f32v b) { return f32v{a[0], b[0], a[1
 FMREC_INLINE f32v interleave_high32(f32v a, f32v b) { return f32v{a[2], b[2], a[3], b[3]}; }
 #endif
 
-// Ten rounds over IN_FLIGHT vectors of counters c0..c3, in place. The key is one pair of words.
-FMREC_INLINE void philox(u64v c0[IN_FLIGHT], u64v c1[IN_FLIGHT], u64v c2[IN_FLIGHT],
-                         u64v c3[IN_FLIGHT], uint32_t k0, uint32_t k1) {
-    const u64v m0 = broadcast64(0xD2511F53u), m1 = broadcast64(0xCD9E8D57u);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-        const u64v key0 = broadcast64(k0), key1 = broadcast64(k1);
+const uint32_t MULTIPLIER0 = 0xD2511F53u, MULTIPLIER1 = 0xCD9E8D57u;
+// What a round adds to the key's words.
+const uint32_t KEY_STEP0 = 0x9E3779B9u, KEY_STEP1 = 0xBB67AE85u;
+
+// What the counters of a call, (group, position, step, row), have in common: the key's two words,
+// the row, and the product of the step in round 1.
+struct StreamKey {
+    uint32_t k0, k1, row;
+    uint64_t step;
+};
+
+FMREC_INLINE StreamKey stream_key(uint32_t step, uint32_t row, uint64_t seed) {
+    return {(uint32_t)seed, (uint32_t)(seed >> 32), row, (uint64_t)step * MULTIPLIER1};
+}
+
+// What three of the ten rounds make of the group alone. Round 1 multiplies the group and the step,
+// round 2 what came of the position and of the group, and round 3 first what came of the group. So
+// where counters share their group's, each has 16 of 20 multiplications left.
+struct GroupRounds {
+    u64v early, c0, c2, c3;  // the first goes into round 2's c2, the others into round 3's
+};
+
+FMREC_INLINE GroupRounds group_rounds(StreamKey key, u64v group) {
+    const u64v m0 = broadcast64(MULTIPLIER0), m1 = broadcast64(MULTIPLIER1);
+    const u64v p = multiply_low_halves(group, m0);
+    const u64v q = multiply_low_halves((p >> 32) ^ broadcast64(key.row ^ key.k1), m1);
+    const u64v r = multiply_low_halves(
+        (q >> 32) ^ broadcast64((uint32_t)key.step ^ (key.k0 + KEY_STEP0)), m0);
+    return {p ^ broadcast64(key.k1 + KEY_STEP1), q ^ broadcast64(key.k0 + 2 * KEY_STEP0),
+            (r >> 32) ^ broadcast64(key.k1 + 2 * KEY_STEP1), r};
+}
+
+// The words c0..c3 of IN_FLIGHT vectors of counters.
+FMREC_INLINE void philox(StreamKey key, const GroupRounds groups[IN_FLIGHT],
+                         const u64v positions[IN_FLIGHT], u64v c0[IN_FLIGHT], u64v c1[IN_FLIGHT],
+                         u64v c2[IN_FLIGHT], u64v c3[IN_FLIGHT]) {
+    const u64v m0 = broadcast64(MULTIPLIER0), m1 = broadcast64(MULTIPLIER1);
+    const u64v step = broadcast64((uint32_t)(key.step >> 32) ^ key.k0);
+#pragma GCC unroll 4
+    for (int v = 0; v < IN_FLIGHT; ++v) {
+        const u64v p = multiply_low_halves(positions[v] ^ step, m0);
+        c1[v] = multiply_low_halves((p >> 32) ^ groups[v].early, m1);
+        c0[v] = (c1[v] >> 32) ^ groups[v].c0;
+        c2[v] = p ^ groups[v].c2;
+        c3[v] = groups[v].c3;
+    }
+#pragma GCC unroll 7
+    for (uint32_t round = 3; round < 10; ++round) {
+        const u64v key0 = broadcast64(key.k0 + round * KEY_STEP0);
+        const u64v key1 = broadcast64(key.k1 + round * KEY_STEP1);
 #pragma GCC unroll 4
         for (int v = 0; v < IN_FLIGHT; ++v) {
             const u64v product0 = multiply_low_halves(c0[v], m0);
@@ -89,8 +143,6 @@ FMREC_INLINE void philox(u64v c0[IN_FLIGHT], u64v c1[IN_FLIGHT], u64v c2[IN_FLIG
             c1[v] = product1;
             c3[v] = product0;
         }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
 }
 
@@ -197,70 +249,93 @@ FMREC_INLINE void start_walk(const CounterWalk* walk, Counters* c, uint64_t star
     advance(walk, c, start % walk->groups, walk->offset + start / walk->groups * walk->stride);
 }
 
-// The next COUNTERS counters' words, four u64v of IN_FLIGHT each, and moves on.
-FMREC_INLINE void next_words(const CounterWalk* walk, Counters* c, uint32_t step, uint32_t row,
-                             uint64_t seed, u64v w0[IN_FLIGHT], u64v w1[IN_FLIGHT],
-                             u64v w2[IN_FLIGHT], u64v w3[IN_FLIGHT]) {
-#pragma GCC unroll 4
-    for (int v = 0; v < IN_FLIGHT; ++v) {
-        w0[v] = c->group[v];
-        w1[v] = c->position[v];
-        w2[v] = broadcast64(step);
-        w3[v] = broadcast64(row);
-    }
-    philox(w0, w1, w2, w3, (uint32_t)seed, (uint32_t)(seed >> 32));
-    advance(walk, c, walk->advance_groups, walk->advance_positions);
+// Whether the counters of whole positions share what the first rounds make of their groups.
+FMREC_INLINE bool shares_groups(uint64_t groups) {
+    return COUNTERS % groups == 0 || groups % COUNTERS == 0;
 }
 
 FMREC_INLINE uint64_t round_up_counters(uint64_t count) {
     return (count + COUNTERS - 1) / COUNTERS * COUNTERS;
 }
 
+// Calls finish(done, w0, w1, w2, w3) with the words of COUNTERS counters, number start + done the
+// first of them, until `count` counters (rounded up to COUNTERS) had their turn.
+template <typename Finish>
+FMREC_INLINE void for_each_words(const CounterWalk* walk, uint64_t start, uint64_t count,
+                                 StreamKey key, const Finish& finish) {
+    u64v w0[IN_FLIGHT], w1[IN_FLIGHT], w2[IN_FLIGHT], w3[IN_FLIGHT];
+    GroupRounds rounds[IN_FLIGHT];
+    Counters c;
+    start_walk(walk, &c, start);
+    const uint64_t groups = walk->groups;
+    const bool narrow = COUNTERS % groups == 0;
+    if (narrow || (groups % COUNTERS == 0 && start % groups == 0 && count % groups == 0)) {
+        // The same groups come again with every COUNTERS counters; or, of whole positions, they are
+        // taken first for all of these, and then the next ones.
+        const uint64_t ahead = narrow ? (uint64_t)COUNTERS : groups;
+        const uint64_t positions = narrow ? walk->advance_positions : walk->stride;
+        for (uint64_t first = 0; first < groups; first += COUNTERS) {
+            Counters at = c;
+#pragma GCC unroll 4
+            for (int v = 0; v < IN_FLIGHT; ++v) rounds[v] = group_rounds(key, c.group[v] + first);
+            for (uint64_t done = first; done < count; done += ahead) {
+                philox(key, rounds, at.position, w0, w1, w2, w3);
+                finish(done, w0, w1, w2, w3);
+#pragma GCC unroll 4
+                for (int v = 0; v < IN_FLIGHT; ++v) at.position[v] += positions;
+            }
+        }
+        return;
+    }
+    for (uint64_t done = 0; done < count; done += COUNTERS) {
+#pragma GCC unroll 4
+        for (int v = 0; v < IN_FLIGHT; ++v) rounds[v] = group_rounds(key, c.group[v]);
+        philox(key, rounds, c.position, w0, w1, w2, w3);
+        finish(done, w0, w1, w2, w3);
+        advance(walk, &c, walk->advance_groups, walk->advance_positions);
+    }
+}
+
 // Raw words of `count` counters (rounded up to COUNTERS) into words[4 * count], channel order.
 static inline void fill_words(const CounterWalk* walk, uint64_t start, uint64_t count,
                               uint32_t step, uint32_t row, uint64_t seed, uint32_t* words) {
-    Counters c;
-    start_walk(walk, &c, start);
-    for (uint64_t done = 0; done < count; done += COUNTERS) {
-        u64v w0[IN_FLIGHT], w1[IN_FLIGHT], w2[IN_FLIGHT], w3[IN_FLIGHT];
-        next_words(walk, &c, step, row, seed, w0, w1, w2, w3);
+    for_each_words(
+        walk, start, count, stream_key(step, row, seed),
+        [=](uint64_t done, const u64v* w0, const u64v* w1, const u64v* w2, const u64v* w3) {
 #pragma GCC unroll 4
-        for (int v = 0; v < IN_FLIGHT; ++v) {
-            const u64v a = (w0[v] & 0xFFFFFFFFu) | (w1[v] << 32);
-            const u64v b = (w2[v] & 0xFFFFFFFFu) | (w3[v] << 32);
-            uint32_t* target = words + 4 * done + 4 * LANES * v;
-            store(target, interleave_low64(a, b));
-            store(target + 2 * LANES, interleave_high64(a, b));
-        }
-    }
+            for (int v = 0; v < IN_FLIGHT; ++v) {
+                const u64v a = low_halves(w0[v], w1[v]), b = low_halves(w2[v], w3[v]);
+                uint32_t* target = words + 4 * done + 4 * LANES * v;
+                store(target, interleave_low64(a, b));
+                store(target + 2 * LANES, interleave_high64(a, b));
+            }
+        });
 }
 
 // mean + scale * normal of `count` counters (rounded up to COUNTERS), channel order.
 static inline void fill_normals(const CounterWalk* walk, uint64_t start, uint64_t count,
                                 uint32_t step, uint32_t row, uint64_t seed, float mean,
                                 float scale, float* values) {
-    Counters c;
-    start_walk(walk, &c, start);
-    for (uint64_t done = 0; done < count; done += COUNTERS) {
-        u64v w0[IN_FLIGHT], w1[IN_FLIGHT], w2[IN_FLIGHT], w3[IN_FLIGHT];
-        next_words(walk, &c, step, row, seed, w0, w1, w2, w3);
+    for_each_words(
+        walk, start, count, stream_key(step, row, seed),
+        [=](uint64_t done, const u64v* w0, const u64v* w1, const u64v* w2, const u64v* w3) {
 #pragma GCC unroll 4
-        for (int v = 0; v < IN_FLIGHT; ++v) {
-            // Both Box-Muller pairs of a counter side by side: (w0, w2) and (w1, w3).
-            const u32v first = (u32v)((w0[v] & 0xFFFFFFFFu) | (w2[v] << 32));
-            const u32v second = (u32v)((w1[v] & 0xFFFFFFFFu) | (w3[v] << 32));
-            f32v u = to_uniform(first);
-            const f32v smallest = broadcast(1.0e-7f);
-            u = u > smallest ? u : smallest;
-            const f32v radius = square_root(-2.0f * logarithm(u)) * scale;
-            f32v sine, cosine;
-            sine_cosine(to_uniform(second) * 6.283185307179586f, &sine, &cosine);
-            const f32v even = mean + radius * cosine, odd = mean + radius * sine;
-            float* target = values + 4 * done + 4 * LANES * v;
-            store(target, interleave_low32(even, odd));
-            store(target + 2 * LANES, interleave_high32(even, odd));
-        }
-    }
+            for (int v = 0; v < IN_FLIGHT; ++v) {
+                // Both Box-Muller pairs of a counter side by side: (w0, w2) and (w1, w3).
+                const u32v first = (u32v)low_halves(w0[v], w2[v]);
+                const u32v second = (u32v)low_halves(w1[v], w3[v]);
+                f32v u = to_uniform(first);
+                const f32v smallest = broadcast(1.0e-7f);
+                u = u > smallest ? u : smallest;
+                const f32v radius = square_root(-2.0f * logarithm(u)) * scale;
+                f32v sine, cosine;
+                sine_cosine(to_uniform(second) * 6.283185307179586f, &sine, &cosine);
+                const f32v even = mean + radius * cosine, odd = mean + radius * sine;
+                float* target = values + 4 * done + 4 * LANES * v;
+                store(target, interleave_low32(even, odd));
+                store(target + 2 * LANES, interleave_high32(even, odd));
+            }
+        });
 }
 
 }  // namespace

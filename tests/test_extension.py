@@ -50,6 +50,8 @@ SHAPES = [
     (5, 50, 96),
     (2, 0, 4),
     (2, 3, 2100),
+    (3, 9, 128),  # whole positions of whole vectors, a few at a time and more
+    (2, 5, 512),
     (9, 51, 99),  # enough work for two threads
 ]
 
