@@ -1,6 +1,6 @@
-// C = A B (+ bias) on AMX tiles of 16-bit numbers, accurate to float32 by splitting the operands.
+// C = A B (+ bias) on AMX tiles of 16- or 8-bit numbers, accurate to float32 by splitting the operands.
 //
-// A float32 number is the sum of three bfloat16: a = a0 + a1 + a2, each the remainder rounded to
+// Floats: a float32 number is the sum of three bfloat16: a = a0 + a1 + a2, each the remainder rounded to
 // nearest. Of the nine products of the parts, here called planes, the six a_i b_j with
 // i + j <= 2 are kept; those dropped are below 2^-24 |a b|. With two planes (three products) the
 // result is closer than operands rounded to tf32 give; with one it is the product of the operands
@@ -12,7 +12,17 @@
 // power of two that brings its largest number to 2^14 or more; the sums are multiplied by the inverse
 // of both. Numbers below 2^-39 of the largest of their row or column count as 0.
 //
-// Infinity and NaN: where an operand is not finite, or so large that rounding it to bfloat16 is
+// Bytes: every row of A and column of B is multiplied by a factor that brings its largest number to
+// 127.5 * 2^16 and rounded to integers, whose three digits to the base of 256, each from -128 to 127,
+// are the planes. Tiles of bytes are twice as deep in the same time, so that six products cost what
+// three of bfloat16s do. They are exact, as are the sums in 32 bits of those of equal i + j (up to a
+// depth of 2^15), of which each needs tiles of its own; the three sums meet as float32. What is dropped,
+// and what is left of numbers rounded to integers, is below 2^-23 of the largest of the row times the
+// largest of the column, at each step of the depth and of either sign: float32's own rounding, unless
+// those are far above the others. Numbers of rows and columns that have none above 2^-103 are rounded
+// to multiples of 2^-126.
+//
+// Infinity and NaN: a row or column of bytes that has one is NaN as a whole. In floats, where an operand is not finite, or so large that rounding it to bfloat16 is
 // infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
 // infinity. Rows and columns keep apart.
 //
@@ -60,11 +70,14 @@ FMREC_INLINE uint16_t* row_of_planes(uint16_t* planes, int64_t rows, int64_t dep
 // The compiler does not know what a tile load reads.
 FMREC_INLINE void memory_is_written() { __asm__ volatile("" ::: "memory"); }
 
-// A block of sums, at most 32 x 32, and the first of its rows that is not finished.
+// A block of sums, at most 32 x 32 (of bytes one for each i + j, integers), and the first of its rows
+// that is not finished.
+constexpr int64_t SUMS = 32 * 32;
+
 struct SumsBlock {
     const float* sums;  // [height, 32]
     int64_t row, column, height, width, next;
-    const float *row_factors, *column_factors;  // of float16s
+    const float *row_factors, *column_factors;  // of float16s and bytes
 };
 
 // The sums of a piece of a block.
@@ -74,9 +87,18 @@ struct Sums {
 
     // A vector of row r's, from column j on.
     inline __attribute__((always_inline)) f32v at(int r, int64_t j) const {
-        const f32v sum = load(sums + 32 * r + j);
-        if constexpr (!in_float16(SPLIT)) return sum;
-        return sum * broadcast(row_factors[r]) * load(column_factors + j);
+        const float* const at = sums + 32 * r + j;
+        f32v sum;
+        if constexpr (!in_int8(SPLIT)) sum = load(at);
+        if constexpr (in_int8(SPLIT)) {
+            sum = integers(at) + integers(at + SUMS) * 0x1p-8f + integers(at + 2 * SUMS) * 0x1p-16f;
+        }
+        if constexpr (!has_factors(SPLIT)) return sum;
+        return sum * (broadcast(row_factors[r]) * load(column_factors + j));
+    }
+
+    inline __attribute__((always_inline)) static f32v integers(const float* at) {
+        return (f32v)_mm512_cvtepi32_ps(_mm512_loadu_si512(at));
     }
 };
 
@@ -116,14 +138,24 @@ template <int SPLIT, int STORED, int ROWS, int COLUMNS, typename Finish>
 static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles, float* sums,
                       SumsBlock* previous, Ahead* ahead, const Finish& finish) {
     constexpr int PLANES = planes_in(SPLIT);
-    constexpr bool HALF = in_float16(SPLIT);
+    constexpr bool HALF = in_float16(SPLIT), BYTES = in_int8(SPLIT);
     const int64_t steps = depth_tiles * (PLANES * (PLANES + 1) / 2);
     int64_t due = 0;  // pairs of rows, times steps
     memory_is_written();
-    _tile_zero(0);
-    if constexpr (COLUMNS > 1) _tile_zero(1);
-    if constexpr (ROWS > 1) _tile_zero(2);
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_zero(3);
+#define FMREC_ZERO                                               \
+    {                                                            \
+        _tile_zero(0);                                           \
+        if constexpr (COLUMNS > 1) _tile_zero(1);                \
+        if constexpr (ROWS > 1) _tile_zero(2);                   \
+        if constexpr (ROWS > 1 && COLUMNS > 1) _tile_zero(3);    \
+    }
+#define FMREC_STORE(to)                                                                    \
+    {                                                                                      \
+        _tile_stored(0, to, 128);                                                          \
+        if constexpr (COLUMNS > 1) _tile_stored(1, (to) + 16, 128);                        \
+        if constexpr (ROWS > 1) _tile_stored(2, (to) + 16 * 32, 128);                      \
+        if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, (to) + 16 * 32 + 16, 128);  \
+    }
 #define FMREC_LOAD_A(plane)                                                            \
     _tile_loadd(4, a + (plane) * ROWS * AMX_TILE, 64);                                 \
     if constexpr (ROWS > 1) _tile_loadd(5, a + ((plane) * ROWS + 1) * AMX_TILE, 64)
@@ -134,6 +166,8 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 #define FMREC_MULTIPLY(sum, a, b, vex, operands)                                       \
     if constexpr (HALF) {                                                              \
         __asm__ volatile(".byte 0xc4, 0xe2, " vex ", 0x5c, " operands);                \
+    } else if constexpr (BYTES) {                                                      \
+        _tile_dpbssd(sum, a, b);                                                       \
     } else {                                                                           \
         _tile_dpbf16ps(sum, a, b);                                                     \
     }
@@ -149,7 +183,25 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
         _mm_prefetch(ahead->at, _MM_HINT_T1);                                          \
         ahead->at += 64;                                                               \
     }
-    for (int64_t t = 0; t < depth_tiles; ++t) {
+    // The sum of most products first, which reads all of the operands.
+    for (int level = BYTES ? 2 : -1; level >= 0; --level) {
+        FMREC_ZERO
+        const uint16_t *const first_a = a, *const first_b = b;
+        for (int64_t t = 0; t < depth_tiles; ++t) {
+            for (int plane = 0; plane <= level; ++plane) {
+                FMREC_LOAD_A(plane);
+                FMREC_LOAD_B(level - plane);
+                FMREC_MULTIPLY_TILES
+            }
+            a += PLANES * ROWS * AMX_TILE;
+            b += planes_in(STORED) * COLUMNS * AMX_TILE;
+        }
+        a = first_a;
+        b = first_b;
+        FMREC_STORE(sums + level * SUMS)
+    }
+    if constexpr (!BYTES) FMREC_ZERO
+    for (int64_t t = 0; !BYTES && t < depth_tiles; ++t) {
         FMREC_LOAD_A(0);
         if constexpr (PLANES > 2) {
             FMREC_LOAD_B(2);
@@ -175,14 +227,13 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
         a += PLANES * ROWS * AMX_TILE;
         b += planes_in(STORED) * COLUMNS * AMX_TILE;
     }
+    if constexpr (!BYTES) FMREC_STORE(sums)
+#undef FMREC_ZERO
+#undef FMREC_STORE
 #undef FMREC_LOAD_A
 #undef FMREC_LOAD_B
 #undef FMREC_MULTIPLY_TILES
 #undef FMREC_MULTIPLY
-    _tile_stored(0, sums, 128);
-    if constexpr (COLUMNS > 1) _tile_stored(1, sums + 16, 128);
-    if constexpr (ROWS > 1) _tile_stored(2, sums + 16 * 32, 128);
-    if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, sums + 16 * 32 + 16, 128);
     memory_is_written();
 }
 
@@ -197,11 +248,12 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
                              int64_t columns, const Finish& finish,
                              const uint16_t* next = nullptr) {
     constexpr int PLANES = planes_in(SPLIT);
-    constexpr bool HALF = in_float16(SPLIT);
+    constexpr bool FACTORS = has_factors(SPLIT);
     static_assert(PLANES >= 1 && PLANES <= planes_in(STORED), "one to three planes");
-    static_assert(HALF ? STORED == SPLIT && PLANES < 3 : !in_float16(STORED), "of one type");
-    const int64_t depth_tiles = round_to(depth, 32) / 32;
-    alignas(64) float memory[2][32 * 32];
+    static_assert(FACTORS ? STORED == SPLIT : !has_factors(STORED), "of one type");
+    static_assert(in_float16(SPLIT) ? PLANES < 3 : PLANES == 3 || !in_int8(SPLIT), "of use");
+    const int64_t depth_tiles = round_to(depth, depth_of_tile(SPLIT)) / depth_of_tile(SPLIT);
+    alignas(64) float memory[2][in_int8(SPLIT) ? 3 * SUMS : SUMS];
     SumsBlock previous = {memory[1], 0, 0, 0, 0, 0, nullptr, nullptr};
     int turn = 0;
     const int64_t size = next ? 2 * amx_columns_size(depth, columns, STORED) : 0;
@@ -213,12 +265,12 @@ FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth
         const uint16_t* left = a + i * amx_row_size(depth, SPLIT);
         const float* const row_factors = (const float*)left;
         const int64_t height = rows - i < 32 ? rows - i : 32;
-        if (HALF) left += height > 16 ? 64 : 32;
+        if (FACTORS) left += height > 16 ? 64 : 32;
         for (int64_t j = 0; j < columns; j += 32, turn ^= 1) {
             const uint16_t* right = b + j * amx_row_size(depth, STORED);
             const float* const column_factors = (const float*)right;
             const bool wide = columns - j > 16;
-            if (HALF) right += wide ? 64 : 32;
+            if (FACTORS) right += wide ? 64 : 32;
             float* sums = memory[turn];
             if (height > 16) {
                 if (wide) {

@@ -68,14 +68,33 @@ FMREC_INLINE void split_halves(f32v x, f32v y, uint16_t* out, int64_t spacing) {
     }
 }
 
-// The factor that makes numbers of magnitude `largest` (their bits) 2^14 or more, and less than 2^15;
-// at most 2^126.
-FMREC_INLINE u32v factor_of(u32v largest) {
-    const u32v power = 268u - (largest >> 23);
-    return (u32v)_mm512_min_epu32((__m512i)power, _mm512_set1_epi32(253)) << 23;
+FMREC_INLINE __mmask16 not_finite(u32v bits) {
+    return _mm512_cmpgt_epu32_mask((__m512i)bits, _mm512_set1_epi32(0x7f7fffff));
 }
 
-FMREC_INLINE f32v inverse_of(f32v factor) { return (f32v)(0x7f000000u - (u32v)factor); }
+// What the sums are multiplied by, of rows or columns whose numbers are of magnitudes up to `largest`
+// (their bits). Of float16s the inverse of a power of two, at most 2^126, that makes the largest 2^14 or
+// more, and less than 2^15. Of bytes, in units of the highest digit, the inverse of what makes the
+// largest 8355700: a little less than 127 in all digits, for it may be rounded up.
+template <int SPLIT>
+FMREC_INLINE f32v inverse_factor(u32v largest) {
+    if constexpr (in_int8(SPLIT)) {
+        const f32v most = (f32v)_mm512_max_epu32((__m512i)largest, _mm512_set1_epi32(24 << 23));
+        return (f32v)_mm512_mask_mov_ps((__m512)(most * (0x1p16f / 8355700.0f)),
+                                        not_finite(largest), (__m512)broadcast(__builtin_nanf("")));
+    } else {
+        const u32v power = 268u - (largest >> 23);
+        return (f32v)(0x7f000000u -
+                      ((u32v)_mm512_min_epu32((__m512i)power, _mm512_set1_epi32(253)) << 23));
+    }
+}
+
+// The factor itself; NaN where the numbers are not all finite.
+template <int SPLIT>
+FMREC_INLINE f32v factor_of(f32v inverse) {
+    if constexpr (in_int8(SPLIT)) return 0x1p16f / inverse;
+    return (f32v)(0x7f000000u - (u32v)inverse);
+}
 
 template <bool FINITE>
 FMREC_INLINE u32v larger(u32v largest, f32v x) {
@@ -83,10 +102,6 @@ FMREC_INLINE u32v larger(u32v largest, f32v x) {
     if constexpr (!FINITE) return (u32v)_mm512_max_epu32((__m512i)largest, bits);
     const __mmask16 counts = _mm512_cmple_epu32_mask(bits, most);
     return (u32v)_mm512_mask_max_epu32((__m512i)largest, counts, (__m512i)largest, bits);
-}
-
-FMREC_INLINE bool overflows(u32v bits) {
-    return _mm512_cmpgt_epu32_mask((__m512i)bits, _mm512_set1_epi32(0x7f7fffff)) != 0;
 }
 
 // The largest of each of 16 vectors.
@@ -112,8 +127,8 @@ FMREC_INLINE u32v largest_of_each(const u32v* v) {
                                   _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
 }
 
-// The factors of a strip of `count` rows of memory.
-template <bool FINITE = false>
+// The inverse factors of a strip of `count` rows of memory.
+template <int SPLIT, bool FINITE = false>
 FMREC_INLINE f32v factors_of_rows(const float* from, int64_t row, int64_t count, int64_t depth) {
     u32v largest[16];
     const __mmask16 rest = (__mmask16)((1 << depth % 16) - 1);
@@ -130,14 +145,14 @@ FMREC_INLINE f32v factors_of_rows(const float* from, int64_t row, int64_t count,
         largest[i] = most;
     }
     const u32v most = largest_of_each(largest);
-    if constexpr (!FINITE) {
-        if (overflows(most)) return factors_of_rows<true>(from, row, count, depth);
+    if constexpr (!FINITE && !in_int8(SPLIT)) {
+        if (not_finite(most)) return factors_of_rows<SPLIT, true>(from, row, count, depth);
     }
-    return (f32v)factor_of(most);
+    return inverse_factor<SPLIT>(most);
 }
 
 // Of up to 64 columns of memory, a vector of each 16.
-template <bool FINITE = false>
+template <int SPLIT, bool FINITE = false>
 FMREC_INLINE void factors_of_columns(const float* from, int64_t row, int64_t columns, int64_t depth,
                                      f32v* factors) {
     u32v largest[4] = {};
@@ -153,14 +168,37 @@ FMREC_INLINE void factors_of_columns(const float* from, int64_t row, int64_t col
                 largest[v], (f32v)_mm512_maskz_loadu_ps(masks[v], from + k * row + 16 * v));
         }
     }
-    if constexpr (!FINITE) {
+    if constexpr (!FINITE && !in_int8(SPLIT)) {
         u32v most = {};
         for (int v = 0; v < 4; ++v) {
             most = (u32v)_mm512_max_epu32((__m512i)most, (__m512i)largest[v]);
         }
-        if (overflows(most)) return factors_of_columns<true>(from, row, columns, depth, factors);
+        if (not_finite(most)) {
+            return factors_of_columns<SPLIT, true>(from, row, columns, depth, factors);
+        }
     }
-    for (int v = 0; v < 4; ++v) factors[v] = (f32v)factor_of(largest[v]);
+    for (int v = 0; v < 4; ++v) factors[v] = inverse_factor<SPLIT>(largest[v]);
+}
+
+// --- bytes ------------------------------------------------------------------------------------
+
+// 16 quadruples of the digits of (w, x, y, z), rounded, of each plane; the first one has the highest.
+FMREC_INLINE void split_bytes(f32v w, f32v x, f32v y, f32v z, uint16_t* out, int64_t spacing) {
+    // 128 more in each digit makes them those of an unsigned number; then each is shifted back.
+    const uint32_t shift = 0x808080u, back = 0x80808080u;
+    const u32v a = (u32v)_mm512_cvtps_epi32((__m512)w) + shift;
+    const u32v b = (u32v)_mm512_cvtps_epi32((__m512)x) + shift;
+    const u32v c = (u32v)_mm512_cvtps_epi32((__m512)y) + shift;
+    const u32v d = (u32v)_mm512_cvtps_epi32((__m512)z) + shift;
+    // By pairs of bytes, even and odd digits.
+    const uint32_t even = 0x00ff00ffu;
+    const u32v ab = (a & even) | (b << 8 & ~even), cd = (c & even) | (d << 8 & ~even);
+    const u32v odd_ab = (a >> 8 & even) | (b & ~even), odd_cd = (c >> 8 & even) | (d & ~even);
+    const u32v highest = ab >> 16 | (cd & 0xffff0000u), lowest = (ab & 0xffffu) | cd << 16;
+    const u32v middle = (odd_ab & 0xffffu) | odd_cd << 16;
+    store(out, highest ^ back);
+    store(out + spacing * AMX_TILE, middle ^ back);
+    store(out + 2 * spacing * AMX_TILE, lowest ^ back);
 }
 
 // --- operands ---------------------------------------------------------------------------------
@@ -207,24 +245,24 @@ FMREC_INLINE void transpose_square(f32v* square) {
 // What lies next to each other in memory.
 enum Layout { DEPTH_INSIDE, STRIPS_INSIDE };
 
-// The inverses of the factors of an operand's rows or columns, to where they belong.
+// The inverse factors of an operand's rows or columns, to where they belong.
 template <int SPLIT, Layout LAYOUT>
 FMREC_INLINE void store_factors(const float* from, int64_t row, int64_t strips, int64_t depth,
                                 uint16_t* planes) {
     const int64_t size = 32 * amx_row_size(depth, SPLIT);
     if (LAYOUT == DEPTH_INSIDE) {
         for (int64_t s = 0; s < strips; s += 16) {
-            const f32v factors = factors_of_rows(from + s * row, row, strips - s, depth);
-            store((float*)(planes + s / 32 * size) + s % 32, inverse_of(factors));
+            store((float*)(planes + s / 32 * size) + s % 32,
+                  factors_of_rows<SPLIT>(from + s * row, row, strips - s, depth));
         }
         return;
     }
     for (int64_t s = 0; s < strips; s += 64) {
         f32v factors[4];
-        factors_of_columns(from + s, row, strips - s, depth, factors);
+        factors_of_columns<SPLIT>(from + s, row, strips - s, depth, factors);
         for (int v = 0; v < 4 && s + 16 * v < strips; ++v) {
             const int64_t first = s + 16 * v;
-            store((float*)(planes + first / 32 * size) + first % 32, inverse_of(factors[v]));
+            store((float*)(planes + first / 32 * size) + first % 32, factors[v]);
         }
     }
 }
@@ -233,57 +271,56 @@ FMREC_INLINE void store_factors(const float* from, int64_t row, int64_t strips, 
 // and lies in memory in rows of `row` floats: [strips, depth] or [depth, strips].
 template <int SPLIT, bool LEFT, Layout LAYOUT>
 void amx_split(const float* from, int64_t row, int64_t strips, int64_t depth, uint16_t* planes) {
-    constexpr int PLANES = planes_in(SPLIT);
-    constexpr bool HALF = in_float16(SPLIT);
+    constexpr int PLANES = planes_in(SPLIT), SQUARES = depth_of_tile(SPLIT) / 16;
+    constexpr bool FACTORS = has_factors(SPLIT);
     const bool transposed = LEFT != (LAYOUT == DEPTH_INSIDE);
-    const int64_t depth_tiles = round_to(depth, 32) / 32;
+    const int64_t deep = depth_of_tile(SPLIT), depth_tiles = round_to(depth, deep) / deep;
     // Memory rows outside.
     const int64_t outer = LAYOUT == DEPTH_INSIDE ? round_to(strips, 16) / 16 : depth_tiles;
     const int64_t inner = LAYOUT == DEPTH_INSIDE ? depth_tiles : round_to(strips, 16) / 16;
-    if constexpr (HALF) store_factors<SPLIT, LAYOUT>(from, row, strips, depth, planes);
+    if constexpr (FACTORS) store_factors<SPLIT, LAYOUT>(from, row, strips, depth, planes);
     for (int64_t u = 0; u < outer; ++u) {
         for (int64_t v = 0; v < inner; ++v) {
             const int64_t strip = LAYOUT == DEPTH_INSIDE ? u : v;
             const int64_t tile = LAYOUT == DEPTH_INSIDE ? v : u;
-            const int64_t s = 16 * strip, k = 32 * tile;
+            const int64_t s = 16 * strip, k = deep * tile;
             const int64_t spacing = strips - s / 32 * 32 > 16 ? 2 : 1;
             uint16_t* const pair = planes + strip / 2 * 32 * amx_row_size(depth, SPLIT);
-            uint16_t* const out = pair + (HALF ? 32 * spacing : 0) +
+            uint16_t* const out = pair + (FACTORS ? 32 * spacing : 0) +
                                   (tile * PLANES * spacing + strip % 2) * AMX_TILE;
-            f32v x[16], y[16];
-            if (LAYOUT == DEPTH_INSIDE) {
-                const float* at = from + s * row + k;
-                load_square(at, row, strips - s, depth - k, x);
-                load_square(at + 16, row, strips - s, depth - k - 16, y);
-            } else {
-                const float* at = from + k * row + s;
-                load_square(at, row, depth - k, strips - s, x);
-                load_square(at + 16 * row, row, depth - k - 16, strips - s, y);
+            f32v x[SQUARES][16], factors;
+            alignas(64) float each[16];
+            if constexpr (FACTORS) {
+                factors = factor_of<SPLIT>(load((const float*)pair + strip % 2 * 16));
+                store(each, factors);
             }
-            if constexpr (HALF) {
-                const float* const inverses = (const float*)pair + strip % 2 * 16;
-                const f32v factors = inverse_of(load(inverses));
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) {
-                    const f32v factor =
-                        LAYOUT == DEPTH_INSIDE ? inverse_of(broadcast(inverses[i])) : factors;
-                    x[i] *= factor;
-                    y[i] *= factor;
+#pragma GCC unroll 4
+            for (int q = 0; q < SQUARES; ++q) {
+                const int64_t at = k + 16 * q;
+                if (LAYOUT == DEPTH_INSIDE) {
+                    load_square(from + s * row + at, row, strips - s, depth - at, x[q]);
+                } else {
+                    load_square(from + at * row + s, row, depth - at, strips - s, x[q]);
                 }
-            }
-            if (transposed) {
-                transpose_square(x);
-                transpose_square(y);
+                if constexpr (FACTORS) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < 16; ++i) {
+                        x[q][i] *= LAYOUT == DEPTH_INSIDE ? broadcast(each[i]) : factors;
+                    }
+                }
+                if (transposed) transpose_square(x[q]);
             }
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) {
-                if constexpr (HALF && LEFT) {
-                    split_halves<PLANES, false>(x[i], y[i], out + i * 32, spacing);
-                } else if constexpr (HALF) {
-                    const f32v* const two = i < 8 ? x + 2 * i : y + 2 * i - 16;
+                if constexpr (in_int8(SPLIT)) {
+                    split_bytes(x[0][i], x[1][i], x[2][i], x[3][i], out + i * 32, spacing);
+                } else if constexpr (in_float16(SPLIT) && LEFT) {
+                    split_halves<PLANES, false>(x[0][i], x[1][i], out + i * 32, spacing);
+                } else if constexpr (in_float16(SPLIT)) {
+                    const f32v* const two = x[i / 8] + 2 * (i % 8);
                     split_halves<PLANES, true>(two[0], two[1], out + i * 32, spacing);
                 } else {
-                    split_pairs<PLANES>(x[i], y[i], out + i * 32, spacing);
+                    split_pairs<PLANES>(x[0][i], x[1][i], out + i * 32, spacing);
                 }
             }
         }

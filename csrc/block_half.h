@@ -20,11 +20,10 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // How an operand is split in float32, in tf32 and in bf16, and with AMX-FP16 in float32 and tf32:
 // where there are tiles.
-const int EXACT = 3;
 #if defined(__AMX_BF16__)
-const int HALVES = 2, ROUNDED = 1, EXACT_FP16 = FLOAT16 + 2, HALVES_FP16 = FLOAT16 + 1;
+const int EXACT = INT8 + 3, HALVES = 2, ROUNDED = 1, EXACT_FP16 = FLOAT16 + 2, HALVES_FP16 = FLOAT16 + 1;
 #else
-const int HALVES = EXACT, ROUNDED = EXACT, EXACT_FP16 = EXACT, HALVES_FP16 = EXACT;
+const int EXACT = 3, HALVES = EXACT, ROUNDED = EXACT, EXACT_FP16 = EXACT, HALVES_FP16 = EXACT;
 #endif
 
 // An operand as the products below read it: with AMX planes, else a matrix in memory.

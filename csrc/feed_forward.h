@@ -13,7 +13,7 @@
 namespace fmrec {
 
 // Rows of a chunk, and channels of the inner layer that are under way at a time.
-constexpr int64_t FEED_FORWARD_ROWS = 128, FEED_FORWARD_PANEL = 128;
+constexpr int64_t FEED_FORWARD_ROWS = 128, FEED_FORWARD_PANEL = 256;
 // Partial sums of the weights' gradients, at most: their number does not depend on the threads, so
 // neither do the results.
 constexpr int64_t FEED_FORWARD_PARTS = 8;

@@ -37,7 +37,7 @@ std::string supported_names() {
 }
 
 #ifdef FMREC_AMX
-// Whether the CPU has AMX-TILE, AMX-BF16 and AVX512-BF16, the system keeps their state (bits 17
+// Whether the CPU has AMX-TILE, AMX-BF16, AMX-INT8 and AVX512-BF16, the system keeps their state (bits 17
 // and 18 of XCR0), and this process may use it.
 bool amx_permitted() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -47,7 +47,8 @@ bool amx_permitted() {
     const unsigned tiles = (1u << 17) | (1u << 18);
     if ((low & tiles) != tiles) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if (!(d & (1u << 22)) || !(d & (1u << 24))) return false;  // AMX-BF16, AMX-TILE
+    const unsigned wanted = (1u << 22) | (1u << 24) | (1u << 25);  // AMX-BF16, AMX-TILE, AMX-INT8
+    if ((d & wanted) != wanted) return false;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return false;
     const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
