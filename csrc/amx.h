@@ -16,15 +16,15 @@
 // 127.5 * 2^16 and rounded to integers, whose three digits to the base of 256, each from -128 to 127,
 // are the planes. Tiles of bytes are twice as deep in the same time, so that six products cost what
 // three of bfloat16s do. They are exact, as are the sums in 32 bits of those of equal i + j (up to a
-// depth of 2^15), of which each needs tiles of its own; the three sums meet as float32. What is dropped,
-// and what is left of numbers rounded to integers, is below 2^-23 of the largest of the row times the
-// largest of the column, at each step of the depth and of either sign: float32's own rounding, unless
-// those are far above the others. Numbers of rows and columns that have none above 2^-103 are rounded
-// to multiples of 2^-126.
+// depth of 2^15), of which each needs tiles of its own; the three sums meet as float32. What is
+// dropped, and what is left of numbers rounded to integers, is below 2^-22 max|a| max|b| a product, of
+// the row and the column, and of either sign. That is float32's own rounding as long as one of the two
+// has no number far above its others; whoever calls sees to it. Numbers of rows and columns that have
+// none above 2^-103 are rounded to multiples of 2^-126.
 //
-// Infinity and NaN: a row or column of bytes that has one is NaN as a whole. In floats, where an operand is not finite, or so large that rounding it to bfloat16 is
-// infinite (3.39e38), its products with several planes are not finite, but may be NaN instead of
-// infinity. Rows and columns keep apart.
+// Infinity and NaN: a row or column of bytes that has one is NaN as a whole. In floats, where an
+// operand is not finite, or so large that rounding it to bfloat16 is infinite (3.39e38), its products
+// with several planes are not finite, but may be NaN instead of infinity. Rows and columns keep apart.
 //
 // Included by the kernel translation units of the instruction set amx only; everything here has
 // internal linkage. Every element of C is the same sum in the same order whatever tile it falls

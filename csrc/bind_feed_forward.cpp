@@ -40,14 +40,17 @@ void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
     a.scale = rate.scale;
 }
 
-const FeedForwardKernels& kernels_of(const std::string& precision) {
+const FeedForwardKernels& kernels_of(const FeedForward& a, const std::string& precision) {
     const int planes = training_planes_of(precision);
     const bool fp16 = isa() == Isa::amx_fp16;
     if (planes == 1) return FMREC_TABLE(feed_forward_bf16);
     if (planes == 2) {
         return fp16 ? FMREC_TABLE(feed_forward_tf32_fp16) : FMREC_TABLE(feed_forward_tf32);
     }
-    return fp16 ? FMREC_TABLE(feed_forward_float32_fp16) : FMREC_TABLE(feed_forward);
+    if (fp16) return FMREC_TABLE(feed_forward_float32_fp16);
+    const bool bytes = isa() == Isa::amx && no_outliers(a.w1, a.inner, a.width) &&
+                       no_outliers(a.w2, a.width, a.inner);
+    return bytes ? FMREC_TABLE(feed_forward_float32_int8) : FMREC_TABLE(feed_forward);
 }
 
 bool worth_it(const FeedForward& a) {
@@ -84,7 +87,7 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
     a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
     a.position_offset = static_cast<std::uint64_t>(read_int64(position_offset, "position_offset"));
     a.position_stride = static_cast<std::uint64_t>(read_int64(position_stride, "position_stride"));
-    const FeedForwardKernels& kernels = kernels_of(precision);
+    const FeedForwardKernels& kernels = kernels_of(a, precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -135,7 +138,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
     const MaskWords kept =
         masks_to_read(kept_, p, KEPT, {a.batch, a.positions, mask_words(a.width, a.inner)});
     a.kept = kept.words;
-    const FeedForwardKernels& kernels = kernels_of(precision);
+    const FeedForwardKernels& kernels = kernels_of(a, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     float* const sums_to[] = {target(d_b1), target(d_b2), target(d_norm_weight),

@@ -42,7 +42,8 @@ void check_parameter(const py::array& array, int i, std::int64_t width) {
 }
 
 // Of the last position the layers' products are few, and always in float32.
-const SelfAttentionKernels& kernels_of(bool last_only, const std::string& precision) {
+const SelfAttentionKernels& kernels_of(const SelfAttention& a, bool last_only,
+                                       const std::string& precision) {
     const int planes = training_planes_of(precision);
     if (last_only) return FMREC_TABLE(self_attention_last);
     const bool fp16 = isa() == Isa::amx_fp16;
@@ -50,7 +51,12 @@ const SelfAttentionKernels& kernels_of(bool last_only, const std::string& precis
     if (planes == 2) {
         return fp16 ? FMREC_TABLE(self_attention_tf32_fp16) : FMREC_TABLE(self_attention_tf32);
     }
-    return fp16 ? FMREC_TABLE(self_attention_float32_fp16) : FMREC_TABLE(self_attention);
+    if (fp16) return FMREC_TABLE(self_attention_float32_fp16);
+    bool bytes = isa() == Isa::amx;
+    for (int i = 0; bytes && i < SELF_ATTENTION_LAYERS; ++i) {
+        bytes = no_outliers(a.weights[i], a.width, a.width);
+    }
+    return bytes ? FMREC_TABLE(self_attention_float32_int8) : FMREC_TABLE(self_attention);
 }
 
 void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
@@ -127,7 +133,7 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     const MaskWords kept = masks_to_write(
         kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)}, in.x, out);
     a.kept = kept.words;
-    const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
+    const SelfAttentionKernels& kernels = kernels_of(a, last_only, precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -175,7 +181,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
     const MaskWords kept =
         masks_to_read(kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)});
     a.kept = kept.words;
-    const SelfAttentionKernels& kernels = kernels_of(last_only, precision);
+    const SelfAttentionKernels& kernels = kernels_of(a, last_only, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     py::gil_scoped_release release;

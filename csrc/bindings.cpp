@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "parallel.h"
 
@@ -150,6 +151,29 @@ int training_planes_of(const std::string& precision) {
                               isa_name(isa()));
     }
     return planes;
+}
+
+bool no_outliers(const float* matrix, std::int64_t rows, std::int64_t columns) {
+    constexpr float MOST = 64.0f;  // squared
+    std::vector<float> largest(columns, 0.0f), squares(columns, 0.0f);
+    for (std::int64_t i = 0; i < rows; ++i) {
+        const float* const row = matrix + i * columns;
+        float top = 0.0f, sum = 0.0f;
+#pragma omp simd reduction(max : top) reduction(+ : sum)
+        for (std::int64_t j = 0; j < columns; ++j) {
+            const float square = row[j] * row[j];
+            top = square > top ? square : top;
+            sum += square;
+            largest[j] = square > largest[j] ? square : largest[j];
+            squares[j] += square;
+        }
+        // NaN and infinity are not within.
+        if (!(top * columns <= MOST * sum) || !std::isfinite(sum)) return false;
+    }
+    for (std::int64_t j = 0; j < columns; ++j) {
+        if (!(largest[j] * rows <= MOST * squares[j])) return false;
+    }
+    return true;
 }
 
 DropoutRate dropout_rate(double p) {

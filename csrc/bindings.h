@@ -79,6 +79,11 @@ int planes_of(const std::string& precision);
 // throws. 'tf32' is then float32, which is closer.
 int training_planes_of(const std::string& precision);
 
+// Whether every number of a matrix is finite and within 8 times the root mean square of its row, and
+// of its column. Tiles of bytes (csrc/amx.h) round a row to multiples of its largest number: one
+// operand may have a number far above the others, but not both.
+bool no_outliers(const float* matrix, std::int64_t rows, std::int64_t columns);
+
 // Dropout keeps what meets a word of the stream that is at least the threshold, times scale.
 struct DropoutRate {
     std::uint32_t threshold;

@@ -18,12 +18,14 @@ FMREC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : 
 
 // --- products --------------------------------------------------------------------------------
 
-// How an operand is split in float32, in tf32 and in bf16, and with AMX-FP16 in float32 and tf32:
-// where there are tiles.
+// How an operand is split in float32, in tf32 and in bf16, in float32 where no weight is far above the
+// others, and with AMX-FP16 in float32 and tf32: where there are tiles.
 #if defined(__AMX_BF16__)
-const int EXACT = INT8 + 3, HALVES = 2, ROUNDED = 1, EXACT_FP16 = FLOAT16 + 2, HALVES_FP16 = FLOAT16 + 1;
+const int EXACT = 3, HALVES = 2, ROUNDED = 1, EXACT_INT8 = INT8 + 3;
+const int EXACT_FP16 = FLOAT16 + 2, HALVES_FP16 = FLOAT16 + 1;
 #else
-const int EXACT = 3, HALVES = EXACT, ROUNDED = EXACT, EXACT_FP16 = EXACT, HALVES_FP16 = EXACT;
+const int EXACT = 3, HALVES = EXACT, ROUNDED = EXACT, EXACT_INT8 = EXACT;
+const int EXACT_FP16 = EXACT, HALVES_FP16 = EXACT;
 #endif
 
 // An operand as the products below read it: with AMX planes, else a matrix in memory.

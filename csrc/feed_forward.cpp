@@ -265,6 +265,7 @@ namespace FMREC_ISA {
 extern const FeedForwardKernels feed_forward = kernels<EXACT>();
 extern const FeedForwardKernels feed_forward_tf32 = kernels<HALVES>();
 extern const FeedForwardKernels feed_forward_bf16 = kernels<ROUNDED>();
+extern const FeedForwardKernels feed_forward_float32_int8 = kernels<EXACT_INT8>();
 extern const FeedForwardKernels feed_forward_float32_fp16 = kernels<EXACT_FP16>();
 extern const FeedForwardKernels feed_forward_tf32_fp16 = kernels<HALVES_FP16>();
 }  // namespace FMREC_ISA

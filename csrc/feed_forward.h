@@ -69,7 +69,8 @@ FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward)
 // With the operands of all products rounded, to two bfloat16s or to one; without AMX the same.
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_tf32)
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_bf16)
-// With tiles of float16s.
+// With tiles of bytes, and with those of float16s.
+FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_float32_int8)
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_float32_fp16)
 FMREC_DECLARE_TABLE(FeedForwardKernels, feed_forward_tf32_fp16)
 

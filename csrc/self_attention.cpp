@@ -302,6 +302,7 @@ namespace FMREC_ISA {
 extern const SelfAttentionKernels self_attention = kernels<EXACT>();
 extern const SelfAttentionKernels self_attention_tf32 = kernels<HALVES>();
 extern const SelfAttentionKernels self_attention_bf16 = kernels<ROUNDED>();
+extern const SelfAttentionKernels self_attention_float32_int8 = kernels<EXACT_INT8>();
 extern const SelfAttentionKernels self_attention_float32_fp16 = kernels<EXACT_FP16>();
 extern const SelfAttentionKernels self_attention_tf32_fp16 = kernels<HALVES_FP16>();
 }  // namespace FMREC_ISA

@@ -75,7 +75,8 @@ FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_last)
 // the same.
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_tf32)
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_bf16)
-// With tiles of float16s.
+// With tiles of bytes, and with those of float16s.
+FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_float32_int8)
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_float32_fp16)
 FMREC_DECLARE_TABLE(SelfAttentionKernels, self_attention_tf32_fp16)
 

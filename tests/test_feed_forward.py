@@ -15,7 +15,7 @@ from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("feed_forward")
 SEED = torch.tensor(-987654321987654321)
-# (B, P, D, F): rows beside the kernel's chunk of 128, inner widths beside its panel of 128, one
+# (B, P, D, F): rows beside the kernel's chunk of 128, inner widths beside its panel of 256, one
 # position of each row, a row longer than a chunk.
 SHAPES = [
     (5, 51, 32, 128),
@@ -160,6 +160,16 @@ def test_instruction_sets_and_threads(isa):
     for name, one, two, three, plain, right in zip(NAMES, *results, same, truth, strict=True):
         assert torch.equal(one, two) and torch.equal(one, three), f"{name} depends on the threads"
         assert_close_to_truth(one, plain, right, name=name)
+
+
+@needs_cpp
+def test_weights_far_above_the_others(isa):
+    """Tiles of bytes and of float16s scale rows and columns by their largest number."""
+    given = tensors(3, 50, 64, 272)
+    given[3][5, 7], given[3][100] = 300.0, 1e-3
+    given[5][9, 200], given[5][:, 17] = -200.0, 1e-3
+    options = {"seed": SEED, "rows": torch.arange(3), "site": 2}
+    check(use_backend("cpp"), given, 0.1, **options)
 
 
 @needs_cpp
