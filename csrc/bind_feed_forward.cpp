@@ -146,7 +146,7 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
     float *const to_w1 = target(d_w1), *const to_w2 = target(d_w2);
     py::gil_scoped_release release;
     const std::int64_t chunks =
-        (a.batch * a.positions + FEED_FORWARD_ROWS - 1) / FEED_FORWARD_ROWS;
+        (a.batch * a.positions + FEED_FORWARD_BACK_ROWS - 1) / FEED_FORWARD_BACK_ROWS;
     a.parts = chunks < FEED_FORWARD_PARTS ? chunks : FEED_FORWARD_PARTS;
     const std::int64_t part = feed_forward_partial(a.width, a.inner);
     const Floats partial = allocate_floats((a.parts > 0 ? a.parts : 1) * part, a.parts == 0);
@@ -166,9 +166,9 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
     float* const total = partial.get();
     add_parts(total, a.parts, part, num_threads);
     const std::int64_t size = a.width * a.inner;
-    for (std::int64_t f = 0; f < a.inner; f += FEED_FORWARD_PANEL) {
+    for (std::int64_t f = 0; f < a.inner; f += FEED_FORWARD_BACK_PANEL) {
         const std::int64_t columns =
-            a.inner - f < FEED_FORWARD_PANEL ? a.inner - f : FEED_FORWARD_PANEL;
+            a.inner - f < FEED_FORWARD_BACK_PANEL ? a.inner - f : FEED_FORWARD_BACK_PANEL;
         const float *const of_w1 = total + f * a.width, *const of_w2 = of_w1 + size;
         for (std::int64_t j = 0; j < columns; ++j) {
             float* to = to_w1 + (f + j) * a.width;

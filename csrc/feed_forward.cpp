@@ -7,6 +7,7 @@ namespace fmrec {
 namespace {
 
 const int64_t ROWS = FEED_FORWARD_ROWS, PANEL = FEED_FORWARD_PANEL;
+const int64_t BACK_ROWS = FEED_FORWARD_BACK_ROWS, BACK_PANEL = FEED_FORWARD_BACK_PANEL;
 
 // --- both directions --------------------------------------------------------------------------
 
@@ -20,19 +21,21 @@ template <int PLANES>
 int64_t lay_out(const FeedForward* a, float* memory, Scratch* s) {
     float* const start = memory;
     const int64_t width = a->width;
-    s->normed = take(&memory, ROWS * width);
-    s->d_normed = take(&memory, ROWS * width);
-    s->rows = take(&memory, ROWS * width);
-    s->inner = take(&memory, ROWS * PANEL);
-    s->slopes = take(&memory, ROWS * PANEL);
-    s->d_hidden = take(&memory, ROWS * PANEL);
-    s->sums = take(&memory, ROWS * PANEL);
-    s->left = take(&memory, left_size<PLANES>(ROWS, width));
-    s->transposed = take(&memory, left_size<PLANES>(width, ROWS));
-    s->left_rows = take(&memory, left_size<PLANES>(ROWS, width));
-    s->transposed_rows = take(&memory, left_size<PLANES>(width, ROWS));
-    s->left_hidden = take(&memory, left_size<PLANES>(ROWS, PANEL));
-    s->right = take(&memory, right_size<PLANES>(ROWS, PANEL));
+    constexpr int64_t MOST_ROWS = ROWS > BACK_ROWS ? ROWS : BACK_ROWS;
+    constexpr int64_t MOST_PANEL = PANEL > BACK_PANEL ? PANEL : BACK_PANEL;
+    s->normed = take(&memory, MOST_ROWS * width);
+    s->d_normed = take(&memory, MOST_ROWS * width);
+    s->rows = take(&memory, MOST_ROWS * width);
+    s->inner = take(&memory, MOST_ROWS * MOST_PANEL);
+    s->slopes = take(&memory, MOST_ROWS * MOST_PANEL);
+    s->d_hidden = take(&memory, MOST_ROWS * MOST_PANEL);
+    s->sums = take(&memory, MOST_ROWS * MOST_PANEL);
+    s->left = take(&memory, left_size<PLANES>(MOST_ROWS, width));
+    s->transposed = take(&memory, left_size<PLANES>(width, MOST_ROWS));
+    s->left_rows = take(&memory, left_size<PLANES>(MOST_ROWS, width));
+    s->transposed_rows = take(&memory, left_size<PLANES>(width, MOST_ROWS));
+    s->left_hidden = take(&memory, left_size<PLANES>(MOST_ROWS, MOST_PANEL));
+    s->right = take(&memory, right_size<PLANES>(MOST_ROWS, MOST_PANEL));
     s->words = (uint32_t*)take(&memory, words_size(a->inner > width ? a->inner : width));
     return memory - start;
 }
@@ -51,8 +54,11 @@ FMREC_INLINE int64_t panel_packed(const FeedForward* a, int64_t columns) {
 
 template <int PLANES>
 int64_t packed(const FeedForward* a) {
-    const int64_t panels = (a->inner + PANEL - 1) / PANEL;
-    return panels * (panel_packed<PLANES>(a, PANEL) + right_size<PLANES>(a->width, PANEL));
+    const auto all = [=](int64_t panel) {
+        return (a->inner + panel - 1) / panel *
+               (panel_packed<PLANES>(a, panel) + right_size<PLANES>(a->width, panel));
+    };
+    return all(PANEL) > all(BACK_PANEL) ? all(PANEL) : all(BACK_PANEL);
 }
 
 template <int PLANES>
@@ -70,8 +76,8 @@ void pack_forward(const FeedForward* a) {
 template <int PLANES>
 void pack_backward(const FeedForward* a) {
     float* to = a->packed;
-    for (int64_t f = 0; f < a->inner; f += PANEL) {
-        const int64_t columns = at_most(a->inner - f, PANEL);
+    for (int64_t f = 0; f < a->inner; f += BACK_PANEL) {
+        const int64_t columns = at_most(a->inner - f, BACK_PANEL);
         pack<PLANES>(a->w1 + f * a->width, 1, a->width, a->width, columns, to);
         to += right_size<PLANES>(a->width, columns);
         pack<PLANES>(a->w2 + f, a->inner, 1, a->width, columns, to);
@@ -179,8 +185,8 @@ void backward_chunk(const FeedForward* a, const Scratch* s, int64_t first, int64
     const Operand d_outer_transposed =
         left_transposed<PLANES>(s->rows, width, rows, width, s->transposed_rows);
     const float* weights = a->packed;
-    for (int64_t f = 0; f < inner; f += PANEL) {
-        const int64_t columns = at_most(inner - f, PANEL);
+    for (int64_t f = 0; f < inner; f += BACK_PANEL) {
+        const int64_t columns = at_most(inner - f, BACK_PANEL);
         const float* bias = a->b1 + f;
         float *const activated = s->inner, *const slopes = s->slopes;
         float* const d_hidden = s->d_hidden;
@@ -238,7 +244,7 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
     (void)tiles;
     Scratch s;
     lay_out<PLANES>(a, memory, &s);
-    const int64_t all = a->batch * a->positions, chunks = (all + ROWS - 1) / ROWS;
+    const int64_t all = a->batch * a->positions, chunks = (all + BACK_ROWS - 1) / BACK_ROWS;
     const int64_t size = a->width * a->inner;
     for (int64_t part = begin; part < end; ++part) {
         const int64_t count = feed_forward_partial(a->width, a->inner);
@@ -246,8 +252,8 @@ void backward(const FeedForward* a, int64_t begin, int64_t end, float* memory) {
         __builtin_memset(partial, 0, (size_t)count * sizeof(float));
         const int64_t last = chunks * (part + 1) / a->parts;
         for (int64_t chunk = chunks * part / a->parts; chunk < last; ++chunk) {
-            const int64_t first = chunk * ROWS;
-            backward_chunk<PLANES>(a, &s, first, at_most(all - first, ROWS), partial,
+            const int64_t first = chunk * BACK_ROWS;
+            backward_chunk<PLANES>(a, &s, first, at_most(all - first, BACK_ROWS), partial,
                                    partial + size, partial + 2 * size);
         }
     }

@@ -12,8 +12,10 @@
 
 namespace fmrec {
 
-// Rows of a chunk, and channels of the inner layer that are under way at a time.
+// Rows of a chunk, and channels of the inner layer that are under way at a time: the depths of the
+// products that add up, forward the result's and backward the weights' gradients.
 constexpr int64_t FEED_FORWARD_ROWS = 128, FEED_FORWARD_PANEL = 256;
+constexpr int64_t FEED_FORWARD_BACK_ROWS = 256, FEED_FORWARD_BACK_PANEL = 128;
 // Partial sums of the weights' gradients, at most: their number does not depend on the threads, so
 // neither do the results.
 constexpr int64_t FEED_FORWARD_PARTS = 8;
@@ -38,7 +40,7 @@ struct FeedForward {
     float scale;
     int64_t* kept;
     float* out;  // [M, D]; in the backward pass d_x
-    // Backward only. Of each part: d_w1 (transposed) and d_w2, a panel [D, FEED_FORWARD_PANEL or what
+    // Backward only. Of each part: d_w1 (transposed) and d_w2, a panel [D, FEED_FORWARD_BACK_PANEL or what
     // is left] after the other, and the sums d_b1 [F], d_b2, d_norm_weight and d_norm_bias [D].
     const float* grad;  // [M, D]
     float* partial;

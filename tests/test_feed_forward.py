@@ -15,7 +15,7 @@ from fmrec_fast.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.op("feed_forward")
 SEED = torch.tensor(-987654321987654321)
-# (B, P, D, F): rows beside the kernel's chunk of 128, inner widths beside its panel of 256, one
+# (B, P, D, F): rows beside the kernel's chunks of 128 and 256, inner widths beside its panels, one
 # position of each row, a row longer than a chunk.
 SHAPES = [
     (5, 51, 32, 128),
