@@ -54,7 +54,9 @@ def feed_forward(
         p: probability of dropping, in [0, 1).
         seed, rows, position_offset, position_stride: as in `dropout`.
         site: the first of the three sites.
-        precision: of the products, as in `linear`.
+        precision: of the products, as in `linear`. 'float32' on AMX is as close as PyTorch's own:
+            sums of bfloat16s, or of float16s (`amx_fp16`), or of integers, whose error is a part
+            of a row's largest number, while no weight is far above the others.
 
     Returns:
         [B, P, D]. Differentiable in all that is floating point. On a CPU the results do not depend

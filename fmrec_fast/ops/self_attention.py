@@ -68,8 +68,8 @@ def self_attention(
         rows: int64 [B]; None is 0 .. B-1.
         site: the first of the two sites.
         last_only: only the last position leaves.
-        precision: of the linear layers' products, as in `linear`; the kernel of the last position
-            always multiplies in float32.
+        precision: of the linear layers' products, as in `feed_forward`; the kernel of the last
+            position always multiplies in float32.
 
     Returns:
         [B, L, D], or [B, 1, D] with `last_only`. Differentiable in all that is floating point; the
