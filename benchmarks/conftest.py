@@ -123,6 +123,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 SUITE = pytest.StashKey[Suite]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FMRec's training first, as it runs in a process of its own: after other benchmarks' large
+    tensors glibc no longer unmaps them, and the published step takes 3 s instead of 3.8."""
+    items.sort(key=lambda item: item.path.name != "test_training_step.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SUITE] = Suite(config)
 

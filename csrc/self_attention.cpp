@@ -8,8 +8,16 @@ namespace {
 
 // Rows of the sequences that go through it together, at most; one sequence may have more.
 const int64_t ROWS = 160;
+// Of many sequences, in bytes: a weight's gradient sums whole tiles of 64 rows.
+const int64_t MORE_ROWS = 256, MANY = 64 * MORE_ROWS;
 
-int64_t group(const SelfAttention* a) { return a->length < ROWS ? ROWS / a->length : 1; }
+template <int PLANES>
+int64_t group(const SelfAttention* a) {
+    const bool bytes = PLANES == EXACT_INT8 && PLANES != EXACT;
+    const bool more = bytes && a->batch * a->length >= MANY;
+    const int64_t rows = more ? MORE_ROWS : ROWS;
+    return a->length < rows ? rows / a->length : 1;
+}
 
 struct Scratch {
     float *normed, *queries, *qkv, *mixed, *sums;
@@ -48,7 +56,7 @@ Attention attention_of(const SelfAttention* a, int64_t first, int64_t sequences,
 template <int PLANES>
 int64_t lay_out(const SelfAttention* a, float* memory, Scratch* s) {
     float* const start = memory;
-    const int64_t rows = group(a) * a->length, width = a->width;
+    const int64_t rows = group<PLANES>(a) * a->length, width = a->width;
     float** const parts[] = {&s->normed,   &s->queries, &s->mixed,    &s->sums,
                              &s->d_branch, &s->d_mixed, &s->d_normed, &s->d_queries};
     for (float** part : parts) *part = take(&memory, rows * width);
@@ -165,7 +173,7 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
     CounterWalk walk;
     make_walk(&walk, (uint64_t)width / 4, 0, 1);
     for (int64_t g = begin; g < end; ++g) {
-        const int64_t first = g * group(a), sequences = at_most(a->batch - first, group(a));
+        const int64_t first = g * group<PLANES>(a), sequences = at_most(a->batch - first, group<PLANES>(a));
         const int64_t row = first * length, rows = sequences * length;
         uint8_t* const kept = a->kept ? (uint8_t*)a->kept + row * bytes : nullptr;
         if (kept) {
@@ -273,7 +281,7 @@ void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory)
     (void)tiles;
     Scratch s;
     lay_out<PLANES>(a, memory, &s);
-    const int64_t size = group(a), groups = (a->batch + size - 1) / size;
+    const int64_t size = group<PLANES>(a), groups = (a->batch + size - 1) / size;
     for (int64_t part = begin; part < end; ++part) {
         const int64_t count = self_attention_partial(a->width);
         float* partial = a->partial + part * count;
@@ -287,7 +295,7 @@ void backward(const SelfAttention* a, int64_t begin, int64_t end, float* memory)
 
 template <int PLANES>
 constexpr SelfAttentionKernels kernels() {
-    return {group,
+    return {group<PLANES>,
             packed<PLANES>,
             scratch<PLANES>,
             pack_forward<PLANES>,

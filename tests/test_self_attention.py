@@ -14,14 +14,15 @@ from fmrec_fast.testing import assert_close_to_truth, make_sequences
 
 pytestmark = pytest.mark.op("self_attention")
 SEED = torch.tensor(-987654321987654321)
-# (B, L, D, H): sequences beside the kernel's groups of 160 rows (of 32 sequences with last_only),
-# a sequence longer than a group, heads beside whole vectors.
+# (B, L, D, H): sequences beside the kernel's groups of 160 rows (256 of many; of 32 sequences with
+# last_only), a sequence longer than a group, heads beside whole vectors.
 SHAPES = [
     (5, 51, 32, 2),
     (70, 2, 48, 3),
     (2, 170, 16, 1),
     (35, 3, 144, 3),
     (4, 50, 128, 4),
+    (332, 50, 16, 1),
 ]
 # Heads that the last position's kernel does not take.
 NARROW = [(7, 20, 32, 4), (3, 30, 48, 1)]
