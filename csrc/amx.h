@@ -87,14 +87,14 @@ struct Sums {
 
     // A vector of row r's, from column j on.
     inline __attribute__((always_inline)) f32v at(int r, int64_t j) const {
-        const float* const at = sums + 32 * r + j;
-        f32v sum;
-        if constexpr (!in_int8(SPLIT)) sum = load(at);
-        if constexpr (in_int8(SPLIT)) {
-            sum = integers(at) + integers(at + SUMS) * 0x1p-8f + integers(at + 2 * SUMS) * 0x1p-16f;
-        }
+        const f32v sum = unscaled(sums + 32 * r + j);
         if constexpr (!has_factors(SPLIT)) return sum;
         return sum * (broadcast(row_factors[r]) * load(column_factors + j));
+    }
+
+    inline __attribute__((always_inline)) static f32v unscaled(const float* at) {
+        if constexpr (!in_int8(SPLIT)) return load(at);
+        return integers(at) + integers(at + SUMS) * 0x1p-8f + integers(at + 2 * SUMS) * 0x1p-16f;
     }
 
     inline __attribute__((always_inline)) static f32v integers(const float* at) {
@@ -240,9 +240,10 @@ static void tile_sums(const uint16_t* a, const uint16_t* b, int64_t depth_tiles,
 // Calls finish(Rows<N>(), row, column, sums, width) on pieces of N rows of A B, 32 apart, 32 or 16
 // columns wide, in some order; columns is a multiple of 16. N is 2, of which the first row is even,
 // or 1; of `sums`, sums.at(r, j) are those of row + r from column + j on. A is split into SPLIT, B into
-// STORED, of which the first planes are used. finish must not write what A and B are in. The thread holds a TileState. `next` (or null) is the B that is multiplied
-// afterwards, about as large: in no cache, which is where a single sequence finds the weights, it
-// takes as long to read as this product takes.
+// STORED, of which the first planes are used. finish must not write what A and B are in. The thread
+// holds a TileState. `next` (or null) is the B that is multiplied afterwards, about as large: in no
+// cache, which is where a single sequence finds the weights, it takes as long to read as this product
+// takes.
 template <int SPLIT, int STORED, typename Finish>
 FMREC_INLINE void amx_blocks(const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
                              int64_t columns, const Finish& finish,

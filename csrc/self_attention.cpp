@@ -172,8 +172,9 @@ void forward(const SelfAttention* a, int64_t begin, int64_t end, float* memory) 
     const int64_t length = a->length, width = a->width, bytes = 8 * self_attention_kept_words(a);
     CounterWalk walk;
     make_walk(&walk, (uint64_t)width / 4, 0, 1);
+    const int64_t size = group<PLANES>(a);
     for (int64_t g = begin; g < end; ++g) {
-        const int64_t first = g * group<PLANES>(a), sequences = at_most(a->batch - first, group<PLANES>(a));
+        const int64_t first = g * size, sequences = at_most(a->batch - first, size);
         const int64_t row = first * length, rows = sequences * length;
         uint8_t* const kept = a->kept ? (uint8_t*)a->kept + row * bytes : nullptr;
         if (kept) {

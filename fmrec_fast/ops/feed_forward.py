@@ -55,8 +55,8 @@ def feed_forward(
         seed, rows, position_offset, position_stride: as in `dropout`.
         site: the first of the three sites.
         precision: of the products, as in `linear`. 'float32' on AMX is as close as PyTorch's own:
-            sums of bfloat16s, or of float16s (`amx_fp16`), or of integers, whose error is a part
-            of a row's largest number, while no weight is far above the others.
+            sums of bfloat16s, or of float16s (`amx_fp16`), or, while no weight is far above the
+            others, of integers, whose error is a part of a row's largest number.
 
     Returns:
         [B, P, D]. Differentiable in all that is floating point. On a CPU the results do not depend
