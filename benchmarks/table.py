@@ -189,14 +189,27 @@ def _readme_rows(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _machine(results: dict[str, Any]) -> tuple[str, str]:
+    """(device, allocator setting): what figures of one table have in common."""
+    machine = results["machine"]
+    setting = machine["allocator"]["setting"]
+    if machine["gpu"]:
+        return machine["gpu"], setting
+    # The first records do not name the instruction set; every machine they are of had AMX.
+    isa = machine["versions"].get("isa") or "amx"
+    tiles = "AMX" if isa.startswith("amx") else f"{isa.upper()}, no AMX"
+    return f"{machine['cpu']} ({tiles}), {machine['threads']} threads", setting
+
+
 def readme_table(folder: Path = RESULTS) -> str:
-    """The README's table: the newest full measurement of each case, by allocator setting."""
-    by_setting: dict[str, list[dict[str, Any]]] = {}
+    """The README's tables: the newest full measurement of each case, by device and allocator
+    setting."""
+    by_machine: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-full-*.json")):
         results = read_results(path)
-        by_setting.setdefault(results["machine"]["allocator"]["setting"], []).append(results)
+        by_machine.setdefault(_machine(results), []).append(results)
     parts = []
-    for setting, files in sorted(by_setting.items()):
+    for (device, setting), files in sorted(by_machine.items()):
         rows, used = [], []
         for record, results in newest(files):
             if record["op"] == "euler_sampler" and record["sizes"]["B"] not in README_BATCHES:
@@ -207,11 +220,9 @@ def readme_table(folder: Path = RESULTS) -> str:
             continue
         header = ("", "published", "tuned eager", "torch.compile", "fmrec_fast")
         table = grid([*header, "vs published", "vs torch.compile"], rows)
-        machine = used[-1]["machine"]
-        where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
         days = sorted({results["date"][:10] for results in used})
         parts.append(
-            f"Median seconds, {where}, torch {machine['versions']['torch']}, "
+            f"Median seconds, {device}, torch {used[-1]['machine']['versions']['torch']}, "
             f"V = {used[-1]['settings']['sizes']['items']:,}, allocator settings {setting} "
             f"({' to '.join(sorted({days[0], days[-1]}))}):\n\n{table}"
         )

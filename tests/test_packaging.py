@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"]
@@ -127,14 +128,25 @@ def test_skip_variable_is_checked():
     assert "FMREC_FAST_SKIP_CPP must be 0 or 1, got 'yes'" in result.stderr
 
 
-def test_constraints_pin_every_direct_dependency():
-    tomllib = pytest.importorskip("tomllib")
-    pins = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_pin_every_direct_dependency(python):
+    """To one version for each Python, which the requirement allows."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins: dict[str, str] = {}
+    for pin in map(Requirement, (line for line in lines if not line.startswith("#"))):
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert pin.name not in pins
+            (specifier,) = pin.specifier
+            assert specifier.operator == "=="
+            pins[pin.name] = specifier.version
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     requirements = [
         *config["build-system"]["requires"],
         *config["project"]["dependencies"],
         *(r for extra in config["project"]["optional-dependencies"].values() for r in extra),
     ]
-    names = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
-    assert names == set(pins)
+    wanted = [Requirement(requirement) for requirement in requirements]
+    assert {requirement.name for requirement in wanted} == set(pins)
+    for requirement in wanted:
+        assert pins[requirement.name] in requirement.specifier, requirement

@@ -1,5 +1,6 @@
 """Every command and every example of the README runs."""
 
+import json
 import re
 import shlex
 import shutil
@@ -81,6 +82,23 @@ def test_speed_table_is_the_one_made_from_the_results():
 
     table = re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.DOTALL).group(1)
     assert table.strip() == readme_table().strip()
+
+
+def test_speed_tables_are_one_for_each_device_and_instruction_set(tmp_path):
+    """A case measured on another device is a row of another table, not a newer one of the same."""
+    from benchmarks.table import RESULTS, readme_table
+
+    text = next(RESULTS.glob("*-full-training_step-default.json")).read_text()
+    changes = ({}, {"gpu": "GPU of a test"}, {"cpu": "CPU of a test"}, {"isa": "avx2"})
+    for number, change in enumerate(changes):
+        results = json.loads(text)
+        place = results["machine"]["versions"] if "isa" in change else results["machine"]
+        place.update(change)
+        (tmp_path / f"{number}-full-.json").write_text(json.dumps(results))
+    headings = [line for line in readme_table(tmp_path).splitlines() if line.startswith("Median")]
+    assert len(headings) == len(changes)
+    for name in ("GPU of a test, torch", "CPU of a test (AMX)", "(AVX2, no AMX)", "(AMX)"):
+        assert any(name in line for line in headings), name
 
 
 def test_the_runbook_for_a_gpu_and_the_recipe_for_weights_are_commands_that_there_are():
