@@ -18,7 +18,7 @@ from torch import Tensor
 from fmrec_fast import noise, serving
 from fmrec_fast.data.dataset import Dataset
 from fmrec_fast.data.users import Histories
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops import item_topk
 from fmrec_fast.ops._checks import check_padding
 from fmrec_fast.ops.linear import check_precision

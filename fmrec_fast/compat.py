@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fmrec_fast.models.fave import Fave, FaveRecommender
-from fmrec_fast.models.fmrec import FMRec, FMRecommender
+from fmrec_fast.models.fmrec import FMRec
+from fmrec_fast.models.recommender import FMRecommender
 
 Att_FM_model = FMRecommender
 Att_Fave_model = FaveRecommender

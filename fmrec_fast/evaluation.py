@@ -13,7 +13,7 @@ from fmrec_fast.data.batches import EvaluationSamples
 from fmrec_fast.data.dataset import Dataset
 from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import ALONE, World
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops import target_rank
 from fmrec_fast.sampler import sample
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fmrec_fast import noise
 from fmrec_fast.backend import Rng, current_backend, current_rng
 from fmrec_fast.capture import Capture, Outputs, Pool
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops._checks import check_integer, check_padding, check_range, check_shape
 from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.picard import check_options

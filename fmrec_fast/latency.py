@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fmrec_fast.config import FMRecConfig
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.serving import Server
 
 USERS = (1, 2, 4, 8, 16, 32, 64)

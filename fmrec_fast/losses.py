@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fmrec_fast.models.fave import FaveRecommender
-from fmrec_fast.models.fmrec import FMRecommender, TrainingDraws
+from fmrec_fast.models.fmrec import TrainingDraws
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops._checks import is_sharded
 
 

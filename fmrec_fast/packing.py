@@ -22,7 +22,8 @@ from fmrec_fast.ops.encoder import pack, variant_declined
 from fmrec_fast.reference.encoder import BlockWeights
 
 if TYPE_CHECKING:
-    from fmrec_fast.models.fmrec import FMRec, FMRecommender
+    from fmrec_fast.models.fmrec import FMRec
+    from fmrec_fast.models.recommender import FMRecommender
 
 # Kinds kept at a time: for rotary embedding weights are packed for a length, and time embeddings
 # belong to a number of steps.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import noise, serving
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops import item_topk
 from fmrec_fast.ops._checks import is_sharded
 from fmrec_fast.request import PADDING, Recommendations, check_k, read_request

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast.data.batches import pad_histories
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops._checks import check_padding, request_rows
 from fmrec_fast.sampler import check_steps
 

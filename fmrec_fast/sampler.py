@@ -10,7 +10,8 @@ from torch import Tensor
 from fmrec_fast.backend import Rng, current_rng
 from fmrec_fast.config import PADDINGS
 from fmrec_fast.forward_mode import is_wrapped
-from fmrec_fast.models.fmrec import INTEGRATORS, FMRecommender, TrainingDraws
+from fmrec_fast.models.fmrec import INTEGRATORS, TrainingDraws
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.noise import as_seed
 from fmrec_fast.ops._checks import check_padding, check_shape, is_sharded, request_rows
 from fmrec_fast.randomness import random_source

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmrec_fast import extension, noise, packing
 from fmrec_fast.backend import Backend, BackendError, availability, current_backend, log_run
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops._checks import check_padding, is_sharded, request_rows
 from fmrec_fast.ops.linear import check_precision
 from fmrec_fast.packing import State, Weights

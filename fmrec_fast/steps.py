@@ -16,7 +16,7 @@ from fmrec_fast import noise
 from fmrec_fast.config import FMRecConfig
 from fmrec_fast.data.batches import EvaluationSamples
 from fmrec_fast.evaluation import BATCH, metrics_from_ranks
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.ops import target_rank
 from fmrec_fast.picard import evaluation_flops
 from fmrec_fast.recommend import rank_items

@@ -19,7 +19,7 @@ from fmrec_fast.distributed.exchange import batch_shares
 from fmrec_fast.distributed.world import World
 from fmrec_fast.losses import training_losses
 from fmrec_fast.models.fave import FaveDraws
-from fmrec_fast.models.fmrec import FMRecommender
+from fmrec_fast.models.recommender import FMRecommender
 from fmrec_fast.reference.history_loss import Cells, WholeBatch, distinct, history_cells
 
 

@@ -2,7 +2,8 @@
 
 from fmrec_fast.config import FaveConfig, FMRecConfig
 from fmrec_fast.models.fave import Fave, FaveDraws, FaveRecommender
-from fmrec_fast.models.fmrec import FMRec, FMRecommender, TrainingDraws
+from fmrec_fast.models.fmrec import FMRec, TrainingDraws
+from fmrec_fast.models.recommender import FMRecommender
 
 CONFIGS: dict[str, type[FMRecConfig]] = {
     config.KIND: config for config in (FMRecConfig, FaveConfig)

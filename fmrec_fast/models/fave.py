@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from fmrec_fast import flow, forward_mode
 from fmrec_fast.config import STAGES, FaveConfig
 from fmrec_fast.models.blocks import FeedForward, MultiHeadedAttention, TransformerStack, sinusoid
-from fmrec_fast.models.fmrec import (
-    FMRec,
-    FMRecommender,
-    StartingPoint,
-    TrainingDraws,
-    XStartModel,
-)
+from fmrec_fast.models.fmrec import FMRec, TrainingDraws
+from fmrec_fast.models.network import XStartModel
+from fmrec_fast.models.recommender import FMRecommender, StartingPoint
 from fmrec_fast.models.tables import look_up
 from fmrec_fast.ops import history_loss
 from fmrec_fast.randomness import RandomSource, random_source
