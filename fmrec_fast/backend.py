@@ -40,6 +40,11 @@ class Rng(str, Enum):
     __str__ = str.__str__
 
 
+# By value, for torch.compile: on Python 3.10 it cannot trace the call of an enumeration.
+_BACKENDS = {backend.value: backend for backend in Backend}
+_RNGS = {rng.value: rng for rng in Rng}
+
+
 OPS = (
     "noise_fusion",
     "dropout",
@@ -129,7 +134,7 @@ def current_backend() -> Backend:
 def current_rng() -> Rng:
     """The source of random numbers: `use_rng`, else ``FMREC_FAST_RNG``, else 'stream'."""
     if torch.compiler.is_compiling():
-        return Rng(_rng_while_compiling())
+        return _RNGS[_rng_while_compiling()]
     return _rng_in_force()
 
 
@@ -221,7 +226,7 @@ def log_run(op: str, backend: str) -> None:
 def candidate(device: torch.device) -> Backend:
     """The backend in force, where 'auto' stands for the fastest one for `device`."""
     if torch.compiler.is_compiling():
-        return Backend(_candidate_while_compiling(device.type))
+        return _BACKENDS[_candidate_while_compiling(device.type)]
     return _candidate(device.type)
 
 
@@ -256,7 +261,7 @@ def choose(
     if torch.compiler.is_compiling():
         given = tuple(tensor.dtype for tensor in tensors)
         kind = tensors[0].device.type
-        return Backend(_choose_while_compiling(op, kind, given, declined, dtypes))
+        return _BACKENDS[_choose_while_compiling(op, kind, given, declined, dtypes)]
     return _choose(op, tensors, declined, dtypes)
 
 

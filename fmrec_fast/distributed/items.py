@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,21 @@ def own_rows(table: Tensor) -> Tensor:
     """The own part as a plain tensor, differentiable."""
     if not isinstance(table, DTensor):
         raise TypeError(f"table must be a DTensor, got {type(table).__name__}")
-    return table.to_local(grad_placements=[Shard(0)])
+    own = table.to_local(grad_placements=[Shard(0)])
+    if own.requires_grad:
+        own.register_hook(partial(_laid_out, own.stride()))
+    return own
+
+
+def _laid_out(stride: tuple[int, ...], grad: Tensor) -> Tensor:
+    """A gradient with these strides. One with others, such as a number that was expanded to no row,
+    autograd would copy into a new table, for which torch 2.11 exchanges rows: on that rank alone.
+    """
+    return (
+        grad
+        if grad.stride() == stride
+        else torch.empty_like(grad, memory_format=torch.contiguous_format).copy_(grad)
+    )
 
 
 def as_table(own: Tensor, mesh: DeviceMesh, shape: torch.Size) -> DTensor:

@@ -271,7 +271,9 @@ def _composed(
         kept_mask, first_key_bias = mask[:, kept], e.new_full((len(e),), math.log(padded))
 
     def lam_of(i: int) -> dict[str, Any]:
-        lam = noise[i] if noise is not None else lam_of_step() if lam_of_step else None
+        lam = None if noise is None else noise[i]
+        if noise is None and lam_of_step is not None:
+            lam = lam_of_step()
         return {"delta": weights.delta, "seed": seed, "rows": rows, "step": i, "lam": lam}
 
     def network(fused: Tensor) -> Tensor:

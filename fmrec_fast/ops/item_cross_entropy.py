@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmrec_fast import extension, memory
-from fmrec_fast.backend import Backend, choose
+from fmrec_fast.backend import Backend, choose, constant_when_compiled
 from fmrec_fast.ops._checks import (
     check_float,
     check_integer,
@@ -131,7 +131,7 @@ def item_cross_entropy(
         if vector is not None:
             check_shape(name, vector, "V", sizes)
     kind = rep.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             return item_cross_entropy(
@@ -248,6 +248,11 @@ def choose_backend(rep: Tensor, *others: Tensor) -> Backend:
         declined = f"its kernels take 1 .. {widest} channels of {rep.dtype}, got D = {width}"
     tensors = (rep, *others)
     return choose("item_cross_entropy", *tensors, declined=declined, dtypes=TRITON_DTYPES)
+
+
+@constant_when_compiled  # torch 2.11 does not trace it
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _statistics(
