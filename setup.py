@@ -68,7 +68,7 @@ ISA_FLAGS = {
 }
 # GCC 12 warns about the undefined operand of its intrinsics under another name too.
 AMX_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-Wno-uninitialized"]
-SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 SANITIZERS += ["-fsanitize=address,undefined"]
 
 
