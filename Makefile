@@ -35,7 +35,7 @@ sanitize: setup
 	FMREC_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
-	  $(BIN)/pytest -q -k "cpp-cpu or extension or native or bindings" \
+	  $(BIN)/pytest -q -o pythonpath= -k "cpp-cpu or extension or native or bindings" \
 	  --extension-from=$(SANITIZED) tests
 
 # On a CUDA device: the kernels' tests under NVIDIA's compute-sanitizer, every tensor with memory of
