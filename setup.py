@@ -18,9 +18,10 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# Compiled as one: whatever includes pybind11 compiles 7 seconds of it anew. A name that two of them
+# give to different things does not compile.
+BINDING_SOURCES = sorted(str(path) for path in Path("csrc").glob("bind*.cpp"))
 HOST_SOURCES = [
-    "csrc/bindings.cpp",
-    *sorted(str(path) for path in Path("csrc").glob("bind_*.cpp")),
     "csrc/history_cells.cpp",
     "csrc/isa.cpp",
     "csrc/memory.cpp",
@@ -111,9 +112,14 @@ class BuildKernels(build_ext):
             ext.extra_link_args = SANITIZERS
         ext.extra_compile_args = flags
         ext.define_macros = macros
-        jobs = [(source, isa) for isa in isas for source in KERNEL_SOURCES]
-        jobs += [(source, None) for source in ext.sources]
         compiler, folder = self.compiler, Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        bindings = folder / "all_bindings.cpp"
+        bindings.write_text("".join(f'#include "{Path(s).name}"\n' for s in BINDING_SOURCES))
+        # What takes longest first.
+        jobs: list[tuple[str, str | None]] = [(str(bindings), None)]
+        jobs += [(source, isa) for isa in reversed(isas) for source in KERNEL_SOURCES]
+        jobs += [(source, None) for source in HOST_SOURCES]
 
         def compile_one(job: tuple[str, str | None]) -> list[str]:
             source, isa = job
@@ -166,9 +172,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "fmrec_fast._C",
-            sources=HOST_SOURCES,
+            sources=[*BINDING_SOURCES, *HOST_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
-            depends=[*HOST_SOURCES, *KERNEL_SOURCES, *HEADERS],
+            depends=[*BINDING_SOURCES, *HOST_SOURCES, *KERNEL_SOURCES, *HEADERS],
             language="c++",
         )
     ]

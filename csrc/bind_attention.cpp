@@ -11,7 +11,7 @@ namespace fmrec {
 namespace {
 
 // Scores times channels below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 16;
+constexpr std::int64_t ATTENTION_GRAIN = 1 << 16;
 
 // What forward and backward share, checked and filled in.
 void attention_common(Attention& a, const py::array& qkv, const py::array& query_scale,
@@ -77,7 +77,7 @@ void run_attention(const Attention& a, std::int64_t scratch, int num_threads, Ru
     const std::int64_t slab_size = round_up(scratch, UNIT);
     const Floats memory = allocate_floats(slabs * slab_size, true);
     const bool worth_it = groups > 1 && a.batch * a.length * a.length * a.channels >=
-                                            GRAIN;
+                                            ATTENTION_GRAIN;
     std::atomic<std::int64_t> next_group{0}, next_slab{0};
     parallel_items(num_threads, num_threads, worth_it, [&](std::int64_t, std::int64_t) {
         std::int64_t group = next_group.fetch_add(1);

@@ -7,7 +7,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 15;
+constexpr std::int64_t DROPOUT_GRAIN = 1 << 15;
 
 void dropout(const py::object& x_, const py::object& residual_, const py::object& rows_,
              const py::object& seed, const py::object& site, const py::object& position_offset,
@@ -90,7 +90,7 @@ void dropout(const py::object& x_, const py::object& residual_, const py::object
     a.out = target(out);
     py::gil_scoped_release release;
     parallel_items(num_threads, kernels.chunks(&a),
-                   a.batch * a.positions * a.channels >= GRAIN,
+                   a.batch * a.positions * a.channels >= DROPOUT_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.apply(&a, begin, end); });
 }
 

@@ -10,7 +10,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 15;
+constexpr std::int64_t NORM_GRAIN = 1 << 15;
 
 DropoutLayerNorm common(const py::array& x, const py::array& weight, double p) {
     const DropoutRate rate = dropout_rate(p);
@@ -31,9 +31,9 @@ std::int64_t items(const DropoutLayerNorm& a) {
     return (a.batch * a.positions + DROPOUT_NORM_ROWS - 1) / DROPOUT_NORM_ROWS;
 }
 
-bool worth_it(const DropoutLayerNorm& a) { return a.batch * a.positions * a.width >= GRAIN; }
+bool worth_it(const DropoutLayerNorm& a) { return a.batch * a.positions * a.width >= NORM_GRAIN; }
 
-const char* const KEPT = "[B, P, ceil(D / 64)]";
+const char* const NORM_KEPT = "[B, P, ceil(D / 64)]";
 
 void dropout_layer_norm_forward(const py::object& x_, const py::object& weight_,
                                 const py::object& bias_, const py::object& rows_,
@@ -53,7 +53,8 @@ void dropout_layer_norm_forward(const py::object& x_, const py::object& weight_,
     check_shape(out, "out", "[B, P, D]", {a.batch, a.positions, a.width});
     check_overlap(out, "out", x, "x", false);
     const MaskWords kept =
-        masks_to_write(kept_, p, KEPT, {a.batch, a.positions, norm_mask_words(a.width)}, x, out);
+        masks_to_write(kept_, p, NORM_KEPT, {a.batch, a.positions, norm_mask_words(a.width)}, x,
+                       out);
     a.kept = kept.words;
     a.bias = data<float>(bias);
     a.rows = data<std::int64_t>(rows);
@@ -92,7 +93,7 @@ void dropout_layer_norm_backward(const py::object& grad_, const py::object& x_,
     check_overlap(d_x, "d_x", grad, "grad", false);
     check_overlap(d_x, "d_x", x, "x", false);
     const MaskWords kept =
-        masks_to_read(kept_, p, KEPT, {a.batch, a.positions, norm_mask_words(a.width)});
+        masks_to_read(kept_, p, NORM_KEPT, {a.batch, a.positions, norm_mask_words(a.width)});
     a.kept = kept.words;
     const DropoutLayerNormKernels& kernels = FMREC_TABLE(dropout_layer_norm);
     a.grad = data<float>(grad);

@@ -10,14 +10,14 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 20;
+constexpr std::int64_t FEED_FORWARD_GRAIN = 1 << 20;
 
 // The arrays that both directions read; they hold the memory while the kernels run.
-struct Inputs {
+struct FeedForwardInputs {
     py::array x, norm_weight, norm_bias, w1, b1, w2;
 };
 
-void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
+void feed_forward_common(FeedForward& a, const FeedForwardInputs& in, double p) {
     const DropoutRate rate = dropout_rate(p);
     a.batch = in.x.shape(0);
     a.positions = in.x.shape(1);
@@ -40,7 +40,7 @@ void feed_forward_common(FeedForward& a, const Inputs& in, double p) {
     a.scale = rate.scale;
 }
 
-const FeedForwardKernels& kernels_of(const FeedForward& a, const std::string& precision) {
+const FeedForwardKernels& feed_forward_kernels(const FeedForward& a, const std::string& precision) {
     const int planes = training_planes_of(precision);
     const bool fp16 = isa() == Isa::amx_fp16;
     if (planes == 1) return FMREC_TABLE(feed_forward_bf16);
@@ -54,10 +54,10 @@ const FeedForwardKernels& kernels_of(const FeedForward& a, const std::string& pr
 }
 
 bool worth_it(const FeedForward& a) {
-    return a.batch * a.positions * a.width * a.inner >= GRAIN;
+    return a.batch * a.positions * a.width * a.inner >= FEED_FORWARD_GRAIN;
 }
 
-const char* const KEPT = "[B, P, ceil((F + 2 D) / 64)]";
+const char* const FEED_FORWARD_KEPT = "[B, P, ceil((F + 2 D) / 64)]";
 
 void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
                           const py::object& norm_bias_, const py::object& w1_,
@@ -66,9 +66,10 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
                           const py::object& position_offset, const py::object& position_stride,
                           double p, const py::object& kept_, const py::object& out_,
                           int num_threads, const std::string& precision) {
-    const Inputs in{input<float>(x_, "x", 3),   input<float>(norm_weight_, "norm_weight", 1),
-                    input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
-                    input<float>(b1_, "b1", 1), input<float>(w2_, "w2", 2)};
+    const FeedForwardInputs in{
+        input<float>(x_, "x", 3),                 input<float>(norm_weight_, "norm_weight", 1),
+        input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
+        input<float>(b1_, "b1", 1),               input<float>(w2_, "w2", 2)};
     const py::array b2 = input<float>(b2_, "b2", 1), rows = input<std::int64_t>(rows_, "rows", 1);
     py::array out = output<float>(out_, "out", 3);
     check_threads(num_threads);
@@ -78,8 +79,9 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
     check_shape(rows, "rows", "[B]", {a.batch});
     check_shape(out, "out", "[B, P, D]", {a.batch, a.positions, a.width});
     check_overlap(out, "out", in.x, "x", false);
-    const MaskWords kept = masks_to_write(
-        kept_, p, KEPT, {a.batch, a.positions, mask_words(a.width, a.inner)}, in.x, out);
+    const MaskWords kept =
+        masks_to_write(kept_, p, FEED_FORWARD_KEPT,
+                       {a.batch, a.positions, mask_words(a.width, a.inner)}, in.x, out);
     a.kept = kept.words;
     a.b2 = data<float>(b2);
     a.rows = data<std::int64_t>(rows);
@@ -87,7 +89,7 @@ void feed_forward_forward(const py::object& x_, const py::object& norm_weight_,
     a.site = static_cast<std::uint32_t>(read_int64(site, "site"));
     a.position_offset = static_cast<std::uint64_t>(read_int64(position_offset, "position_offset"));
     a.position_stride = static_cast<std::uint64_t>(read_int64(position_stride, "position_stride"));
-    const FeedForwardKernels& kernels = kernels_of(a, precision);
+    const FeedForwardKernels& kernels = feed_forward_kernels(a, precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -113,9 +115,10 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
                            const py::object& d_w1_, const py::object& d_b1_,
                            const py::object& d_w2_, const py::object& d_b2_, int num_threads,
                            const std::string& precision) {
-    const Inputs in{input<float>(x_, "x", 3),   input<float>(norm_weight_, "norm_weight", 1),
-                    input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
-                    input<float>(b1_, "b1", 1), input<float>(w2_, "w2", 2)};
+    const FeedForwardInputs in{
+        input<float>(x_, "x", 3),                 input<float>(norm_weight_, "norm_weight", 1),
+        input<float>(norm_bias_, "norm_bias", 1), input<float>(w1_, "w1", 2),
+        input<float>(b1_, "b1", 1),               input<float>(w2_, "w2", 2)};
     const py::array grad = input<float>(grad_, "grad", 3);
     py::array d_x = output<float>(d_x_, "d_x", 3);
     py::array d_norm_weight = output<float>(d_norm_weight_, "d_norm_weight", 1);
@@ -136,9 +139,10 @@ void feed_forward_backward(const py::object& grad_, const py::object& x_,
     check_overlap(d_x, "d_x", grad, "grad", false);
     check_overlap(d_x, "d_x", in.x, "x", false);
     const MaskWords kept =
-        masks_to_read(kept_, p, KEPT, {a.batch, a.positions, mask_words(a.width, a.inner)});
+        masks_to_read(kept_, p, FEED_FORWARD_KEPT,
+                      {a.batch, a.positions, mask_words(a.width, a.inner)});
     a.kept = kept.words;
-    const FeedForwardKernels& kernels = kernels_of(a, precision);
+    const FeedForwardKernels& kernels = feed_forward_kernels(a, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     float* const sums_to[] = {target(d_b1), target(d_b2), target(d_norm_weight),

@@ -13,7 +13,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 17;
+constexpr std::int64_t HISTORY_LOSS_GRAIN = 1 << 17;
 
 bool is_flag(const py::dtype& dtype) {
     return dtype.equal(py::dtype::of<bool>()) || dtype.equal(py::dtype::of<std::uint8_t>());
@@ -118,7 +118,7 @@ void history_loss_forward(const py::object& hidden_, const py::object& weight_,
     for (std::int64_t m = 0; m < cells; ++m) {
         if (!flags[m]) a.residual[m] = 0.0f;
     }
-    parallel_items(num_threads, used, used * a.features >= GRAIN,
+    parallel_items(num_threads, used, used * a.features >= HISTORY_LOSS_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.forward(&a, begin, end); });
 }
 
@@ -168,7 +168,7 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
         a.order = by_row.order.get();
         a.starts = by_row.starts.get();
         parallel_ranges(
-            num_threads, (cells + batch) * a.features >= GRAIN,
+            num_threads, (cells + batch) * a.features >= HISTORY_LOSS_GRAIN,
             [&](std::int64_t t, std::int64_t threads) {
                 return balanced(a.starts, batch, t, threads);
             },
@@ -179,7 +179,7 @@ void history_loss_backward(const py::object& hidden_, const py::object& weight_,
         a.order = by_column.order.get();
         a.starts = by_column.starts.get();
         parallel_ranges(
-            num_threads, a.d_weight && (cells + items) * a.features >= GRAIN,
+            num_threads, a.d_weight && (cells + items) * a.features >= HISTORY_LOSS_GRAIN,
             [&](std::int64_t t, std::int64_t threads) {
                 return balanced(a.starts, items, t, threads);
             },

@@ -12,7 +12,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 18, GRAIN_SUM = 1 << 20;
+constexpr std::int64_t XENT_GRAIN = 1 << 18, XENT_SUM_GRAIN = 1 << 20;
 
 // Rows whose gradients a part sums at a time, so that its partial sums stay in its L2.
 constexpr std::int64_t XENT_PARTIAL_FLOATS = 1 << 17;
@@ -60,7 +60,7 @@ struct XentCall {
             a.cache = target(cache);
             arrays.push_back(cache);
         }
-        worth_it = a.batch * a.items * a.width >= GRAIN;
+        worth_it = a.batch * a.items * a.width >= XENT_GRAIN;
         parts = worth_it && num_threads > 1 ? std::min<std::int64_t>(num_threads, tiles) : 1;
         columns = allocate_floats(chunks * xent_packed(a.width), false);
         panels = allocate_floats(chunks * xent_packed(a.width), false);
@@ -203,7 +203,7 @@ void item_cross_entropy_backward(const py::object& rep, const py::object& weight
         if (!d_rep) continue;
         const std::int64_t first = a.first_chunk * XENT_ROWS;
         const std::int64_t count = std::min(a.last_chunk * XENT_ROWS, a.batch) - first;
-        parallel_items(num_threads, count, call.parts * count * wide >= GRAIN_SUM,
+        parallel_items(num_threads, count, call.parts * count * wide >= XENT_SUM_GRAIN,
                        [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t b = begin; b < end; ++b) {
                 float* to = d_rep + (first + b) * a.width;

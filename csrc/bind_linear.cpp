@@ -8,7 +8,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 20;
+constexpr std::int64_t LINEAR_GRAIN = 1 << 20;
 
 // Numbers to pack, likewise.
 constexpr std::int64_t PACKING_GRAIN = 1 << 18;
@@ -28,7 +28,7 @@ Floats packed(const LinearKernels& kernels, const float* source, std::int64_t ro
 void multiply(const LinearKernels& kernels, const LinearProduct& p, int num_threads) {
     prefer_huge_pages(p.out, p.rows * p.columns * 4);
     parallel_items(num_threads, (p.rows + LINEAR_ROWS - 1) / LINEAR_ROWS,
-                   p.rows * p.depth * p.columns >= GRAIN,
+                   p.rows * p.depth * p.columns >= LINEAR_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.multiply(&p, begin, end); });
 }
 
@@ -123,7 +123,7 @@ void linear_backward(const py::object& grad_, const py::object& x_, const py::ob
     const Floats scratch =
         allocate_floats(LINEAR_PARTS * linear_gradient_scratch(g.narrow, g.wide), false);
     g.scratch = scratch.get();
-    parallel_items(num_threads, LINEAR_PARTS, rows * size >= GRAIN,
+    parallel_items(num_threads, LINEAR_PARTS, rows * size >= LINEAR_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.gradient(&g, begin, end); });
     add_parts(g.partial, LINEAR_PARTS, size, num_threads);
     add_parts(g.sums, LINEAR_PARTS, columns, num_threads);

@@ -7,7 +7,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 14;
+constexpr std::int64_t NOISE_GRAIN = 1 << 14;
 
 void noise_common(NoiseFusion& a, const py::array& full, const py::array& rows,
                   const py::object& seed, const py::object& step, double delta) {
@@ -40,7 +40,7 @@ void noise_fusion_forward(const py::object& e_, const py::object& shift_, const 
     a.shift = data<float>(shift);
     a.out = target(out);
     py::gil_scoped_release release;
-    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= GRAIN,
+    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= NOISE_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.forward(&a, begin, end); });
 }
 
@@ -55,7 +55,7 @@ void noise_lambda(const py::object& rows_, const py::object& seed, const py::obj
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
-    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= GRAIN,
+    parallel_items(num_threads, kernels.chunks(&a), a.batch * a.length * a.channels >= NOISE_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.lam(&a, begin, end); });
 }
 
@@ -75,7 +75,7 @@ void noise_fusion_backward(const py::object& grad_, const py::object& rows_, con
     a.input = data<float>(grad);
     a.out = target(d_shift);
     py::gil_scoped_release release;
-    parallel_items(num_threads, a.batch, a.batch * a.length * a.channels >= GRAIN,
+    parallel_items(num_threads, a.batch, a.batch * a.length * a.channels >= NOISE_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.backward(&a, begin, end); });
 }
 

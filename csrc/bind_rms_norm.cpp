@@ -8,7 +8,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 15;
+constexpr std::int64_t RMS_NORM_GRAIN = 1 << 15;
 
 py::array like(const py::array& array, const char* name, const py::array& x) {
     check_shape(array, name, "[M, D]", {x.shape(0), x.shape(1)});
@@ -64,7 +64,7 @@ void rms_norm_forward(const py::object& x_, const py::object& weight_, const py:
     }
     const RmsNormKernels& kernels = FMREC_TABLE(rms_norm);
     py::gil_scoped_release release;
-    parallel_items(num_threads, n.rows, n.rows * n.channels >= GRAIN,
+    parallel_items(num_threads, n.rows, n.rows * n.channels >= RMS_NORM_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.forward(&n, begin, end); });
 }
 
@@ -102,7 +102,7 @@ void rms_norm_backward(const py::object& grad_, const py::object& x_, const py::
     py::gil_scoped_release release;
     const Floats partial = allocate_floats(RMS_PARTS * 2 * n.channels, true);
     n.partial = partial.get();
-    parallel_items(num_threads, RMS_PARTS, n.rows * n.channels >= GRAIN,
+    parallel_items(num_threads, RMS_PARTS, n.rows * n.channels >= RMS_NORM_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { kernels.backward(&n, begin, end); });
     for (std::int64_t j = 0; j < n.channels; ++j) {
         float sum = 0.0f;

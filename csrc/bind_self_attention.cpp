@@ -10,7 +10,7 @@ namespace fmrec {
 namespace {
 
 // Elements of work below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 20;
+constexpr std::int64_t SELF_ATTENTION_GRAIN = 1 << 20;
 
 constexpr int PARAMETERS = 2 + 2 * SELF_ATTENTION_LAYERS;
 const char* const NAMES[PARAMETERS] = {"norm_weight",   "norm_bias",  "query_weight", "query_bias",
@@ -21,7 +21,7 @@ const char* const NAMES[PARAMETERS] = {"norm_weight",   "norm_bias",  "query_wei
 bool is_matrix(int parameter) { return parameter >= 2 && parameter % 2 == 0; }
 
 // The arrays that both directions read; they hold the memory while the kernels run.
-struct Inputs {
+struct SelfAttentionInputs {
     py::array x, query_scale, parameters[PARAMETERS];
 };
 
@@ -42,8 +42,8 @@ void check_parameter(const py::array& array, int i, std::int64_t width) {
 }
 
 // Of the last position the layers' products are few, and always in float32.
-const SelfAttentionKernels& kernels_of(const SelfAttention& a, bool last_only,
-                                       const std::string& precision) {
+const SelfAttentionKernels& self_attention_kernels(const SelfAttention& a, bool last_only,
+                                                   const std::string& precision) {
     const int planes = training_planes_of(precision);
     if (last_only) return FMREC_TABLE(self_attention_last);
     const bool fp16 = isa() == Isa::amx_fp16;
@@ -59,7 +59,7 @@ const SelfAttentionKernels& kernels_of(const SelfAttention& a, bool last_only,
     return bytes ? FMREC_TABLE(self_attention_float32_int8) : FMREC_TABLE(self_attention);
 }
 
-void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
+void self_attention_common(SelfAttention& a, SelfAttentionInputs& in, const py::object& x,
                            const py::object& query_scale, const py::sequence& parameters,
                            const py::object& rows, const py::object& seed, const py::object& site,
                            double p, std::int64_t num_heads, bool last_only) {
@@ -101,14 +101,16 @@ void self_attention_common(SelfAttention& a, Inputs& in, const py::object& x,
     a.scale = rate.scale;
 }
 
-const char* const KEPT =
+const char* const SELF_ATTENTION_KEPT =
     "[B, positions that leave, ceil(D / 64), and of all positions H (L // 64 + 1) more]";
 
 std::int64_t kept_words(const SelfAttention& a, bool last_only) {
     return last_only ? self_attention_words(a.width) : self_attention_kept_words(&a);
 }
 
-bool worth_it(const SelfAttention& a) { return a.batch * a.length * a.width * a.width >= GRAIN; }
+bool worth_it(const SelfAttention& a) {
+    return a.batch * a.length * a.width * a.width >= SELF_ATTENTION_GRAIN;
+}
 
 std::int64_t groups_of(const SelfAttention& a, const SelfAttentionKernels& kernels) {
     const std::int64_t size = kernels.group(&a);
@@ -122,7 +124,7 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
                             bool last_only, int num_threads, const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
-    Inputs in;
+    SelfAttentionInputs in;
     self_attention_common(a, in, x, query_scale, parameters, rows, seed, site, p, num_heads,
                           last_only);
     py::array out = output<float>(out_, "out", 3);
@@ -131,9 +133,9 @@ void self_attention_forward(const py::object& x, const py::object& query_scale,
     check_overlap(out, "out", in.x, "x", false);
     check_overlap(out, "out", in.query_scale, "query_scale", false);
     const MaskWords kept = masks_to_write(
-        kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)}, in.x, out);
+        kept_, p, SELF_ATTENTION_KEPT, {a.batch, positions, kept_words(a, last_only)}, in.x, out);
     a.kept = kept.words;
-    const SelfAttentionKernels& kernels = kernels_of(a, last_only, precision);
+    const SelfAttentionKernels& kernels = self_attention_kernels(a, last_only, precision);
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
@@ -158,7 +160,7 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
                              bool last_only, int num_threads, const std::string& precision) {
     check_threads(num_threads);
     SelfAttention a{};
-    Inputs in;
+    SelfAttentionInputs in;
     self_attention_common(a, in, x, query_scale, parameters, rows, seed, site, p, num_heads,
                           last_only);
     const std::int64_t positions = last_only ? 1 : a.length;
@@ -179,9 +181,10 @@ void self_attention_backward(const py::object& grad_, const py::object& x,
         d_at[i] = target(d_parameters[i]);
     }
     const MaskWords kept =
-        masks_to_read(kept_, p, KEPT, {a.batch, positions, kept_words(a, last_only)});
+        masks_to_read(kept_, p, SELF_ATTENTION_KEPT,
+                      {a.batch, positions, kept_words(a, last_only)});
     a.kept = kept.words;
-    const SelfAttentionKernels& kernels = kernels_of(a, last_only, precision);
+    const SelfAttentionKernels& kernels = self_attention_kernels(a, last_only, precision);
     a.grad = data<float>(grad);
     a.out = target(d_x);
     py::gil_scoped_release release;

@@ -7,7 +7,7 @@ namespace fmrec {
 namespace {
 
 // Numbers below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 14;
+constexpr std::int64_t STREAM_GRAIN = 1 << 14;
 
 typedef void (*StreamKernel)(const Stream*, std::int64_t, std::int64_t);
 
@@ -26,7 +26,7 @@ void run_rows(StreamKernel StreamKernels::*kernel, const py::object& rows_, cons
     if (is_empty(out)) return;
     a.out = target(out);
     py::gil_scoped_release release;
-    parallel_items(num_threads, out.shape(0), out.size() >= GRAIN,
+    parallel_items(num_threads, out.shape(0), out.size() >= STREAM_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) { run(&a, begin, end); });
 }
 
@@ -49,7 +49,7 @@ void stream_words(const py::object& seed_, const py::object& first_, const py::o
     const StreamKernels& kernels = FMREC_TABLE(stream);
     std::int64_t* words = static_cast<std::int64_t*>(out.mutable_data());
     py::gil_scoped_release release;
-    parallel_items(num_threads, out.size(), out.size() >= GRAIN,
+    parallel_items(num_threads, out.size(), out.size() >= STREAM_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) {
                        kernels.words(seed, first + static_cast<std::uint64_t>(begin), end - begin,
                                      words + begin);

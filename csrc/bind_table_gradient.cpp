@@ -12,7 +12,7 @@ namespace fmrec {
 namespace {
 
 // Numbers below which a second thread costs more than it brings.
-constexpr std::int64_t GRAIN = 1 << 16;
+constexpr std::int64_t TABLE_GRADIENT_GRAIN = 1 << 16;
 // Lookups of one row that are summed in one go. A row of more, as padding's is, is cut into pieces
 // of as many, which threads share; so its sum is the same for any number of threads, and its
 // rounding errors do not grow with every lookup.
@@ -125,13 +125,13 @@ void table_gradient(const py::list& ids, const py::list& gradients, const py::ob
     const Plan plan = make_plan(parts, items, width, total);
     const std::int64_t pieces = static_cast<std::int64_t>(plan.pieces.size()) - 1;
     const RowSums of_pieces{plan.sources.get(), plan.pieces.data(), plan.partial.get(), width};
-    parallel_items(num_threads, pieces, pieces * PIECE * width >= GRAIN,
+    parallel_items(num_threads, pieces, pieces * PIECE * width >= TABLE_GRADIENT_GRAIN,
                    [&](std::int64_t begin, std::int64_t end) {
                        kernels.sums(&of_pieces, begin, end);
                    });
     const RowSums of_rows{plan.sources.get(), plan.rows.data(), to, width};
     parallel_ranges(
-        num_threads, (plan.rows.back() + items) * width >= GRAIN,
+        num_threads, (plan.rows.back() + items) * width >= TABLE_GRADIENT_GRAIN,
         [&](std::int64_t t, std::int64_t threads) {
             return balanced(plan.rows.data(), items, t, threads);
         },
